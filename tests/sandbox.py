@@ -69,8 +69,8 @@ INTEGERS = """year month day dep_time sched_dep_time dep_delay arr_time sched_ar
 distance hour minute""".split()
 FLIGHTS_MAPPING = {
     "properties": {
-        **dict.fromkeys(INTEGERS, {"type": "integer"}),
-        **dict.fromkeys(["carrier", "tailnum", "origin", "dest"], {"type": "keyword"}),
+        **{name: {"type": "integer"} for name in INTEGERS},
+        **{name: {"type": "keyword"} for name in ("carrier", "tailnum", "origin", "dest")},
         "time_hour": {"type": "date"},
     }
 }

@@ -1,0 +1,1013 @@
+"""Replace the documents of an index by the rows of all CSV files under an S3 prefix, each row exactly once.
+
+Example:    python bulkupdate.py --bucket your-bucket --prefix your/prefix/ --index my_index_primary --batch-size 1000
+Exit codes: 0 the index holds every row, counted; 1 failed; 2 usage; 3 finished, with more rejected rows than accepted;
+            4 refused before anything was touched; 75 locked; 129, 130, 143 signals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import queue
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import partial
+from json.encoder import encode_basestring
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from index_cleanup import empty_index
+from opensearch_base_manager import (
+    Answer, OpenSearchBaseManager, Progress, RefreshError, Refused, TooManyRejects, add_common_args,
+    add_replicas_arg, aws_client, aws_errors, backoff_s, field_definitions, index_name, log, per_second, positive_int,
+    run_cli, seconds_since, setting, wants_no_replicas, whole_number,
+)  # fmt: skip
+
+MIB = 1024 * 1024
+HEAD_BYTES = 64 * 1024  # enough to see a header and some hundred rows of each object
+HEADS_AT_ONCE = 8
+CHUNK_BYTES = 256 * 1024  # of text a parsing step; what it becomes as Python rows is ten times as much
+MAX_CELL_CHARS = 8 * MIB  # a quote still open after that much is a stray one
+MAX_LINE_BYTES = 16 * MIB
+MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes refuse requests above 10 MiB
+BATCH_SIZE = 2000  # documents a request
+WORKERS = 4  # requests at the same time
+CACHED_CELLS = 2000  # remembered values a column, and no longer than this many characters each
+CACHED_CELL_CHARS = 64
+REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
+REJECTS_SHOWN = 5
+KEEP_DAYS = 30
+MAX_ID_BYTES = 512  # one longer id and the cluster refuses the whole request
+BULK_PARAMS = {
+    "filter_path": "errors,items.*.status,items.*.error.type,items.*.error.reason,items.*.error.caused_by.reason"
+}
+METADATA_FIELDS = frozenset(
+    ["_id", "_index", "_source", "_routing", "_field_names", "_ignored", "_size", "_type", "_seq_no", "_version"]
+)
+
+csv.field_size_limit(MAX_CELL_CHARS)
+
+
+# --- list -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class S3Object:
+    key: str
+    size: int
+    etag: str
+
+
+class Bucket:
+    """The objects of one bucket, read through one client; failures are RefreshError and name the object."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.client = name, aws_client("s3")
+
+    def list_csv(self, prefix: str) -> list[S3Object]:
+        """Return all .csv and .csv.gz objects under a prefix, in the order of their keys."""
+        with aws_errors(f"s3://{self.name}/{prefix}", "s3:ListBucket on the bucket"):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+            found = [entry for page in pages for entry in page.get("Contents", [])]
+        objects = [S3Object(entry["Key"], entry["Size"], entry["ETag"]) for entry in found]
+        return [item for item in objects if item.key.lower().endswith((".csv", ".csv.gz"))]
+
+    def get(self, item: S3Object, byte_range: str | None = None) -> Any:
+        """Return the body of an object as it was listed. Raises RefreshError when it was replaced or deleted since."""
+        from botocore.exceptions import ClientError
+
+        place = f"s3://{self.name}/{item.key}"
+        with aws_errors(place, "s3:GetObject (and kms:Decrypt for a key of your own)"):
+            try:
+                wanted = {"Range": byte_range} if byte_range else {}
+                return self.client.get_object(Bucket=self.name, Key=item.key, IfMatch=item.etag, **wanted)["Body"]
+            except ClientError as error:
+                code = error.response["Error"].get("Code")
+                if code in ("PreconditionFailed", "412"):
+                    raise RefreshError(f"{place} was replaced since it was listed; run again") from None
+                if code in ("NoSuchKey", "404"):
+                    raise RefreshError(f"{place} was deleted since it was listed; run again") from None
+                raise
+
+
+# --- look -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the first 64 KiB of an object show: its columns, whether rows follow, what kinds of values are in each."""
+
+    item: S3Object
+    columns: list[str]
+    has_rows: bool
+    kinds: dict[str, set[str]]
+
+
+def look_at(item: S3Object, data: bytes, delimiter: str) -> Head:
+    """Read the head of an object. Raises Refused when it is not a CSV file that can be loaded."""
+    if data[:2] == b"\x1f\x8b":
+        with contextlib.suppress(zlib.error):  # a broken one shows when it is read
+            data, whole = zlib.decompressobj(31).decompress(data, HEAD_BYTES), False
+    else:
+        whole = len(data) >= item.size
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4 > 0:
+        raise Refused(f"{item.key}: UTF-16; save it as UTF-8")
+    text, _ = decode(data.removeprefix(b"\xef\xbb\xbf"))
+    if not whole and "\n" not in text:
+        raise Refused(f"{item.key}: no line ends within the first {HEAD_BYTES // 1024} KiB; is it a CSV file?")
+    block, _ = parse(text if whole else text[: text.rindex("\n") + 1], 1, delimiter)
+    columns = header_of(item, block)
+    rows = [row for row in block.rows[1:] if isinstance(row, list) and len(row) == len(columns)]
+    kinds = {name: {kind_of(cell) for cell in cells} - {""} for name, cells in zip(columns, zip(*rows))}
+    return Head(item, columns, not whole or any(block.rows[1:]), kinds)
+
+
+def header_of(item: S3Object, block: Block) -> list[str]:
+    """Return the column names of an object. Raises Refused when they could not be field names."""
+    if not block.rows or isinstance(block.rows[0], Defect):
+        raise Refused(f"{item.key}: the first line is not a CSV header")
+    columns = [name.strip() for name in block.rows[0]]
+    doubled = sorted({name for name in columns if columns.count(name) > 1 and name})
+    if doubled:
+        raise Refused(f"{item.key}: doubled column names: {', '.join(doubled)}")
+    if wrong := [name for name in columns if not all(name.split(".")) or name in METADATA_FIELDS]:
+        raise Refused(f"{item.key}: the header has names that cannot be fields: {', '.join(map(repr, wrong))}")
+    return columns
+
+
+def kind_of(cell: str) -> str:
+    """Say what a value could be: long, double, boolean or text; nothing when it is no evidence."""
+    if cell.strip() in EMPTY:
+        return ""
+    if re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", cell):
+        return "long"
+    if re.fullmatch(r"-?(0|[1-9][0-9]*)\.[0-9]+", cell) and len(cell) <= 19:  # 18 digits and the point
+        return "double"
+    return "boolean" if cell.lower() in ("true", "false") else "text"
+
+
+def new_field(kinds: set[str]) -> dict[str, Any]:
+    """Return the definition of a new column; text unless every value seen is a canonical number or true/false."""
+    if kinds and kinds <= {"long", "double"}:
+        return {"type": "double" if "double" in kinds else "long"}
+    if kinds == {"boolean"}:
+        return {"type": "boolean"}
+    return {"type": "text", "fields": {"keyword": {"type": "keyword", "ignore_above": 256}}}
+
+
+def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
+    """Return what the mapping says of new fields where `name` would be: the nearest object's `dynamic` counts."""
+    dynamic = str(mapping.get("dynamic", "true")).lower()
+    for part in name.split(".")[:-1]:
+        mapping = mapping.get("properties", {}).get(part, {})
+        dynamic = str(mapping.get("dynamic", dynamic)).lower()
+    return dynamic
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+class S3Body(io.RawIOBase):
+    """The bytes of one object; a read that breaks off is resumed where it stopped, for `patience_s` without progress."""
+
+    def __init__(self, bucket: Bucket, item: S3Object, patience_s: float) -> None:
+        self.bucket, self.item, self.patience_s = bucket, item, patience_s
+        self.position = 0
+        self._body: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        began, attempt = time.monotonic(), 0
+        while self.position < self.item.size:
+            try:
+                self._body = self._body or self.bucket.get(self.item, f"bytes={self.position}-")
+                if data := self._body.read(len(buffer)):
+                    buffer[: len(data)] = data
+                    self.position += len(data)
+                    return len(data)
+                raise OSError("it ended early")
+            except RefreshError:
+                raise
+            except Exception as error:  # urllib3, botocore, http.client and ssl each have their own for a broken read
+                self._body = None
+                delay = backoff_s(attempt)
+                place = f"s3://{self.bucket.name}/{self.item.key}, byte {self.position:,}"
+                if time.monotonic() - began + delay > self.patience_s:
+                    raise RefreshError(f"{place}: cannot be read on: {error}") from None
+                log.warning("%s: %s; reading on from there in %.1f s", place, error, delay)
+                attempt += 1
+                time.sleep(delay)
+        return 0
+
+
+def plain(body: io.RawIOBase) -> BinaryIO:
+    """Return the content, unpacked when it is gzip; its first bytes tell, names and headers are often wrong."""
+    stream = io.BufferedReader(body, CHUNK_BYTES)
+    if stream.peek(2)[:2] == b"\x1f\x8b":
+        return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
+    return stream
+
+
+def decode(data: bytes) -> tuple[str, bool]:
+    """Return the text, and whether its cells have to be looked at one by one (bad UTF-8, NUL)."""
+    try:
+        return data.decode(), b"\0" in data
+    except UnicodeDecodeError:
+        return data.decode(errors="surrogateescape"), True
+
+
+def read_lines(stream: BinaryIO) -> Iterator[tuple[str, bool]]:
+    """Yield the text in pieces of whole lines. Raises RefreshError when a line does not end."""
+    rest = b""
+    while data := stream.read(CHUNK_BYTES):
+        data = rest + data
+        end = data.rfind(b"\n") + 1
+        rest = data[end:]
+        if len(rest) > MAX_LINE_BYTES:
+            raise RefreshError(f"a line does not end within {MAX_LINE_BYTES // MIB} MiB")
+        if end:
+            yield decode(data[:end])
+    if rest:
+        yield decode(rest)
+
+
+# --- parse ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A record that cannot become a document: why, and what stands there."""
+
+    reason: str
+    row: Any
+    column: str | None = None
+
+
+@dataclass
+class Block:
+    """Consecutive records: `rows[i]` begins on line `lines[i]`, and is a list of cells or, unless `clean`, a Defect."""
+
+    rows: list[Any]
+    lines: Sequence[int]
+    clean: bool = True
+
+
+def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
+    """Parse the records of a text that begins on `first_line`; return them, and the text of a last one left open."""
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
+    if '"' not in text:  # then a line is a record
+        with contextlib.suppress(csv.Error):
+            rows = list(reader)
+            return Block(rows, range(first_line, first_line + len(rows))), ""
+        reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
+    physical = text.split("\n")
+    lines: list[int] = []
+    block = Block([], lines)
+    while True:
+        start = reader.line_num
+        try:
+            row: Any = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            raw = "\n".join(physical[start : reader.line_num])
+            if "end of data" in str(error) or ("field limit" in str(error) and raw.count('"') % 2):
+                return block, "\n".join(physical[start:])
+            row, block.clean = Defect(f"not CSV: {error}", raw), False
+        block.rows.append(row)
+        lines.append(first_line + start)
+    return block, ""
+
+
+def mark_unreadable(block: Block) -> None:
+    """Turn rows with a NUL or with bytes that are not UTF-8 into defects."""
+    for place, row in enumerate(block.rows):
+        text = "" if isinstance(row, Defect) else "".join(row)
+        if found := re.search("[\0\udc80-\udcff]", text):
+            reason = "a NUL character" if found[0] == "\0" else "bytes that are not UTF-8"
+            block.rows[place], block.clean = Defect(reason, row), False
+
+
+def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]:
+    """Yield the records of one object in blocks, the header first.
+
+    Raises RefreshError when the object is broken gzip, when a line does not end, or when a quote is left open: how many
+    rows that one swallowed, nobody knows.
+    """
+    rest, line, suspect = "", 1, False
+    pieces = read_lines(stream)
+    while True:
+        try:
+            text, bad = next(pieces, ("", False))
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise RefreshError(f"{place}: broken gzip: {error}; write the object again") from None
+        text = rest + (text.removeprefix("\ufeff") if line == 1 and not rest else text)
+        ended, suspect = len(text) == len(rest), suspect or bad
+        if not text:
+            return
+        block, rest = parse(text, line, delimiter)
+        if rest and (ended or len(rest) > MAX_CELL_CHARS):
+            opened = line + text.count("\n") - rest.count("\n")
+            where = "at the end of the file" if ended else f"after {MAX_CELL_CHARS // MIB} MiB"
+            raise RefreshError(f"{place}, line {opened}: a quote of the record that begins here is open {where}")
+        if suspect:
+            mark_unreadable(block)
+            suspect = bool(rest)
+        line += text.count("\n") - rest.count("\n")
+        if block.rows:
+            yield block
+
+
+# --- type -------------------------------------------------------------------------------------------------------------
+
+EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"])  # for every type but text and keyword
+NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]+))?")
+BOOLEANS = dict.fromkeys(["true", "yes", "t", "1"], "true") | dict.fromkeys(["false", "no", "f", "0"], "false")
+INTEGER_BITS = {"long": 64, "integer": 32, "short": 16, "byte": 8}
+FLOATS = ("double", "float", "half_float", "scaled_float", "rank_feature")
+TEXTS = ("text", "keyword", "match_only_text", "wildcard", "constant_keyword", "search_as_you_type")
+JSON_TYPES = (
+    "object", "nested", "flat_object", "integer_range", "long_range", "float_range", "double_range", "date_range",
+    "ip_range", "knn_vector", "sparse_vector", "rank_features", "percolator",
+)  # fmt: skip
+
+Render = Callable[[str], str]  # from a cell's text to JSON; "" leaves the field out; ValueError makes a reject
+
+
+def render_text(cell: str) -> str:
+    return encode_basestring(cell) if cell else ""
+
+
+def render_other(cell: str) -> str:
+    """Dates, addresses, points and the like go as they stand: the server knows their formats."""
+    return "" if cell.strip() in EMPTY else encode_basestring(cell)
+
+
+def number_parts(cell: str) -> tuple[str, str, str, str]:
+    match = NUMBER.fullmatch(cell)
+    if not match or not (match[2] or match[3]):
+        raise ValueError("not a number")
+    return match[1].replace("+", ""), match[2].lstrip("0") or "0", match[3] or "", match[4] or ""
+
+
+def render_float(cell: str) -> str:
+    """Return a number as JSON spells it, digit for digit; whether it fits is for the server to say."""
+    if (cell := cell.strip()) in EMPTY:
+        return ""
+    sign, whole, fraction, exponent = number_parts(cell)
+    return f"{sign}{whole}{fraction and '.' + fraction}{exponent and 'e' + exponent}"
+
+
+def render_integer(cell: str, *, low: int, high: int) -> str:
+    """Return an integer with every digit. Raises ValueError for a fraction or overflow, which the server would cut."""
+    if (cell := cell.strip()) in EMPTY:
+        return ""
+    sign, whole, fraction, exponent = number_parts(cell)
+    if len(whole) > 20 or len(exponent) > 4:
+        raise ValueError("out of range")
+    value = Decimal(f"{sign}{whole}.{fraction}e{exponent or 0}") if fraction or exponent else Decimal(sign + whole)
+    if value and value.adjusted() > 20:
+        raise ValueError("out of range")
+    if value != value.to_integral_value():
+        raise ValueError("a fraction in an integer field")
+    if not low <= value <= high:
+        raise ValueError("out of range")
+    return str(int(value))
+
+
+def render_boolean(cell: str) -> str:
+    if (cell := cell.strip()) in EMPTY:
+        return ""
+    if cell.lower() not in BOOLEANS:
+        raise ValueError("neither true nor false")
+    return BOOLEANS[cell.lower()]
+
+
+def render_json(cell: str) -> str:
+    """Return the JSON of a cell on one line, digit for digit."""
+    if cell.strip() in EMPTY:
+        return ""
+    try:
+        json.loads(cell, parse_constant=lambda name: json.loads(""), parse_float=str, parse_int=str)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    return cell.translate({10: " ", 13: " "})  # outside strings, where JSON allows them
+
+
+def renderer(kind: str) -> Render:
+    """Return how cells of a field type become JSON."""
+    if bits := INTEGER_BITS.get(kind):
+        return partial(render_integer, low=-(2 ** (bits - 1)), high=2 ** (bits - 1) - 1)
+    if kind == "unsigned_long":
+        return partial(render_integer, low=0, high=2**64 - 1)
+    if kind == "boolean":
+        return render_boolean
+    if kind in FLOATS:
+        return render_float
+    if kind in JSON_TYPES:
+        return render_json
+    return render_text if kind in TEXTS else render_other
+
+
+class Column(dict[str, str]):
+    """From a cell's text to its finished `,"name":value` token; remembers the latest few thousand."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__()
+        self.name, self.render = name, renderer(kind)
+        self.prefix = f",{encode_basestring(name)}:"
+
+    def __missing__(self, cell: str) -> str:
+        value = self.render(cell)
+        token = self.prefix + value if value else ""
+        if len(cell) <= CACHED_CELL_CHARS:
+            if len(self) >= CACHED_CELLS:
+                self.clear()
+            self[cell] = token
+        return token
+
+
+def document(row: list[str], columns: Sequence[Column]) -> str | Defect:
+    """Return the JSON of one row, or what is wrong with it."""
+    if len(row) != len(columns):
+        return Defect(f"{len(row)} cells under {len(columns)} column names", row)
+    tokens = []
+    for column, cell in zip(columns, row):
+        try:
+            tokens.append(column[cell])
+        except ValueError as error:
+            named = dict(zip((column.name for column in columns), row))
+            return Defect(f"{error}: {cell[:100]!r}", named, column.name)
+    return "".join(tokens)[1:]
+
+
+def documents(block: Block, columns: Sequence[Column]) -> tuple[list[Any], bool]:
+    """Return the JSON of each row less its braces, a Defect, or None for a blank line; and whether all are JSON.
+
+    A block without any fault is done column by column, in C; one with a fault row by row.
+    """
+    if block.clean and set(map(len, block.rows)) == {len(columns)}:
+        with contextlib.suppress(ValueError):
+            tokens = (map(column.__getitem__, cells) for column, cells in zip(columns, zip(*block.rows)))
+            return [text[1:] for text in map("".join, zip(*tokens))], True
+    texts = [row if isinstance(row, Defect) else document(row, columns) if row else None for row in block.rows]
+    return texts, False
+
+
+# --- batch ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Documents of one request as finished text, and where each came from."""
+
+    docs: list[str] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # places in `docs` where another object begins ...
+    keys: list[str] = field(default_factory=list)  # ... and its key
+    chars: int = 0
+
+    def add(self, key: str, lines: Sequence[int], docs: Sequence[str]) -> None:
+        if not self.keys or self.keys[-1] != key:
+            self.starts.append(len(self.docs))
+            self.keys.append(key)
+        self.lines.extend(lines)
+        self.docs.extend(docs)
+        self.chars += sum(map(len, docs))
+
+    def place(self, at: int) -> tuple[str, int]:
+        return self.keys[bisect.bisect_right(self.starts, at) - 1], self.lines[at]
+
+    def only(self, wanted: Iterable[int]) -> Batch:
+        part = Batch()
+        for at in wanted:
+            key, line = self.place(at)
+            part.add(key, [line], [self.docs[at]])
+        return part
+
+    def halves(self) -> tuple[Batch, Batch]:
+        middle = len(self.docs) // 2
+        return self.only(range(middle)), self.only(range(middle, len(self.docs)))
+
+
+def batches(parts: Iterable[tuple[str, Sequence[int], Sequence[str]]], size: int) -> Iterator[Batch]:
+    """Cut what comes in into batches of `size` documents or 8 MiB, across the borders of objects."""
+    batch = Batch()
+    for key, lines, docs in parts:
+        start = 0
+        while start < len(docs):
+            end = start + size - len(batch.docs)
+            batch.add(key, lines[start:end], docs[start:end])
+            start = end
+            if len(batch.docs) >= size or batch.chars >= MAX_BATCH_BYTES:
+                yield batch
+                batch = Batch()
+    if batch.docs:
+        yield batch
+
+
+# --- send -------------------------------------------------------------------------------------------------------------
+
+
+class Slots:
+    """How many requests may be under way; halved when the cluster answers 429, at most once a second."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used, self.halved = limit, 0, 0.0
+        self.changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.used < self.limit)
+            self.used += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self.used -= 1
+            self.changed.notify_all()
+
+    def halve(self) -> None:
+        with self.changed:
+            if self.limit > 1 and time.monotonic() - self.halved > 1:
+                self.limit, self.halved = self.limit // 2, time.monotonic()
+                log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit)
+
+
+class Senders:
+    """Threads that store batches from a short queue; the first error of one is raised in the main thread.
+
+    They are daemons: after a failure nobody waits for a request that hangs.
+    """
+
+    def __init__(self, store: Callable[[Batch], None], count: int) -> None:
+        self.store, self.stopped = store, False
+        self.error: BaseException | None = None
+        self.queue: queue.Queue[Batch | None] = queue.Queue(maxsize=count)
+        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        for thread in self.threads:
+            thread.start()
+
+    def put(self, batch: Batch | None) -> None:
+        while True:
+            if self.error:
+                raise self.error
+            with contextlib.suppress(queue.Full):
+                return self.queue.put(batch, timeout=0.2)
+
+    def finish(self) -> None:
+        """Return when all batches are stored; raise what stopped a sender."""
+        for _ in self.threads:
+            self.put(None)
+        while any(thread.is_alive() for thread in self.threads):
+            self.threads[0].join(0.05)
+            self.threads.sort(key=threading.Thread.is_alive, reverse=True)
+        if self.error:
+            raise self.error
+
+    def _work(self) -> None:
+        while not (self.stopped or self.error):
+            with contextlib.suppress(queue.Empty):
+                if (batch := self.queue.get(timeout=0.2)) is None:
+                    return
+                try:
+                    self.store(batch)
+                except BaseException as error:
+                    self.error = self.error or error
+
+
+# --- settle -----------------------------------------------------------------------------------------------------------
+
+
+class Rejects:
+    """Counts rejected rows and writes each to a file of its own for this run, made for its owner alone."""
+
+    def __init__(self, folder: Path, index: str, accepted: int) -> None:
+        self.path = folder / f"rejects-{index}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.ndjson"
+        self.limit, self.count = max(accepted, REJECTS_TOLERATED), 0
+        self._lock = threading.Lock()
+        self._file: Any = None
+
+    def prepare(self) -> None:
+        """Make the folder and drop files older than 30 days. Raises RefreshError when it cannot be written to."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for old in self.path.parent.glob("rejects-*.ndjson"):
+                if time.time() - old.stat().st_mtime > KEEP_DAYS * 86400:
+                    old.unlink()
+            if not os.access(self.path.parent, os.W_OK | os.X_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            raise RefreshError(f"{self.path.parent}: {error.strerror}; set LOG_DIR to a folder of your own") from None
+
+    def add(self, key: str, line: int, defect: Defect) -> None:
+        entry = {"object": key, "line": line, "column": defect.column, "reason": defect.reason, "row": defect.row}
+        with self._lock:
+            self.count += 1
+            if self.count <= REJECTS_SHOWN:
+                column = f", column {defect.column}" if defect.column else ""
+                log.warning("rejected: %s line %s%s: %s", key, line, column, defect.reason)
+            try:
+                self._file = self._file or os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+                self._file.write(json.dumps(entry) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise RefreshError(f"rejects file {self.path}: {error.strerror}") from None
+            if self.count > self.limit:
+                raise RefreshError(f"more than {self.limit:,} rows are rejected, see {self.path}; mend the data or the mapping")
+
+
+@dataclass
+class Tally:
+    """What became of the rows: read = stored + rejected + skipped, or something was lost."""
+
+    read: int = 0
+    skipped: int = 0
+    stored: int = 0
+    replaced: int = 0  # rows of an id that another row has as well
+    unsure: int = 0  # perhaps replaced: the answer that would tell was lost
+
+
+class BulkUpdate(OpenSearchBaseManager):
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(dry_run=args.dry_run)
+        self.index: str = args.index
+        self.prefix, self.delimiter, self.id_column = args.prefix, args.delimiter, args.id_column
+        self.keep: bool = args.no_cleanup
+        self.without_replicas = wants_no_replicas(args)
+        self.batch_size, self.workers, self.max_rejects = args.batch_size, args.workers, args.max_rejects
+        self.bucket = Bucket(args.bucket)
+        self.rejects = Rejects(self.settings.log_dir, self.index, self.max_rejects)
+        self.tally, self._tally_lock = Tally(), threading.Lock()
+        self.slots, self.max_bytes = Slots(self.workers), MAX_BATCH_BYTES
+        self.columns: dict[str, Column] = {}
+        self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
+
+    def run(self) -> dict[str, Any]:
+        began = time.monotonic()
+        self._check_index()
+        objects = self._list()
+        added = self._look(objects)
+        if self.dry_run:
+            log.info("dry run: %s would be %s", self.index, "added to" if self.keep else "emptied and filled")
+            return {"index": self.index, "objects": len(objects), "dry_run": True}
+        if self.keep:
+            self._add_columns(added)
+            self._load(objects)
+            self._verify_objects(objects)
+        else:
+            self._replace(objects, added)
+        return self._report(objects, began)
+
+    def _check_index(self) -> None:
+        self._verify_index_exists(self.index)
+        self.lock(self.index, shared=self.keep)
+        if aliases := self._check_index_aliases(self.index):
+            if not (self.keep or self.dry_run):
+                self._refuse_live(self.index)
+            log.info("index %s is live: alias %s points at it", self.index, ", ".join(aliases))
+        self._settle_tasks(self.index, exclusive=not self.keep)
+        self.rejects.prepare()
+
+    def _list(self) -> list[S3Object]:
+        place = f"s3://{self.bucket.name}/{self.prefix}"
+        objects = self.bucket.list_csv(self.prefix)
+        if not objects:
+            raise Refused(f"{place}: no .csv or .csv.gz object; nothing was changed")
+        log.info("%s: %s objects, %s bytes, from %s to %s", place, len(objects),
+                 f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
+        return objects
+
+    def _look(self, objects: list[S3Object]) -> dict[str, dict[str, Any]]:
+        """Read the head of each object and refuse what cannot be loaded; return the fields to add to the mapping."""
+        mapping = self._get_mapping(self.index)
+        known = {name: definition.get("type", "object") for name, definition in field_definitions(mapping)}
+
+        def head_of(item: S3Object) -> Head:
+            data = self.bucket.get(item, f"bytes=0-{HEAD_BYTES - 1}").read() if item.size else b""
+            head = look_at(item, data, self.delimiter)
+            kinds = {name: kinds for name, kinds in head.kinds.items() if name not in known}
+            return Head(item, head.columns, head.has_rows, kinds)
+
+        with ThreadPoolExecutor(HEADS_AT_ONCE) as pool:
+            heads = list(pool.map(head_of, (item for item in objects if item.size)))
+        if not any(head.has_rows for head in heads):
+            raise Refused(f"s3://{self.bucket.name}/{self.prefix}: not one data row; nothing was changed")
+        kinds: dict[str, set[str]] = {}
+        for head in heads:
+            self._check_head(head, known)
+            for name in head.columns:
+                if name not in known:
+                    kinds.setdefault(name, set()).update(head.kinds.get(name, ()))
+        added = self._new_fields(mapping, kinds)
+        for name in [*known, *kinds]:
+            self.columns[name] = Column(name, known.get(name) or added.get(name, {"type": "text"})["type"])
+        return added
+
+    def _check_head(self, head: Head, known: Mapping[str, str]) -> None:
+        if known and not any(name in known for name in head.columns):
+            raise Refused(
+                f"{head.item.key}: the mapping of {self.index} knows none of the columns {', '.join(head.columns)[:200]}; "
+                f"is the delimiter {self.delimiter!r} (--delimiter)?"
+            )
+        if self.id_column and self.id_column not in head.columns:
+            raise Refused(f"{head.item.key}: has no column {self.id_column} (--id-column)")
+
+    def _new_fields(self, mapping: Mapping[str, Any], kinds: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
+        dynamic = {name: dynamic_of(mapping, name) for name in kinds}
+        if strict := [name for name in kinds if dynamic[name].startswith("strict")]:
+            raise Refused(f"columns that the strict mapping of {self.index} does not know: {', '.join(strict)}")
+        if ignored := [name for name in kinds if dynamic[name] == "false"]:
+            log.warning("not searchable, since the mapping does not know them (dynamic: false): %s", ", ".join(ignored))
+        added = {name: new_field(kinds[name]) for name in kinds if dynamic[name] != "false"}
+        if added:
+            log.info("new fields: %s", ", ".join(f"{name} ({value['type']})" for name, value in added.items()))
+        return added
+
+    def _add_columns(self, added: Mapping[str, Any]) -> None:
+        """Define new fields before the first document, which would make the server guess (dates!)."""
+        if added:
+            properties: dict[str, Any] = {}
+            for name, definition in added.items():
+                *parents, leaf = name.split(".")
+                inner = properties
+                for parent in parents:
+                    inner = inner.setdefault(parent, {}).setdefault("properties", {})
+                inner[leaf] = definition
+            self.request("PUT", f"/{self.index}/_mapping", {"properties": properties})
+
+    def _replace(self, objects: list[S3Object], added: Mapping[str, Any]) -> None:
+        """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
+        self._put_right(self.index)
+        with self.unfinished(self.index, without_replicas=self.without_replicas) as note:
+            self._add_columns(added)
+            empty_index(self, self.index)
+            self._load(objects)
+            self._put_back_settings(self.index, note)
+            self._verify_objects(objects)
+            self._verify_count()
+
+    # --- the pipeline: read, parse, type, batch, send, settle ---
+
+    def _load(self, objects: list[S3Object]) -> None:
+        senders = Senders(self._store, self.workers)
+        try:
+            for batch in batches(self._documents(objects), self.batch_size):
+                senders.put(batch)
+            senders.finish()
+        finally:
+            senders.stopped = True
+
+    def _documents(self, objects: list[S3Object]) -> Iterator[tuple[str, Sequence[int], Sequence[str]]]:
+        """Yield key, lines and finished bulk text of the rows of all objects; defects go to the rejects."""
+        progress = Progress(f"loading {self.index}", sum(item.size for item in objects), "bytes")
+        before = 0
+        for item in objects:
+            body = S3Body(self.bucket, item, self.settings.retry_seconds)
+            record, columns = 0, None
+            for block in read_blocks(plain(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter):
+                if columns is None:
+                    columns = [self.columns[name] for name in header_of(item, block)]
+                    block.rows, block.lines = block.rows[1:], block.lines[1:]
+                yield item.key, *self._actions(item, block, columns, record)
+                record += len(block.rows)
+                progress.update(before + body.position, f"{self.tally.read:,} rows")
+            before += item.size
+        progress.close()
+
+    def _actions(
+        self, item: S3Object, block: Block, columns: list[Column], record: int
+    ) -> tuple[Sequence[int], list[str]]:
+        """Return lines and bulk text of the good rows of a block whose first record has the number `record` + 1."""
+        texts, faultless = documents(block, columns)
+        lines: Sequence[int] = block.lines
+        heads: Iterable[Any] = self._own_ids(item, record + 1)
+        if self.id_column:
+            heads = self._column_ids(block, texts, [column.name for column in columns].index(self.id_column))
+        self.tally.read += len(texts)
+        if faultless and not self.id_column:
+            return lines, [f"{head}{{{text}}}\n" for head, text in zip(heads, texts)]
+        good = [(line, f"{head}{{{text}}}\n") for line, head, text in zip(lines, heads, texts)
+                if self._is_good(item, line, head, text)]  # fmt: skip
+        return [line for line, _ in good], [doc for _, doc in good]
+
+    def _own_ids(self, item: S3Object, record: int) -> Iterator[str]:
+        """Yield action lines whose ids depend on place alone, so that sending again or loading again changes nothing."""
+        digest = hashlib.sha256(f"{self.bucket.name}/{item.key}".encode()).hexdigest()[:16]
+        return map((f'{{"create":{{"_id":"{digest}-' + '%09d"}}\n').__mod__, itertools.count(record))
+
+    def _column_ids(self, block: Block, texts: Sequence[Any], at: int) -> Iterator[str | Defect]:
+        """Yield action lines with the id from a column; the version makes a later row win, in whatever order they arrive."""
+        for version, (row, text) in enumerate(zip(block.rows, texts), self.first_version + self.tally.read):
+            if not isinstance(text, str):
+                yield ""  # a reject or a blank line anyway
+            elif not row[at] or len(row[at].encode()) > MAX_ID_BYTES:
+                yield Defect(f"no id, or one of more than {MAX_ID_BYTES} bytes", row, self.id_column)
+            else:
+                action = f'"_id":{encode_basestring(row[at])},"version":{version},"version_type":"external"'
+                yield f'{{"index":{{{action}}}}}\n'
+
+    def _is_good(self, item: S3Object, line: int, head: str | Defect, text: str | Defect | None) -> bool:
+        for part in (text, head):
+            if isinstance(part, Defect):
+                self.rejects.add(item.key, line, part)
+                return False
+        self.tally.skipped += text is None
+        return text is not None
+
+    def _store(self, batch: Batch, resent: bool = False) -> None:
+        """Store a batch: each document is stored once or rejected when this returns.
+
+        Documents refused with 429 or 5xx are sent again, alone, for RETRY_SECONDS without progress at most; a batch too
+        large for the cluster (413) is halved. Raises RequestFailed when the cluster refuses as a whole.
+        """
+        began, attempt = time.monotonic(), 0
+        while batch.docs:
+            body = "".join(batch.docs).encode()
+            if len(body) > self.max_bytes and len(batch.docs) > 1:
+                return self._store_halves(batch, resent)
+            with self.slots:
+                answer = self.request("POST", f"/{self.index}/_bulk", body, params=BULK_PARAMS, accept=[413])
+            resent = resent or answer.resent
+            if answer.status == 413:
+                return self._too_large(batch, len(body), resent)
+            left = self._settle(batch, answer, resent)
+            if answer.throttled or left.docs:
+                self.slots.halve()
+            if len(left.docs) < len(batch.docs):
+                began, attempt = time.monotonic(), 0
+            elif time.monotonic() - began > self.settings.retry_seconds:
+                raise RefreshError(f"{self.index}: {len(left.docs):,} documents were refused (429) for too long; run again")
+            if left.docs:
+                time.sleep(backoff_s(attempt))
+            batch, resent, attempt = left, True, attempt + 1
+
+    def _store_halves(self, batch: Batch, resent: bool) -> None:
+        for half in batch.halves():
+            self._store(half, resent)
+
+    def _too_large(self, batch: Batch, size: int, resent: bool) -> None:
+        self.max_bytes = min(self.max_bytes, max(size // 2, 1))
+        log.warning("the cluster refuses requests of %s bytes (413): at most %s from here on", size, self.max_bytes)
+        if len(batch.docs) > 1:
+            self._store_halves(batch, resent)
+        else:
+            self._reject(batch, 0, f"larger than the cluster accepts ({size:,} bytes)")
+
+    def _settle(self, batch: Batch, answer: Answer, resent: bool) -> Batch:
+        """Count what an answer says of each document; return those that have to be sent again."""
+        body, count = answer.body, len(batch.docs)
+        created, updated = body.count(b'"status":201'), body.count(b'"status":200')
+        if body.startswith(b'{"errors":false') and created + updated == count:  # not parsed: most answers are this
+            self._count(stored=count, replaced=updated)
+            return Batch()
+        items = [next(iter(item.values())) for item in answer.data.get("items", [])]
+        if len(items) != count:
+            log.warning("%s answers to %s documents; sending them again", len(items), count)
+            return batch
+        again = []
+        for at, item in enumerate(items):
+            if not self._settled(batch, at, item["status"], item.get("error", {}), resent):
+                again.append(at)
+        return batch.only(again)
+
+    def _settled(self, batch: Batch, at: int, status: int, error: Mapping[str, Any], resent: bool) -> bool:
+        kind, reason = str(error.get("type", "")), str(error.get("reason", ""))
+        if status in (200, 201):
+            self._count(stored=1, replaced=status == 200)
+        elif status == 409 and self.id_column:  # a later row with this id is there, or this one after a lost answer
+            self._count(stored=1, replaced=not resent, unsure=resent)
+        elif status == 409 and resent:
+            self._count(stored=1)  # by the first sending
+        elif "block" in kind or status in (401, 403, 404):  # would be the same for all the others
+            raise self._failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
+        elif status == 429 or status >= 500:
+            return False
+        else:
+            cause = error.get("caused_by", {}).get("reason", "")
+            self._reject(batch, at, f"{kind}: {reason}{cause and ': ' + cause}")
+        return True
+
+    def _reject(self, batch: Batch, at: int, reason: str) -> None:
+        key, line = batch.place(at)
+        named = re.search(r"field \[([^\]]+)\]", reason)
+        row = json.loads(batch.docs[at].split("\n", 1)[1])
+        self.rejects.add(key, line, Defect(reason, row, named[1] if named else None))
+
+    def _count(self, *, stored: int, replaced: int = 0, unsure: int = 0) -> None:
+        with self._tally_lock:
+            self.tally.stored += stored
+            self.tally.replaced += replaced
+            self.tally.unsure += unsure
+
+    # --- does it add up? ---
+
+    def _verify_objects(self, objects: list[S3Object]) -> None:
+        """Raise RefreshError when S3 no longer holds what was loaded."""
+        now = self.bucket.list_csv(self.prefix)
+        if changed := sorted({item.key for item in set(now) ^ set(objects)}):
+            raise RefreshError(
+                f"s3://{self.bucket.name}/{self.prefix} changed during the load ({', '.join(changed[:5])}): the producer "
+                "was still writing; run again when it has finished"
+            )
+
+    def _verify_count(self) -> None:
+        """Raise RefreshError unless the index, still the same one, holds what the answers said was stored."""
+        self._verify_same_index(self.index)
+        count, tally = self._get_index_count(self.index), self.tally
+        most = tally.stored - tally.replaced
+        if not most - tally.unsure <= count <= most:
+            raise RefreshError(
+                f"{self.index} holds {count:,} documents, but {most:,} were stored; somebody else writes to it; run again"
+            )
+        tally.replaced = tally.stored - count
+
+    def _report(self, objects: list[S3Object], began: float) -> dict[str, Any]:
+        """Return the sums. Raises RefreshError when they do not add up, TooManyRejects when rows are missing."""
+        tally, rejected = self.tally, self.rejects.count
+        result: dict[str, Any] = {
+            "index": self.index, "objects": len(objects), "read": tally.read, "stored": tally.stored,
+            "rejected": rejected, "skipped": tally.skipped, "replaced": tally.replaced,
+            "documents": self._get_index_count(self.index), "seconds": seconds_since(began),
+            "rows_per_second": per_second(tally.read, began),
+        }  # fmt: skip
+        sums = " ".join(f"{name}={value}" for name, value in result.items())
+        if tally.read != tally.stored + rejected + tally.skipped:
+            raise RefreshError(f"{tally.read - tally.stored - rejected - tally.skipped} rows are unaccounted for: {sums}")
+        if rejected:
+            result["rejects_file"] = str(self.rejects.path)
+        if rejected > self.max_rejects:
+            raise TooManyRejects(
+                f"finished, but {rejected:,} rows were rejected and {self.max_rejects:,} are accepted (--max-rejects), "
+                f"see {self.rejects.path}: {sums}", result
+            )  # fmt: skip
+        log.info("done: %s", sums)
+        return result
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def one_character(text: str) -> str:
+    text = "\t" if text == r"\t" else text
+    if len(text) != 1 or text in '"\r\n':
+        raise argparse.ArgumentTypeError(f"{text!r} is not one character (\\t for a tab)")
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bulkupdate.py", description="Replace the documents of an index by the rows of the CSV files under an S3 prefix."
+    )
+    parser.add_argument("--bucket", required=True, help="the S3 bucket")
+    parser.add_argument("--prefix", required=True, help="the prefix of the keys; .csv and .csv.gz are taken")
+    parser.add_argument("--index", required=True, type=index_name, help="the index to fill; no alias may point at it")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=BATCH_SIZE, help="documents per request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=positive_int, default=WORKERS, help="requests at the same time (default: %(default)s)"
+    )
+    parser.add_argument("--id-column", default="", help="the column that holds the id; a later row replaces an earlier one")
+    parser.add_argument(
+        "--delimiter", type=one_character, default=",", help="the character between cells (default: %(default)r)"
+    )
+    parser.add_argument(
+        "--max-rejects", type=whole_number, default=setting("MAX_REJECTS", "0"),
+        help="rejected rows that are accepted (default: %(default)s; env: MAX_REJECTS)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-cleanup", action="store_true", help="add to what the index holds, replacing documents of the same id"
+    )
+    add_replicas_arg(parser)
+    add_common_args(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    with BulkUpdate(args) as update:
+        return update.run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_cli(build_parser, run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,186 @@
+#!/usr/bin/env bash
+# Replace the data behind an alias: copy, switch readers to the copy, load, switch readers back.
+#
+# Usage: run_refresh.sh [--dry-run | --help]
+# Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
+#        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/)  BATCH_SIZE (1000)  STEP_DELAY_SECONDS (5)
+#        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
+# Exit:  0 readers are on the fresh data; otherwise the code of the step that failed (see README), 2 usage, 75 locked
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+umask 077
+
+readonly KEEP_DAYS=30
+step="preparing" child="" result="" began=$SECONDS log_file=/dev/null
+table=()
+
+say() { # say TEXT: on the terminal and in the log
+  printf '%s\n' "$1" >&2
+  printf '%s run_refresh: %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$1" >>"$log_file"
+}
+
+die() { # die TEXT CODE
+  say "run_refresh: $1"
+  exit "$2"
+}
+
+choose_python() {
+  local own=$PWD/.venv/bin/python
+  if [[ -z ${PYTHON:-} ]]; then
+    if [[ -x $own ]]; then PYTHON=$own; else PYTHON=python3; fi
+  fi
+  command -v "$PYTHON" >/dev/null || die "no $PYTHON: set PYTHON" 2
+}
+
+read_settings() { # the runner's own variables, from the environment or .env, by the code that reads them for the scripts
+  local values
+  values=$("$PYTHON" - <<'EOF'
+from dotenv import load_dotenv
+from opensearch_base_manager import ENV_FILE, own_folder, setting
+load_dotenv(ENV_FILE, interpolate=False)
+for name, default in {
+    "PRIMARY_INDEX": "my_index_primary", "SECONDARY_INDEX": "my_index_secondary", "INDEX_ALIAS": "my_index_alias",
+    "S3_BUCKET": "your-bucket", "S3_PREFIX": "your/prefix/", "BATCH_SIZE": "1000", "STEP_DELAY_SECONDS": "5",
+    "REFRESH_STRATEGY": "copy-back",
+}.items():
+    print(setting(name, default))
+print(own_folder("LOG_DIR", "logs"), own_folder("LOCK_DIR", ".locks"), sep="\n")
+EOF
+  ) || exit 2
+  { read -r PRIMARY && read -r SECONDARY && read -r ALIAS && read -r BUCKET && read -r PREFIX && read -r BATCH &&
+    read -r DELAY && read -r STRATEGY && read -r LOG_DIR && read -r LOCK_DIR; } <<<"$values"
+  [[ $DELAY =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "STEP_DELAY_SECONDS: $DELAY is not a number of seconds" 2
+  [[ $BATCH =~ ^[1-9][0-9]*$ ]] || die "BATCH_SIZE: $BATCH is not a whole number above 0" 2
+  [[ $STRATEGY == copy-back ]] || die "REFRESH_STRATEGY: $STRATEGY is not copy-back" 2
+  [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
+}
+
+open_log() {
+  mkdir -p "$LOG_DIR" "$LOCK_DIR" || die "LOG_DIR and LOCK_DIR have to be folders that can be written to" 1
+  find "$LOG_DIR" -name 'refresh-*.log' -mtime +"$KEEP_DAYS" -delete
+  log_file="$LOG_DIR/refresh-$ALIAS-$(date -u +%Y%m%dT%H%M%SZ)-$$.log"
+  result=$(mktemp "$LOG_DIR/.result-XXXXXX")
+  : >>"$log_file" || die "cannot write $log_file" 1
+}
+
+take_lock() { # the steps inherit it: while one of them lives, no other refresh begins
+  exec 9>"$LOCK_DIR/refresh-$ALIAS.lock"
+  flock -n 9 || die "another refresh of $ALIAS is running on this host" 75
+}
+
+run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run with its exit code
+  local began=$SECONDS rc=0 documents last
+  step=$1
+  shift
+  say "==> $step"
+  printf '$ %s\n' "$*" >>"$log_file"
+  "$PYTHON" "$@" >"$result" 2>>"$log_file" &
+  child=$!
+  wait "$child" || rc=$?
+  child=""
+  last=$(tail -n 1 "$log_file")
+  cat "$result" >>"$log_file"
+  documents=$(sed -n 's/.*"documents": \([0-9]*\).*/\1/p' "$result")
+  say "<== $step: exit $rc, $((SECONDS - began)) s${documents:+, $documents documents}"
+  if ((rc != 0)); then
+    say "${last#* }"
+    exit "$rc"
+  fi
+  [[ $step == check* ]] || table+=("$(printf '%-44s %8d %12s' "$step" "$((SECONDS - began))" "${documents:--}")")
+}
+
+on_signal() { # on_signal NAME CODE: pass it on at once, and wait until the step has put things back
+  trap '' HUP INT TERM
+  if [[ -n $child ]]; then
+    kill -s "$1" "$child" 2>/dev/null || true
+    [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # just started by `&`, it still ignores INT
+    wait "$child" || true
+  fi
+  say "stopped by SIG$1"
+  exit "$2"
+}
+
+on_exit() {
+  local rc=$?
+  rm -f "$result"
+  if ((rc == 0)); then
+    say "finished in $((SECONDS - began)) s"
+  else
+    say "FAILED at: $step (exit $rc) after $((SECONDS - began)) s; log: $log_file"
+  fi
+}
+
+pause() {
+  sleep "$DELAY" &
+  child=$!
+  wait "$child"
+  child=""
+}
+
+check() { # step 0, before readers are moved: whatever can be known beforehand
+  run_step "check where readers are" switch_alias.py --alias "$ALIAS" --show
+  live=$(<"$result")
+  case "$live" in
+    "$PRIMARY") ;;
+    "$SECONDARY")
+      say "readers are on $SECONDARY already: a former run ended after step 2, or somebody switched by hand; going on"
+      say "with step 3. To leave them on $SECONDARY, stop the schedule of this script."
+      ;;
+    *) die "alias $ALIAS is on $live, neither on $PRIMARY nor on $SECONDARY; nothing was changed" 4 ;;
+  esac
+  run_step "check the load" bulkupdate.py "${load[@]}" --dry-run
+  if [[ $live == "$PRIMARY" ]]; then run_step "check the copy" reindex.py "${copy[@]}" --dry-run; fi
+}
+
+refresh() {
+  if [[ $live == "$PRIMARY" ]]; then
+    run_step "1 copy $PRIMARY to $SECONDARY" reindex.py "${copy[@]}"
+    pause
+    # threshold 0: the copy was just proved equal
+    run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${copy[@]}" --threshold 0
+    pause
+  fi
+  run_step "3 load $PRIMARY from S3" bulkupdate.py "${load[@]}"
+  pause
+  run_step "4 switch readers to $PRIMARY" switch_alias.py --alias "$ALIAS" --source "$SECONDARY" --target "$PRIMARY"
+}
+
+closing_table() {
+  {
+    printf '%-44s %8s %12s\n' step seconds documents
+    printf '%s\n' "${table[@]}"
+    printf '%-44s %8d\n' total "$((SECONDS - began))"
+  } | tee -a "$log_file"
+}
+
+main() {
+  local dry_run="" live="" copy load
+  case "$*" in
+    "") ;;
+    --dry-run) dry_run=yes ;;
+    --help | -h)
+      sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"
+      exit 0
+      ;;
+    *) die "unknown argument: $* (see --help)" 2 ;;
+  esac
+  choose_python
+  read_settings
+  copy=(--source "$PRIMARY" --target "$SECONDARY")
+  load=(--bucket "$BUCKET" --prefix "$PREFIX" --index "$PRIMARY" --batch-size "$BATCH")
+  open_log
+  trap on_exit EXIT
+  trap 'on_signal HUP 129' HUP
+  trap 'on_signal INT 130' INT
+  trap 'on_signal TERM 143' TERM
+  take_lock
+  check
+  if [[ -n $dry_run ]]; then
+    say "dry run: all checks passed, nothing was changed"
+    exit 0
+  fi
+  refresh
+  closing_table
+}
+
+main "$@"

@@ -1,0 +1,248 @@
+"""Move an alias from one index to another in one atomic step, after checking that the target is fit for readers.
+
+Example:    python switch_alias.py --alias my_index_alias --source my_index_primary --target my_index_secondary
+Exit codes: 0 the target alone has the alias, read back; 1 failed; 2 usage; 4 refused, the alias is where it was;
+            75 locked; 129, 130, 143 signals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal, InvalidOperation
+from typing import Any
+
+from opensearch_base_manager import (
+    ConfigurationError, OpenSearchBaseManager, OutcomeUnknown, Progress, RefreshError, Refused, add_common_args,
+    backoff_s, index_name, log, number, run_cli, seconds_since, setting,
+)  # fmt: skip
+
+CARRIED_OVER = ("filter", "index_routing", "search_routing", "is_write_index", "is_hidden")  # `add` would drop them
+
+
+def percent(text: str) -> Decimal:
+    """Parse a percentage exactly: a float would make 0.1 % a little more or less than what was written."""
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not value.is_finite() or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage >= 0")
+    return value
+
+
+def needed_copies(target: Mapping[str, Any], live: Mapping[str, Any], data_nodes: int) -> int:
+    """Return how many started copies each shard of the target needs: no fewer than readers have now, where possible."""
+    readers_have = min(int(shard["active_shards"]) for shard in live["shards"].values())
+    return max(1, min(1 + int(target["number_of_replicas"]), data_nodes, readers_have))
+
+
+def short_shards(target: Mapping[str, Any], needed: int) -> int:
+    return sum(shard["active_shards"] < needed for shard in target["shards"].values())
+
+
+class SwitchAlias(OpenSearchBaseManager):
+    def __init__(self, alias: str, source: str, target: str, *, threshold: Decimal, wait_seconds: float,
+                 dry_run: bool) -> None:  # fmt: skip
+        super().__init__(dry_run=dry_run)
+        self.alias, self.source, self.target = alias, source, target
+        self.threshold, self.wait_seconds = threshold, wait_seconds
+
+    def run(self) -> dict[str, Any]:
+        began = time.monotonic()
+        for index in (self.source, self.target):
+            self._verify_index_exists(index)
+        owners = self._owners_to_leave()
+        if not owners:
+            log.info("done: alias %s is on %s alone already, nothing to do", self.alias, self.target)
+            return self._result(began, changed=False)
+        for index in sorted([self.source, self.target]):
+            self.lock(index)
+        self._settle_tasks(self.target)
+        self._refuse_unfinished()
+        self._compare_counts()
+        if self.dry_run:
+            log.info("dry run: alias %s would be moved: %s -> %s", self.alias, self.source, self.target)
+            return self._result(began, changed=False)
+        self._await_copies()
+        for index in (self.source, self.target):  # the wait may have been long
+            self._verify_same_index(index)
+        self._refuse_unfinished()
+        self._move(self._owners_to_leave())
+        log.info("done: alias %s: %s -> %s", self.alias, self.source, self.target)
+        log.info("undo: %s", self._command(self.target, self.source))
+        return self._result(began, changed=True)
+
+    def show(self) -> str:
+        """Return the one index that the alias points at. Raises Refused when there are several."""
+        owners = self._owners()
+        if len(owners) != 1:
+            raise Refused(f"alias {self.alias} points at {len(owners)} indices: {', '.join(sorted(owners))}")
+        return next(iter(owners))
+
+    # --- checks ---
+
+    def _owners(self) -> dict[str, dict[str, Any]]:
+        """Return the alias's definition by index, by the one path that a role limited to named indices may read."""
+        answer = self.request("GET", f"/{self.alias}/_alias/{self.alias}", accept=[404])
+        if answer.status == 404:
+            raise self._no_such_alias()
+        return {index: entry["aliases"][self.alias] for index, entry in answer.data.items()}
+
+    def _no_such_alias(self) -> RefreshError:
+        if self.request("GET", f"/{self.alias}", accept=[403, 404]).status == 200:
+            return Refused(f"{self.alias} is the name of an index, not an alias; delete that index or name another alias")
+        return RefreshError(
+            f'alias {self.alias} does not exist; create it: POST /_aliases {{"actions": [{{"add": '
+            f'{{"index": "{self.source or "INDEX"}", "alias": "{self.alias}"}}}}]}}'
+        )
+
+    def _owners_to_leave(self) -> dict[str, dict[str, Any]]:
+        """Return owners other than the target alone. Raises Refused when the alias stands on a third index."""
+        owners = self._owners()
+        if set(owners) == {self.target}:
+            return {}
+        if self.source not in owners or set(owners) - {self.source, self.target}:
+            state = ", ".join(sorted(owners))
+            mend = f"{self._command(state, self.target)}" if len(owners) == 1 else "take it off all but one of them"
+            raise Refused(f"alias {self.alias} is on {state}, not on {self.source}; nothing was changed. To mend it: {mend}")
+        return owners
+
+    def _refuse_unfinished(self) -> None:
+        if note := self.read_note(self.target):
+            raise Refused(
+                f"index {self.target} is unfinished: a load on {note.get('host')}, begun {note.get('started')}, has not "
+                "ended well; load it again first"
+            )
+
+    def _compare_counts(self) -> None:
+        """Raise Refused when the target is empty or differs by more than the threshold from the source."""
+        source, target = self._get_index_count(self.source), self._get_index_count(self.target)
+        change = Decimal(target - source) * 100 / source if source else Decimal(0)
+        counts = f"{self.source} holds {source:,} documents, {self.target} {target:,}"
+        log.info("%s (%+.2f %%, threshold %s %%)", counts, change, self.threshold)
+        if source and not target:
+            raise Refused(f"{counts}: an empty index is never switched to; load it first")
+        if abs(target - source) * 100 > self.threshold * source and source:
+            accept = abs(change).quantize(Decimal("0.01"), ROUND_CEILING).normalize()
+            raise Refused(
+                f"{counts}: {change:+.2f} % is more than the threshold of {self.threshold} %. A refresh refused for this "
+                f"is refused again the next night. If the data are right: {self._command(self.source, self.target)} "
+                f"--threshold {accept:f}"
+            )
+
+    def _await_copies(self) -> None:
+        """Wait until each shard of the target has the copies it needs. Raises Refused after WAIT_SECONDS."""
+        began = time.monotonic()
+        progress = None
+        while True:
+            health = self.request("GET", f"/_cluster/health/{self.source},{self.target}", params={"level": "shards"}).data
+            live, target = health["indices"][self.source], health["indices"][self.target]
+            needed = needed_copies(target, live, health["number_of_data_nodes"])
+            short = short_shards(target, needed)
+            if not short:
+                break
+            if time.monotonic() - began > self.wait_seconds:
+                raise Refused(
+                    f"index {self.target}: {short} of {len(target['shards'])} shards have fewer than {needed} started "
+                    f"copies after {self.wait_seconds:g} s; see GET _cluster/allocation/explain, and run again"
+                )
+            progress = progress or Progress(f"waiting for the copies of {self.target}", len(target["shards"]), "shards")
+            progress.update(len(target["shards"]) - short)
+            time.sleep(1)
+        if progress:
+            progress.close()
+
+    # --- the switch ---
+
+    def _move(self, owners: Mapping[str, Mapping[str, Any]]) -> None:
+        """Send the one atomic call, and read back. A lost answer is never repeated before the owners are read."""
+        began, attempt, acknowledged = time.monotonic(), 0, False
+        while self.target not in owners or len(owners) > 1:
+            try:
+                answer = self.request("POST", "/_aliases", self._actions(owners), repeatable=False)
+                acknowledged = answer.data["acknowledged"] is True
+                break
+            except OutcomeUnknown as lost:
+                delay = backoff_s(attempt)
+                if time.monotonic() - began + delay > self.settings.retry_seconds:
+                    raise RefreshError(f"{lost}; look where the alias is: {self._show_command()}") from None
+                log.warning("%s; reading where alias %s is", lost, self.alias)
+                time.sleep(delay)
+                attempt += 1
+                owners, acknowledged = self._owners(), True  # stays so if the lost call is seen to have been carried out
+                self._verify_owners(owners, {self.source, self.target})
+        if not acknowledged:
+            raise RefreshError(
+                f"alias {self.alias}: not every node acknowledged the switch, some may still answer readers from "
+                f"{self.source}; look with {self._show_command()} and run again"
+            )
+        self._verify_owners(self._owners(), {self.target})
+
+    def _verify_owners(self, owners: Mapping[str, Any], allowed: set[str]) -> None:
+        if not set(owners) <= allowed:
+            raise RefreshError(
+                f"alias {self.alias} is on {', '.join(sorted(owners))} now: somebody else moved it, or the switch did "
+                f"not take; look with {self._show_command()} and run again"
+            )
+
+    def _actions(self, owners: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        remove: dict[str, Any] = {"index": self.source, "alias": self.alias}
+        if self.version() >= (2, 12):  # before, removing what is not there is silently ignored
+            remove["must_exist"] = True
+        if self.target in owners:
+            return {"actions": [{"remove": remove}]}
+        carried = {name: value for name, value in owners[self.source].items() if name in CARRIED_OVER}
+        return {"actions": [{"remove": remove}, {"add": {"index": self.target, "alias": self.alias, **carried}}]}
+
+    def _command(self, source: str, target: str) -> str:
+        return f"python switch_alias.py --alias {self.alias} --source {source} --target {target}"
+
+    def _show_command(self) -> str:
+        return f"python switch_alias.py --alias {self.alias} --show"
+
+    def _result(self, began: float, *, changed: bool) -> dict[str, Any]:
+        return {
+            "alias": self.alias, "source": self.source, "target": self.target, "changed": changed,
+            "documents": self._get_index_count(self.target), "seconds": seconds_since(began),
+        }  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="switch_alias.py", description="Move an alias from one index to another.")
+    parser.add_argument("--alias", required=True, type=index_name, help="the alias that readers use")
+    parser.add_argument("--source", type=index_name, help="the index that the alias is to leave")
+    parser.add_argument("--target", type=index_name, help="the index that readers are to see")
+    parser.add_argument("--show", action="store_true", help="print the index that the alias points at, nothing else")
+    parser.add_argument(
+        "--threshold", type=percent, default=setting("DOCUMENT_COUNT_THRESHOLD", "10"),
+        help="accepted difference of the document counts, percent of the source (default: %(default)s; "
+        "env: DOCUMENT_COUNT_THRESHOLD)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wait-seconds", type=number, default=setting("WAIT_SECONDS", "900"),
+        help="seconds to wait for the shard copies of the target (default: %(default)s; env: WAIT_SECONDS)",
+    )  # fmt: skip
+    add_common_args(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | str:
+    if not args.show and not (args.source and args.target):
+        raise ConfigurationError("--source and --target are needed, or --show")
+    if not args.show and args.source == args.target:
+        raise ConfigurationError("source and target are the same index")
+    with SwitchAlias(
+        args.alias, args.source or "", args.target or "", threshold=args.threshold, wait_seconds=args.wait_seconds,
+        dry_run=args.dry_run,
+    ) as switch:  # fmt: skip
+        return switch.show() if args.show else switch.run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_cli(build_parser, run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
