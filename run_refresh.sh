@@ -86,7 +86,7 @@ run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run wit
     say "${last#* }"
     exit "$rc"
   fi
-  [[ $step == check* ]] || table+=("$(printf '%-44s %8d %12s' "$step" "$((SECONDS - began))" "${documents:--}")")
+  [[ $step == check* ]] || table+=("$(printf '%-50s %8d %12s' "$step" "$((SECONDS - began))" "${documents:--}")")
 }
 
 on_signal() { # on_signal NAME CODE: pass it on at once, and wait until the step has put things back
@@ -147,9 +147,9 @@ refresh() {
 
 closing_table() {
   {
-    printf '%-44s %8s %12s\n' step seconds documents
+    printf '%-50s %8s %12s\n' step seconds documents
     printf '%s\n' "${table[@]}"
-    printf '%-44s %8d\n' total "$((SECONDS - began))"
+    printf '%-50s %8d\n' total "$((SECONDS - began))"
   } | tee -a "$log_file"
 }
 

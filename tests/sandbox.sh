@@ -2,6 +2,7 @@
 # A real OpenSearch (TLS, users), S3 and Parameter Store on this machine, with nothing but Python 3.
 #
 # Usage: tests/sandbox.sh [COMMAND...]    runs COMMAND against them, or an interactive shell without one
+#        tests/sandbox.sh --set-up        only makes .venv
 # Env:   PYTHON (python3)                 the Python that .venv is made from
 #        OPENSEARCH_VERSION (2.19.4)      3.x runs without the security plugin
 # Exit:  that of COMMAND
@@ -25,4 +26,5 @@ make_venv() { # make_venv: .venv with both requirement files; the stamp is what 
 }
 
 make_venv
+if [[ ${1:-} == --set-up ]]; then exit 0; fi
 exec "$top/.venv/bin/python" "$top/tests/sandbox.py" "$@"

@@ -1,0 +1,182 @@
+"""Fixtures: one real server for the whole run, names and S3 prefixes of one's own for each test, a scripted proxy."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import opensearch_base_manager as base
+import sandbox
+from fault_proxy import FaultProxy
+
+TEST_PATTERNS = ["t-*"]  # the names that tests may use; the role is the one that the scripts need
+counter = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def box() -> Iterator[sandbox.Sandbox]:
+    with sandbox.running() as running:
+        if sandbox.SECURE:
+            security = "/_plugins/_security/api"
+            running.server.request("PUT", f"{security}/roles/tests", sandbox.refresh_role(TEST_PATTERNS))
+            running.server.request("PUT", f"{security}/rolesmapping/tests", {"users": [sandbox.USER]})
+        yield running
+
+
+@pytest.fixture
+def admin(box: sandbox.Sandbox) -> Callable[..., Any]:
+    """Send a request as admin, past the scripts: `admin("GET", "/_cat/indices")`."""
+    return box.server.request
+
+
+@pytest.fixture
+def environment(box: sandbox.Sandbox, tmp_path: Path) -> dict[str, str]:
+    """The variables of a script under test, for monkeypatch or a subprocess."""
+    return {
+        **box.environment, "LOG_DIR": str(tmp_path / "logs"), "LOCK_DIR": str(tmp_path / "locks"),
+        "RETRY_SECONDS": "20", "WAIT_SECONDS": "5", "STEP_DELAY_SECONDS": "0",
+        "OPENSEARCH_ENDPOINT": "", "OPENSEARCH_USERNAME": "", "OPENSEARCH_PASSWORD": "",
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let nothing of the caller's environment, no stray .env and no working directory decide what a test sees."""
+    own = re.compile(r"(AWS|OPENSEARCH)_|(https?|no|all)_proxy|(LOG|LOCK)_|LOAD_|MAX_REJECTS|VERIFY_SSL|CA_BUNDLE", re.I)
+    for name in [name for name in os.environ if own.match(name)]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(base, "ENV_FILE", tmp_path / ".env")
+    monkeypatch.chdir(tmp_path)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The JSON line of stdout."""
+        parsed: dict[str, Any] = json.loads(self.out)
+        return parsed
+
+    @property
+    def last(self) -> str:
+        """The last line of stderr: the error, when there is one."""
+        return self.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a script in process, as the operator would: `run(reindex, "--source", "a", "--target", "b")`."""
+
+    def run_script(script: Any, *argv: str) -> Outcome:
+        capsys.readouterr()
+        code = script.main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        assert sandbox.PASSWORD not in captured.out + captured.err
+        return Outcome(code, captured.out, captured.err)
+
+    return run_script
+
+
+@pytest.fixture
+def name(admin: Callable[..., Any]) -> Iterator[Callable[[str], str]]:
+    """Make a name that no other test uses; what is created under it is deleted afterwards."""
+    own = f"t-{next(counter):03d}"
+    yield lambda suffix="index": f"{own}-{suffix}"
+    for index in admin("GET", f"/{own}-*/_settings?expand_wildcards=all"):
+        admin("DELETE", f"/{index}")
+
+
+@pytest.fixture
+def make_index(admin: Callable[..., Any], name: Callable[[str], str]) -> Callable[..., str]:
+    """Create an index and return its name: `make_index("a", {"n": {"type": "long"}}, docs=[{"n": 1}], alias="x")`."""
+
+    def make(
+        suffix: str = "index", properties: dict[str, Any] | None = None, *, docs: list[dict[str, Any]] | int = 0,
+        alias: str = "", settings: dict[str, Any] | None = None, **mapping: Any,
+    ) -> str:  # fmt: skip
+        index = name(suffix)
+        body: dict[str, Any] = {"settings": settings or {}, "mappings": {"properties": properties or {}, **mapping}}
+        if alias:
+            body["aliases"] = {alias: {}}
+        admin("PUT", f"/{index}", body)
+        fill(admin, index, [{"n": n} for n in range(docs)] if isinstance(docs, int) else docs)
+        return index
+
+    return make
+
+
+def fill(admin: Callable[..., Any], index: str, docs: list[dict[str, Any]]) -> None:
+    """Add documents to an index, past the scripts."""
+    for doc in docs:
+        admin("POST", f"/{index}/_doc", doc)
+    admin("POST", f"/{index}/_refresh")
+
+
+def sources(admin: Callable[..., Any], index: str) -> list[dict[str, Any]]:
+    """Return `_source` of all documents (at most 10,000), in the order of their ids."""
+    answer = admin("POST", f"/{index}/_search", {"size": 10_000, "query": {"match_all": {}}})
+    hits = sorted(answer["hits"]["hits"], key=lambda hit: str(hit["_id"]))
+    return [hit["_source"] for hit in hits]
+
+
+def count(admin: Callable[..., Any], index: str) -> int:
+    admin("POST", f"/{index}/_refresh")
+    return int(admin("GET", f"/{index}/_count")["count"])
+
+
+def state_of(admin: Callable[..., Any], *indices: str) -> dict[str, Any]:
+    """Return what a refused or failed step must leave as it was: settings, mapping, aliases, ids and documents."""
+    state: dict[str, Any] = {}
+    for index in indices:
+        found = admin("GET", f"/{index}")[index]
+        admin("POST", f"/{index}/_refresh")
+        hits = admin("POST", f"/{index}/_search", {"size": 1000, "sort": ["_doc"], "version": True})["hits"]["hits"]
+        state[index] = {**found, "docs": sorted((hit["_id"], hit["_version"], json.dumps(hit["_source"])) for hit in hits)}
+    return state
+
+
+@pytest.fixture
+def put_csv(box: sandbox.Sandbox, name: Callable[[str], str]) -> Callable[..., str]:
+    """Store objects under a prefix of one's own and return the prefix: `put_csv({"a.csv": "n\\n1\\n"})`."""
+    s3 = sandbox.aws_client("s3", box.environment)
+
+    def put(objects: dict[str, str | bytes]) -> str:
+        prefix = f"{name('prefix')}/"
+        for key, content in objects.items():
+            body = content.encode() if isinstance(content, str) else content
+            s3.put_object(Bucket=sandbox.BUCKET, Key=prefix + key, Body=body)
+        return prefix
+
+    return put
+
+
+@pytest.fixture
+def s3(box: sandbox.Sandbox) -> Any:
+    return sandbox.aws_client("s3", box.environment)
+
+
+@pytest.fixture
+def proxy(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A scripted proxy in front of the server; the scripts talk to it instead."""
+    with FaultProxy(box.server.endpoint) as running:
+        monkeypatch.setenv("OPENSEARCH_ENDPOINT", running.endpoint)
+        monkeypatch.setenv("OPENSEARCH_USERNAME", sandbox.USER)
+        monkeypatch.setenv("OPENSEARCH_PASSWORD", sandbox.PASSWORD)
+        yield running

@@ -1,0 +1,187 @@
+"""A scripted HTTP proxy in front of a real server: everything passes, but for the faults that a test has asked for.
+
+    proxy.on("POST", r"/_bulk", lost_answer, times=1)      # the first bulk request is carried out, its answer is lost
+    proxy.on("POST", r"/_bulk", answer(429, retry_after=2), skip=3, times=2)
+    proxy.on("POST", r"/_bulk", edited(first_item_429))    # the real answer, changed on its way back
+
+A fault is a function of the exchange; it answers through `exchange.forward`, `exchange.reply` and `exchange.drop`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import requests
+
+HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
+
+
+@dataclass
+class Exchange:
+    """One request on its way; `nth` counts the requests that matched the rule, from 1."""
+
+    handler: BaseHTTPRequestHandler
+    target: str
+    session: requests.Session
+    body: bytes
+    nth: int = 0
+
+    def forward(self, body: bytes | None = None) -> requests.Response:
+        """Send the request on to the real server and return its answer."""
+        headers = {name: value for name, value in self.handler.headers.items() if name.lower() not in HOP_BY_HOP}
+        return self.session.request(
+            self.handler.command, self.target + self.handler.path, data=self.body if body is None else body,
+            headers=headers, verify=False, allow_redirects=False, timeout=300,
+        )  # fmt: skip
+
+    def reply(self, status: int, body: bytes | str = b"", headers: dict[str, str] | None = None) -> None:
+        body = body.encode() if isinstance(body, str) else body
+        self.handler.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.handler.send_header(name, value)
+        self.handler.send_header("Content-Length", str(len(body)))
+        self.handler.end_headers()
+        if self.handler.command != "HEAD":
+            self.handler.wfile.write(body)
+
+    def pass_on(self) -> None:
+        response = self.forward()
+        self.reply(response.status_code, response.content, {"Content-Type": response.headers.get("Content-Type", "")})
+
+    def drop(self) -> None:
+        """Close the connection without another byte."""
+        self.handler.close_connection = True
+        with contextlib.suppress(OSError):
+            self.handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+Fault = Callable[[Exchange], None]
+
+
+def answer(status: int, body: Any = "", **headers: str) -> Fault:
+    """Answer instead of the server; header names are written with underscores: `retry_after="2"`."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    named = {name.replace("_", "-"): str(value) for name, value in headers.items()}
+    return lambda exchange: exchange.reply(status, text, named)
+
+
+def lost_answer(exchange: Exchange) -> None:
+    """Let the server carry the request out, then close without an answer."""
+    exchange.forward()
+    exchange.drop()
+
+
+def refused(exchange: Exchange) -> None:
+    """Close before the server has seen the request."""
+    exchange.drop()
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Fault:
+    """Pass the real answer on after `change` has worked on its JSON."""
+
+    def fault(exchange: Exchange) -> None:
+        response = exchange.forward()
+        parsed = response.json()
+        changed = change(parsed)
+        exchange.reply(response.status_code, json.dumps(parsed if changed is None else changed))
+
+    return fault
+
+
+def delayed(seconds: float) -> Fault:
+    def fault(exchange: Exchange) -> None:
+        time.sleep(seconds)
+        exchange.pass_on()
+
+    return fault
+
+
+def after(action: Callable[[], Any]) -> Fault:
+    """Pass the request on, run `action` once the server has answered, then hand the answer back."""
+
+    def fault(exchange: Exchange) -> None:
+        response = exchange.forward()
+        action()
+        exchange.reply(response.status_code, response.content)
+
+    return fault
+
+
+@dataclass
+class Rule:
+    method: str
+    path: re.Pattern[str]
+    fault: Fault
+    skip: int
+    times: int | None
+    seen: int = field(default=0)
+
+    def takes(self, method: str, path: str) -> bool:
+        if method != self.method or not self.path.search(path):
+            return False
+        self.seen += 1
+        return self.seen > self.skip and (self.times is None or self.seen <= self.skip + self.times)
+
+
+class FaultProxy:
+    """Serves on a port of its own until the `with` ends; `requests` lists (method, path, body) of all it has seen."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.rules = target, list[Rule]()
+        self.requests: list[tuple[str, str, bytes]] = []
+        self._lock, self._session = threading.Lock(), requests.Session()
+        self._session.trust_env = False
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler_class())
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def on(self, method: str, path: str, fault: Fault, *, skip: int = 0, times: int | None = 1) -> Rule:
+        """Apply a fault to `times` requests (None: all) of this method whose path matches, after the first `skip`."""
+        rule = Rule(method, re.compile(path), fault, skip, times)
+        with self._lock:
+            self.rules.append(rule)
+        return rule
+
+    def seen(self, method: str, path: str) -> list[bytes]:
+        """Return the bodies of the requests of this method whose path matches."""
+        return [body for verb, url, body in self.requests if verb == method and re.search(path, url)]
+
+    def __enter__(self) -> FaultProxy:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler_class(proxy) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                exchange = Exchange(self, proxy.target, proxy._session, body)
+                with proxy._lock:
+                    proxy.requests.append((self.command, self.path, body))
+                    rule = next((rule for rule in proxy.rules if rule.takes(self.command, self.path)), None)
+                if rule:
+                    exchange.nth = rule.seen
+                    rule.fault(exchange)
+                else:
+                    exchange.pass_on()
+
+            do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
