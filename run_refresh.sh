@@ -79,7 +79,7 @@ run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run wit
   wait "$child" || rc=$?
   child=""
   last=$(tail -n 1 "$log_file")
-  cat "$result" >>"$log_file"
+  sed "s/^/> /" "$result" >>"$log_file"
   documents=$(sed -n 's/.*"documents": \([0-9]*\).*/\1/p' "$result")
   say "<== $step: exit $rc, $((SECONDS - began)) s${documents:+, $documents documents}"
   if ((rc != 0)); then

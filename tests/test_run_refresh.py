@@ -1,0 +1,339 @@
+"""run_refresh.sh as cron and operators run it: the real script, in a process of its own, against the real server."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import sandbox
+from conftest import count, fill, sources
+
+TOP = Path(__file__).resolve().parent.parent
+SCRIPTS = ["opensearch_base_manager.py", "reindex.py", "switch_alias.py", "bulkupdate.py", "index_cleanup.py"]
+
+
+@pytest.fixture
+def pair(make_index, name):
+    """Make primary, secondary and alias; return (primary, secondary, alias)."""
+
+    def make(properties=None, docs=0, **mapping):
+        primary = make_index("primary", properties, docs=docs, alias=name("alias"), **mapping)
+        return primary, make_index("secondary", properties, **mapping), name("alias")
+
+    return make
+
+
+@pytest.fixture
+def refresh(environment, name):
+    """Return a function that starts the runner on this test's own names; `.run()` waits for it."""
+
+    def start(prefix, *arguments, **variables):
+        own = {
+            "PRIMARY_INDEX": name("primary"), "SECONDARY_INDEX": name("secondary"), "INDEX_ALIAS": name("alias"),
+            "S3_BUCKET": sandbox.BUCKET, "S3_PREFIX": prefix, "PYTHON": sys.executable,
+        }  # fmt: skip
+        return subprocess.Popen(
+            [TOP / "run_refresh.sh", *arguments], env={**os.environ, **environment, **own, **variables},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+def finish(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    assert sandbox.PASSWORD not in out + err
+    return process.returncode, out, err
+
+
+def live(admin, alias):
+    return list(admin("GET", f"/_alias/{alias}"))
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def copy_task(admin, index):
+    tasks = admin("GET", "/_tasks?actions=*reindex&detailed=true")["nodes"].values()
+    return any(index in task["description"] for node in tasks for task in node["tasks"].values())
+
+
+class Reader(threading.Thread):
+    """Asks the alias for the count and a sum in one search, without a pause, until stopped."""
+
+    def __init__(self, box, alias):
+        super().__init__(daemon=True)
+        self.url = f"{box.server.endpoint}/{alias}/_search"
+        self.seen, self.errors, self.stopped = [], [], threading.Event()
+
+    def run(self):
+        body = {"size": 0, "track_total_hits": True, "aggs": {"sum": {"sum": {"field": "distance"}}}}
+        with requests.Session() as session:
+            while not self.stopped.is_set():
+                answer = session.post(
+                    self.url, json=body, auth=(sandbox.ADMIN, sandbox.ADMIN_PASSWORD), verify=False, timeout=30
+                )
+                if not answer.ok or answer.json()["_shards"]["failed"]:
+                    self.errors.append(answer.text[:300])
+                    continue
+                found = (answer.json()["hits"]["total"]["value"], answer.json()["aggregations"]["sum"]["value"])
+                if not self.seen or self.seen[-1] != found:
+                    self.seen.append(found)
+
+    def finish(self):
+        self.stopped.set()
+        self.join(60)
+        assert not self.errors
+        return self.seen
+
+
+def flights(*months):
+    return {f"{month:02d}.csv": sandbox.month_files()[month - 1].read_bytes() for month in months}
+
+
+def totals(objects):
+    rows = [row for body in objects.values() for row in csv.DictReader(io.StringIO(body.decode()))]
+    return len(rows), float(sum(int(row["distance"]) for row in rows))
+
+
+def test_no_reader_notices_a_whole_refresh(box, pair, refresh, put_csv, admin):
+    primary, secondary, alias = pair(sandbox.FLIGHTS_MAPPING["properties"])
+    sandbox.load_months(box.server, primary, [sandbox.month_files()[0]])
+    old, new = flights(1), flights(1, 2)
+    scroll = admin("POST", f"/{alias}/_search?scroll=5m", {"size": 5000})
+    held = len(scroll["hits"]["hits"])
+    reader = Reader(box, alias)
+    reader.start()
+    process = refresh(put_csv(new), DOCUMENT_COUNT_THRESHOLD="100")
+    code, out, err = finish(process)
+    time.sleep(0.5)
+    assert (code, reader.finish()) == (0, [totals(old), totals(new)]), err
+    while hits := scroll["hits"]["hits"]:
+        scroll = admin("POST", "/_search/scroll", {"scroll": "5m", "scroll_id": scroll["_scroll_id"]})
+        held += len(scroll["hits"]["hits"]) if hits else 0
+    assert held == totals(old)[0]
+    assert live(admin, alias) == [primary]
+    assert (count(admin, secondary), count(admin, primary)) == (totals(old)[0], totals(new)[0])
+    table = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in table] == ["step", "1", "2", "3", "4", "total"]
+    assert [row[-1] for row in table[1:5]] == [str(totals(old)[0])] * 2 + [str(totals(new)[0])] * 2
+
+
+def test_two_refreshes_in_a_row_carry_a_new_column_to_both_indices(pair, refresh, put_csv, admin):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    prefix = put_csv({"a.csv": "n,since\n1,2024-01-15\n2,\n3,n/a\n"})
+    for _ in range(2):
+        code, _, err = finish(refresh(prefix))
+        assert code == 0, err
+    fields = [admin("GET", f"/{index}/_mapping")[index]["mappings"] for index in (primary, secondary)]
+    assert fields[0] == fields[1]
+    assert fields[0]["properties"]["since"]["type"] == "text"
+    assert live(admin, alias) == [primary]
+    expected = [{"n": 1, "since": "2024-01-15"}, {"n": 2}, {"n": 3, "since": "n/a"}]
+    assert sources(admin, primary) == sources(admin, secondary) == expected
+
+
+def test_a_load_that_ends_with_3_stops_before_the_switch_and_the_next_run_goes_on_there(
+    pair, refresh, put_csv, admin, s3
+):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    prefix = put_csv({"a.csv": "n\n1\nx\n3\n"})
+    code, _, err = finish(refresh(prefix))
+    assert code == 3
+    assert "FAILED at: 3 load" in err.splitlines()[-1]
+    assert "rejects-" in err
+    assert live(admin, alias) == [secondary]
+    s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}a.csv", Body=b"n\n1\n2\n3\n")
+    code, out, err = finish(refresh(prefix))
+    assert code == 0, err
+    assert f"readers are on {secondary} already" in err
+    assert [line.split()[0] for line in out.splitlines()] == ["step", "3", "4", "total"]
+    assert live(admin, alias) == [primary]
+    assert sources(admin, primary) == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_too_large_a_change_is_refused_at_the_last_switch_with_readers_on_whole_data(pair, refresh, put_csv, admin):
+    _, secondary, alias = pair({"n": {"type": "long"}}, docs=10)
+    code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n2\n"})))
+    assert code == 4
+    assert "--threshold 80" in err
+    assert live(admin, alias) == [secondary]
+    assert count(admin, secondary) == 10
+
+
+@pytest.mark.parametrize(
+    ("objects", "properties", "word"),
+    [({}, None, "no .csv"), ({"a.csv": "n\n"}, None, "not one data row"), ({"a.csv": "x;y\n1;2\n"}, None, "delimiter"),
+     ({"a.csv": "n\n1\n"}, {"n": {"type": "keyword"}}, "defined differently")],
+)  # fmt: skip
+def test_what_can_be_known_beforehand_is_known_before_readers_are_moved(
+    make_index, name, refresh, put_csv, admin, objects, properties, word
+):
+    long = {"n": {"type": "long"}}
+    primary = make_index("primary", long, docs=3, alias=name("alias"))
+    secondary = make_index("secondary", properties or long, docs=1)
+    prefix = put_csv(objects) if objects else "nothing/here/"
+    code, _, err = finish(refresh(prefix))
+    assert code == 4
+    assert word in err
+    assert "==> 1" not in err
+    assert live(admin, name("alias")) == [primary]
+    assert (count(admin, primary), count(admin, secondary)) == (3, 1)
+
+
+def test_an_alias_on_a_third_index_is_refused(pair, refresh, put_csv, admin, make_index):
+    primary, _, alias = pair({"n": {"type": "long"}}, docs=3)
+    third = make_index("third")
+    moved = [{"remove": {"index": primary, "alias": alias}}, {"add": {"index": third, "alias": alias}}]
+    admin("POST", "/_aliases", {"actions": moved})
+    code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"})))
+    assert (code, live(admin, alias)) == (4, [third])
+    assert third in err
+
+
+def test_a_missing_index_or_alias_fails_with_1(refresh, put_csv, make_index, name):
+    make_index("primary", docs=1)
+    code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"})))
+    assert code == 1
+    assert f"alias {name('alias')} does not exist" in err
+
+
+def test_a_strangers_task_on_the_index_to_be_loaded_is_seen_in_step_0(pair, refresh, put_csv, admin, make_index):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    stranger = make_index("stranger", docs=5)
+    body = {"source": {"index": stranger, "size": 1}, "dest": {"index": secondary}}
+    task = admin("POST", "/_reindex?wait_for_completion=false&requests_per_second=0.5", body)["task"]
+    code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"})))
+    admin("POST", f"/_tasks/{task}/_cancel")
+    assert (code, live(admin, alias)) == (4, [primary])
+    assert task in err
+
+
+def test_the_second_of_two_runs_ends_with_75(pair, refresh, put_csv, admin):
+    primary, _, alias = pair({"n": {"type": "long"}}, docs=30)
+    prefix = put_csv({"a.csv": "n\n" + "1\n" * 30})
+    first = refresh(prefix, REQUESTS_PER_SECOND="10")
+    wait_until(lambda: copy_task(admin, primary))
+    code, _, err = finish(refresh(prefix))
+    assert code == 75
+    assert "another refresh" in err
+    assert finish(first)[0] == 0
+    assert live(admin, alias) == [primary]
+
+
+def test_the_lock_outlives_a_killed_runner_as_long_as_its_step_lives(pair, refresh, put_csv, admin):
+    primary, *_ = pair({"n": {"type": "long"}}, docs=60)
+    prefix = put_csv({"a.csv": "n\n" + "1\n" * 60})
+    first = refresh(prefix, REQUESTS_PER_SECOND="10")
+    wait_until(lambda: copy_task(admin, primary))
+    first.kill()
+    assert finish(refresh(prefix))[0] == 75
+    os.killpg(first.pid, signal.SIGKILL)
+    finish(first)
+    assert finish(refresh(prefix))[0] == 0  # cancels the orphan on the server
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("whom", ["runner", "group"])
+def test_a_signal_reaches_the_step_at_once(pair, refresh, put_csv, admin, number, expected, whom):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=60)
+    process = refresh(put_csv({"a.csv": "n\n1\n"}), REQUESTS_PER_SECOND="1")
+    wait_until(lambda: copy_task(admin, primary))
+    began = time.monotonic()
+    (os.kill if whom == "runner" else os.killpg)(process.pid, number)
+    code, _, err = finish(process)
+    assert code == expected
+    assert time.monotonic() - began < 10
+    assert number.name in err
+    assert not copy_task(admin, primary)
+    assert live(admin, alias) == [primary]
+    assert "refresh_interval" not in admin("GET", f"/{secondary}/_settings")[secondary]["settings"]["index"]
+    assert count(admin, primary) == 60
+
+
+def test_a_dry_run_changes_nothing(pair, refresh, put_csv, admin):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"}), "--dry-run"))
+    assert code == 0
+    assert "nothing was changed" in err
+    assert (live(admin, alias), count(admin, primary), count(admin, secondary)) == ([primary], 3, 0)
+
+
+def test_it_works_under_crons_bare_environment_from_another_directory(
+    pair, put_csv, admin, box, tmp_path, environment
+):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    home = tmp_path / "a folder with spaces"
+    home.mkdir()
+    for script in [*SCRIPTS, "run_refresh.sh"]:
+        shutil.copy(TOP / script, home)
+    (home / ".venv").symlink_to(Path(sys.prefix))
+    variables = {
+        **box.environment, "PRIMARY_INDEX": primary, "SECONDARY_INDEX": secondary, "INDEX_ALIAS": alias,
+        "S3_BUCKET": sandbox.BUCKET, "S3_PREFIX": put_csv({"a.csv": "n\n1\n2\n3\n"}), "STEP_DELAY_SECONDS": "0",
+        "OPENSEARCH_ENDPOINT": box.server.endpoint, "OPENSEARCH_USERNAME": sandbox.USER,
+    }  # fmt: skip
+    lines = [f"{name}={value}\n" for name, value in variables.items()]
+    quoted = sandbox.PASSWORD.replace("\\", "\\\\").replace("'", "\\'")
+    (home / ".env").write_text("".join(lines) + f"OPENSEARCH_PASSWORD='{quoted}'\n")
+    bare = ["env", "-i", "PATH=/usr/bin:/bin", str(home / "run_refresh.sh")]
+    done = subprocess.run(bare, cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert live(admin, alias) == [primary]
+    logs = list((home / "logs").glob("refresh-*.log"))
+    assert len(logs) == 1
+    assert logs[0].stat().st_mode & 0o777 == 0o600
+    assert sandbox.PASSWORD not in logs[0].read_text() + done.stderr + done.stdout
+    stamped = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ |\$ |> |step|total|\d ")
+    assert all(stamped.match(line) for line in logs[0].read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables"),
+    [(["--foo"], {}), (["--dry-run", "x"], {}), ([], {"STEP_DELAY_SECONDS": "soon"}), ([], {"BATCH_SIZE": "0"}),
+     ([], {"REFRESH_STRATEGY": "sideways"}), ([], {"PYTHON": "no-such-python"}), ([], {"SECONDARY_INDEX": "t-same",
+     "PRIMARY_INDEX": "t-same"}), ([], {"AWS_REGION": ""})],
+)  # fmt: skip
+def test_wrong_usage_ends_with_2_and_says_what(refresh, arguments, variables):
+    code, out, err = finish(refresh("x/", *arguments, **variables))
+    assert (code, out) == (2, "")
+    named = next(iter(variables), "argument")
+    assert any(word in err for word in (named, named.removesuffix("_INDEX"), "PYTHON"))
+
+
+def test_help_is_printed_without_any_configuration(tmp_path):
+    done = subprocess.run([TOP / "run_refresh.sh", "--help"], env={"PATH": os.environ["PATH"]}, capture_output=True,
+                          text=True, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0
+    assert "Usage: run_refresh.sh" in done.stdout
+
+
+def test_old_logs_are_deleted_after_30_days(pair, refresh, put_csv, tmp_path):
+    pair({"n": {"type": "long"}}, docs=1)
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for age in (29, 32):
+        path = logs / f"refresh-x-{age}.log"
+        path.touch()
+        os.utime(path, times=(time.time() - age * 86400,) * 2)
+    finish(refresh(put_csv({"a.csv": "n\n1\n"}), "--dry-run"))
+    left = {path.name for path in logs.glob("refresh-x-*.log")}
+    assert left == {"refresh-x-29.log"}
