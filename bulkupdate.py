@@ -87,21 +87,26 @@ class Bucket:
         objects = [S3Object(entry["Key"], entry["Size"], entry["ETag"]) for entry in found]
         return [item for item in objects if item.key.lower().endswith((".csv", ".csv.gz"))]
 
-    def get(self, item: S3Object, byte_range: str | None = None) -> Any:
-        """Return the body of an object as it was listed. Raises RefreshError when it was replaced or deleted since."""
+    def get(self, item: S3Object, first: int, last: int) -> Any:
+        """Return some bytes of an object as it was listed, as a stream.
+
+        Raises RefreshError when it was replaced or deleted since, or may not be read; what may pass (5xx, connection
+        errors) is raised as it is, once botocore has given up.
+        """
         from botocore.exceptions import ClientError
 
         place = f"s3://{self.name}/{item.key}"
-        with aws_errors(place, "s3:GetObject (and kms:Decrypt for a key of your own)"):
-            try:
-                wanted = {"Range": byte_range} if byte_range else {}
-                return self.client.get_object(Bucket=self.name, Key=item.key, IfMatch=item.etag, **wanted)["Body"]
-            except ClientError as error:
-                code = error.response["Error"].get("Code")
-                if code in ("PreconditionFailed", "412"):
-                    raise RefreshError(f"{place} was replaced since it was listed; run again") from None
-                if code in ("NoSuchKey", "404"):
-                    raise RefreshError(f"{place} was deleted since it was listed; run again") from None
+        span = f"bytes={first}-{last}"
+        try:
+            return self.client.get_object(Bucket=self.name, Key=item.key, IfMatch=item.etag, Range=span)["Body"]
+        except ClientError as error:
+            code, status = error.response["Error"].get("Code"), error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status >= 500 or code == "SlowDown":
+                raise
+            if status in (404, 412):
+                done = "deleted" if status == 404 else "replaced"
+                raise RefreshError(f"{place} was {done} since it was listed; run again") from None
+            with aws_errors(place, "s3:GetObject (and kms:Decrypt for a key of your own)"):
                 raise
 
 
@@ -183,11 +188,11 @@ def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
 
 
 class S3Body(io.RawIOBase):
-    """The bytes of one object; a read that breaks off is resumed where it stopped, for `patience_s` without progress."""
+    """The bytes of one object; a read that breaks off is resumed there, for `patience_s` without progress."""
 
-    def __init__(self, bucket: Bucket, item: S3Object, patience_s: float) -> None:
+    def __init__(self, bucket: Bucket, item: S3Object, patience_s: float, limit: int | None = None) -> None:
         self.bucket, self.item, self.patience_s = bucket, item, patience_s
-        self.position = 0
+        self.position, self.end = 0, min(item.size, limit or item.size)
         self._body: Any = None
 
     def readable(self) -> bool:
@@ -195,9 +200,9 @@ class S3Body(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         began, attempt = time.monotonic(), 0
-        while self.position < self.item.size:
+        while self.position < self.end:
             try:
-                self._body = self._body or self.bucket.get(self.item, f"bytes={self.position}-")
+                self._body = self._body or self.bucket.get(self.item, self.position, self.end - 1)
                 if data := self._body.read(len(buffer)):
                     buffer[: len(data)] = data
                     self.position += len(data)
@@ -218,7 +223,7 @@ class S3Body(io.RawIOBase):
 
 
 def plain(body: io.RawIOBase) -> BinaryIO:
-    """Return the content, unpacked when it is gzip; its first bytes tell, names and headers are often wrong."""
+    """Return the content, unpacked when it is gzip; its first bytes tell, names are often wrong."""
     stream = io.BufferedReader(body, CHUNK_BYTES)
     if stream.peek(2)[:2] == b"\x1f\x8b":
         return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
@@ -337,7 +342,8 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]
 
 # --- type -------------------------------------------------------------------------------------------------------------
 
-EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"])  # for every type but text and keyword
+# for every type but text and keyword
+EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"])
 NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]+))?")
 BOOLEANS = dict.fromkeys(["true", "yes", "t", "1"], "true") | dict.fromkeys(["false", "no", "f", "0"], "false")
 INTEGER_BITS = {"long": 64, "integer": 32, "short": 16, "byte": 8}
@@ -526,70 +532,50 @@ def batches(parts: Iterable[tuple[str, Sequence[int], Sequence[str]]], size: int
 # --- send -------------------------------------------------------------------------------------------------------------
 
 
-class Slots:
-    """How many requests may be under way; halved when the cluster answers 429, at most once a second."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used, self.halved = limit, 0, 0.0
-        self.changed = threading.Condition()
-
-    def __enter__(self) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.used < self.limit)
-            self.used += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.changed:
-            self.used -= 1
-            self.changed.notify_all()
-
-    def halve(self) -> None:
-        with self.changed:
-            if self.limit > 1 and time.monotonic() - self.halved > 1:
-                self.limit, self.halved = self.limit // 2, time.monotonic()
-                log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit)
-
-
 class Senders:
     """Threads that store batches from a short queue; the first error of one is raised in the main thread.
 
-    They are daemons: after a failure nobody waits for a request that hangs.
+    They are daemons: after a failure nobody waits for a request that hangs. A busy cluster (429) halves their number,
+    at most once a second.
     """
 
     def __init__(self, store: Callable[[Batch], None], count: int) -> None:
-        self.store, self.stopped = store, False
+        self.store, self.limit, self.halved, self.ended = store, count, 0.0, False
         self.error: BaseException | None = None
-        self.queue: queue.Queue[Batch | None] = queue.Queue(maxsize=count)
-        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        self.queue: queue.Queue[Batch] = queue.Queue(maxsize=count)
+        self.threads = [threading.Thread(target=self._work, args=(place,), daemon=True) for place in range(count)]
         for thread in self.threads:
             thread.start()
 
-    def put(self, batch: Batch | None) -> None:
-        while True:
-            if self.error:
-                raise self.error
+    def put(self, batch: Batch) -> None:
+        while not self.error:
             with contextlib.suppress(queue.Full):
                 return self.queue.put(batch, timeout=0.2)
+        raise self.error
 
     def finish(self) -> None:
         """Return when all batches are stored; raise what stopped a sender."""
-        for _ in self.threads:
-            self.put(None)
-        while any(thread.is_alive() for thread in self.threads):
-            self.threads[0].join(0.05)
-            self.threads.sort(key=threading.Thread.is_alive, reverse=True)
+        self.ended = True
+        for thread in self.threads:
+            while thread.is_alive() and not self.error:
+                thread.join(0.2)
         if self.error:
             raise self.error
 
-    def _work(self) -> None:
-        while not (self.stopped or self.error):
-            with contextlib.suppress(queue.Empty):
-                if (batch := self.queue.get(timeout=0.2)) is None:
+    def halve(self) -> None:
+        if self.limit > 1 and time.monotonic() - self.halved > 1:
+            self.limit, self.halved = self.limit // 2, time.monotonic()
+            log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit)
+
+    def _work(self, place: int) -> None:
+        while place < self.limit and not self.error:
+            try:
+                self.store(self.queue.get(timeout=0.05))
+            except queue.Empty:
+                if self.ended:
                     return
-                try:
-                    self.store(batch)
-                except BaseException as error:
-                    self.error = self.error or error
+            except BaseException as error:
+                self.error = self.error or error
 
 
 # --- settle -----------------------------------------------------------------------------------------------------------
@@ -624,13 +610,14 @@ class Rejects:
                 column = f", column {defect.column}" if defect.column else ""
                 log.warning("rejected: %s line %s%s: %s", key, line, column, defect.reason)
             try:
-                self._file = self._file or os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+                if not self._file:
+                    self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
                 self._file.write(json.dumps(entry) + "\n")
                 self._file.flush()
             except OSError as error:
                 raise RefreshError(f"rejects file {self.path}: {error.strerror}") from None
             if self.count > self.limit:
-                raise RefreshError(f"more than {self.limit:,} rows are rejected, see {self.path}; mend the data or the mapping")
+                raise RefreshError(f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}")
 
 
 @dataclass
@@ -655,7 +642,7 @@ class BulkUpdate(OpenSearchBaseManager):
         self.bucket = Bucket(args.bucket)
         self.rejects = Rejects(self.settings.log_dir, self.index, self.max_rejects)
         self.tally, self._tally_lock = Tally(), threading.Lock()
-        self.slots, self.max_bytes = Slots(self.workers), MAX_BATCH_BYTES
+        self.max_bytes = MAX_BATCH_BYTES
         self.columns: dict[str, Column] = {}
         self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
 
@@ -668,6 +655,7 @@ class BulkUpdate(OpenSearchBaseManager):
             log.info("dry run: %s would be %s", self.index, "added to" if self.keep else "emptied and filled")
             return {"index": self.index, "objects": len(objects), "dry_run": True}
         if self.keep:
+            self._note_unfinished()
             self._add_columns(added)
             self._load(objects)
             self._verify_objects(objects)
@@ -700,7 +688,7 @@ class BulkUpdate(OpenSearchBaseManager):
         known = {name: definition.get("type", "object") for name, definition in field_definitions(mapping)}
 
         def head_of(item: S3Object) -> Head:
-            data = self.bucket.get(item, f"bytes=0-{HEAD_BYTES - 1}").read() if item.size else b""
+            data = S3Body(self.bucket, item, self.settings.retry_seconds, HEAD_BYTES).readall()
             head = look_at(item, data, self.delimiter)
             kinds = {name: kinds for name, kinds in head.kinds.items() if name not in known}
             return Head(item, head.columns, head.has_rows, kinds)
@@ -723,8 +711,8 @@ class BulkUpdate(OpenSearchBaseManager):
     def _check_head(self, head: Head, known: Mapping[str, str]) -> None:
         if known and not any(name in known for name in head.columns):
             raise Refused(
-                f"{head.item.key}: the mapping of {self.index} knows none of the columns {', '.join(head.columns)[:200]}; "
-                f"is the delimiter {self.delimiter!r} (--delimiter)?"
+                f"{head.item.key}: the mapping of {self.index} knows none of the columns "
+                f"{', '.join(head.columns)[:200]}; is the delimiter {self.delimiter!r} (--delimiter)?"
             )
         if self.id_column and self.id_column not in head.columns:
             raise Refused(f"{head.item.key}: has no column {self.id_column} (--id-column)")
@@ -752,6 +740,12 @@ class BulkUpdate(OpenSearchBaseManager):
                 inner[leaf] = definition
             self.request("PUT", f"/{self.index}/_mapping", {"properties": properties})
 
+    def _note_unfinished(self) -> None:
+        """Put settings back that a dead load left, but keep its note: adding to a part does not make it whole."""
+        if note := self.read_note(self.index):
+            self._put_back_settings(self.index, note)
+            log.warning("index %s stays marked as unfinished since %s: load it anew", self.index, note["started"])
+
     def _replace(self, objects: list[S3Object], added: Mapping[str, Any]) -> None:
         """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
         self._put_right(self.index)
@@ -766,13 +760,16 @@ class BulkUpdate(OpenSearchBaseManager):
     # --- the pipeline: read, parse, type, batch, send, settle ---
 
     def _load(self, objects: list[S3Object]) -> None:
-        senders = Senders(self._store, self.workers)
+        began = time.monotonic()
+        self.senders = Senders(self._store, self.workers)
         try:
             for batch in batches(self._documents(objects), self.batch_size):
-                senders.put(batch)
-            senders.finish()
+                self.senders.put(batch)
+            self.senders.finish()
         finally:
-            senders.stopped = True
+            self.senders.limit = 0
+        log.info("loaded %s rows in %.1f s, %s/s", f"{self.tally.stored:,}", time.monotonic() - began,
+                 f"{per_second(self.tally.stored, began):,}")  # fmt: skip
 
     def _documents(self, objects: list[S3Object]) -> Iterator[tuple[str, Sequence[int], Sequence[str]]]:
         """Yield key, lines and finished bulk text of the rows of all objects; defects go to the rejects."""
@@ -808,12 +805,12 @@ class BulkUpdate(OpenSearchBaseManager):
         return [line for line, _ in good], [doc for _, doc in good]
 
     def _own_ids(self, item: S3Object, record: int) -> Iterator[str]:
-        """Yield action lines whose ids depend on place alone, so that sending again or loading again changes nothing."""
+        """Yield action lines whose ids depend on place alone: sending again or loading again changes nothing."""
         digest = hashlib.sha256(f"{self.bucket.name}/{item.key}".encode()).hexdigest()[:16]
         return map((f'{{"create":{{"_id":"{digest}-' + '%09d"}}\n').__mod__, itertools.count(record))
 
     def _column_ids(self, block: Block, texts: Sequence[Any], at: int) -> Iterator[str | Defect]:
-        """Yield action lines with the id from a column; the version makes a later row win, in whatever order they arrive."""
+        """Yield action lines with the id from a column; by the version a later row wins, in any order of arrival."""
         for version, (row, text) in enumerate(zip(block.rows, texts), self.first_version + self.tally.read):
             if not isinstance(text, str):
                 yield ""  # a reject or a blank line anyway
@@ -842,18 +839,20 @@ class BulkUpdate(OpenSearchBaseManager):
             body = "".join(batch.docs).encode()
             if len(body) > self.max_bytes and len(batch.docs) > 1:
                 return self._store_halves(batch, resent)
-            with self.slots:
-                answer = self.request("POST", f"/{self.index}/_bulk", body, params=BULK_PARAMS, accept=[413])
+            answer = self.request("POST", f"/{self.index}/_bulk", body, params=BULK_PARAMS, accept=[413])
             resent = resent or answer.resent
             if answer.status == 413:
                 return self._too_large(batch, len(body), resent)
             left = self._settle(batch, answer, resent)
             if answer.throttled or left.docs:
-                self.slots.halve()
+                self.senders.halve()
             if len(left.docs) < len(batch.docs):
                 began, attempt = time.monotonic(), 0
             elif time.monotonic() - began > self.settings.retry_seconds:
-                raise RefreshError(f"{self.index}: {len(left.docs):,} documents were refused (429) for too long; run again")
+                raise RefreshError(
+                    f"{self.index}: {len(left.docs):,} documents were not taken for {self.settings.retry_seconds:g} s "
+                    "(429 or 5xx, see above); look at the cluster's load and run again"
+                )
             if left.docs:
                 time.sleep(backoff_s(attempt))
             batch, resent, attempt = left, True, attempt + 1
@@ -923,8 +922,8 @@ class BulkUpdate(OpenSearchBaseManager):
         now = self.bucket.list_csv(self.prefix)
         if changed := sorted({item.key for item in set(now) ^ set(objects)}):
             raise RefreshError(
-                f"s3://{self.bucket.name}/{self.prefix} changed during the load ({', '.join(changed[:5])}): the producer "
-                "was still writing; run again when it has finished"
+                f"s3://{self.bucket.name}/{self.prefix} changed during the load ({', '.join(changed[:5])}): the "
+                "producer was still writing; run again when it has finished"
             )
 
     def _verify_count(self) -> None:
@@ -934,7 +933,7 @@ class BulkUpdate(OpenSearchBaseManager):
         most = tally.stored - tally.replaced
         if not most - tally.unsure <= count <= most:
             raise RefreshError(
-                f"{self.index} holds {count:,} documents, but {most:,} were stored; somebody else writes to it; run again"
+                f"{self.index} holds {count:,} documents, {most:,} were stored: somebody else writes to it; run again"
             )
         tally.replaced = tally.stored - count
 
@@ -949,12 +948,12 @@ class BulkUpdate(OpenSearchBaseManager):
         }  # fmt: skip
         sums = " ".join(f"{name}={value}" for name, value in result.items())
         if tally.read != tally.stored + rejected + tally.skipped:
-            raise RefreshError(f"{tally.read - tally.stored - rejected - tally.skipped} rows are unaccounted for: {sums}")
+            raise RefreshError(f"the rows do not add up: {sums}")
         if rejected:
             result["rejects_file"] = str(self.rejects.path)
         if rejected > self.max_rejects:
             raise TooManyRejects(
-                f"finished, but {rejected:,} rows were rejected and {self.max_rejects:,} are accepted (--max-rejects), "
+                f"finished, but {rejected:,} rows were rejected and {self.max_rejects:,} are accepted (MAX_REJECTS), "
                 f"see {self.rejects.path}: {sums}", result
             )  # fmt: skip
         log.info("done: %s", sums)
@@ -973,7 +972,8 @@ def one_character(text: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bulkupdate.py", description="Replace the documents of an index by the rows of the CSV files under an S3 prefix."
+        prog="bulkupdate.py",
+        description="Replace the documents of an index by the rows of the CSV files under an S3 prefix.",
     )
     parser.add_argument("--bucket", required=True, help="the S3 bucket")
     parser.add_argument("--prefix", required=True, help="the prefix of the keys; .csv and .csv.gz are taken")
@@ -984,7 +984,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=positive_int, default=WORKERS, help="requests at the same time (default: %(default)s)"
     )
-    parser.add_argument("--id-column", default="", help="the column that holds the id; a later row replaces an earlier one")
+    parser.add_argument(
+        "--id-column", default="", help="the column that holds the id; a later row replaces an earlier one"
+    )
     parser.add_argument(
         "--delimiter", type=one_character, default=",", help="the character between cells (default: %(default)r)"
     )

@@ -1,7 +1,8 @@
 """Empty an index and give its disk space back; mapping and settings stay.
 
 Example:    python index_cleanup.py --index my_index_secondary
-Exit codes: 0 empty, and counted; 1 failed; 2 usage; 4 refused (an alias points at it); 75 locked; 129, 130, 143 signals.
+Exit codes: 0 empty, and counted; 1 failed; 2 usage; 4 refused (an alias points at it); 75 locked; 129, 130, 143
+            signals.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def empty_index(manager: OpenSearchBaseManager, index: str) -> int:
     """
     manager._refuse_live(index)
     began, found = time.monotonic(), manager._get_index_count(index)
+    if not found:
+        log.info("%s is empty already", index)
+        return 0
     log.info("deleting %s documents from %s", f"{found:,}", index)
     left, rounds = found, 0
     while left and rounds < MAX_ROUNDS:
@@ -65,8 +69,10 @@ class IndexCleanup(OpenSearchBaseManager):
         if self.force_merge and deleted:
             self._free_disk_space()
         self._verify_same_index(self.index)
-        result = {"index": self.index, "deleted": deleted, "documents": self._get_index_count(self.index),
-                  "bytes_before": before, "bytes_after": self._store_bytes(), "seconds": seconds_since(began)}  # fmt: skip
+        result = {
+            "index": self.index, "deleted": deleted, "documents": self._get_index_count(self.index),
+            "bytes_before": before, "bytes_after": self._store_bytes(), "seconds": seconds_since(began),
+        }  # fmt: skip
         log.info("done: index %s deleted=%s documents=%s bytes_before=%s bytes_after=%s seconds=%s", *result.values())
         return result
 
@@ -75,7 +81,7 @@ class IndexCleanup(OpenSearchBaseManager):
         return int(answer["_all"]["total"]["store"]["size_in_bytes"])
 
     def _free_disk_space(self) -> None:
-        """Flush, wait until the server may drop what was deleted, merge, refresh: in any other order nothing is freed."""
+        """Flush, wait until the server may drop what was deleted, merge, refresh: another order frees nothing."""
         self.request("POST", f"/{self.index}/_flush")
         self._await_leases()
         try:
@@ -92,7 +98,7 @@ class IndexCleanup(OpenSearchBaseManager):
         deadline = time.monotonic() + LEASES_WAIT_S
         while self._retained():
             if time.monotonic() > deadline:
-                log.warning("index %s: the server still retains deleted documents; they go with a later merge", self.index)
+                log.warning("%s: the server still retains deleted documents, a later merge drops them", self.index)
                 return
             time.sleep(1)
 

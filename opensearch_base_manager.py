@@ -183,7 +183,7 @@ def endpoint_url(text: str) -> str:
     url = text.strip().rstrip("/")
     parts = urlsplit(url if "://" in url else f"https://{url}")
     if "@" in parts.netloc:
-        raise ConfigurationError("the endpoint holds a user or password: give them as OPENSEARCH_USERNAME and _PASSWORD")
+        raise ConfigurationError("the endpoint holds a user or password; they have variables of their own")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200")
     if parts.hostname.endswith(".aoss.amazonaws.com"):
@@ -240,7 +240,6 @@ def credentials() -> tuple[str, str, str]:
     names = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
     given = [setting(name) for name in names]
     if all(given):
-        log.info("endpoint, user and password come from the environment")
         return given[0], given[1], given[2]
     if any(given):
         unset = [name for name, value in zip(names, given) if not value]
@@ -256,7 +255,6 @@ def stored_credentials(prefix: str) -> tuple[str, str, str]:
     if missing := answer["InvalidParameters"]:
         raise RefreshError(f"Parameter Store: {', '.join(missing)}: no such parameter in this region; create it")
     values = {parameter["Name"]: parameter["Value"] for parameter in answer["Parameters"]}
-    log.info("endpoint, user and password come from Parameter Store, %s/*", prefix)
     return values[names[0]], values[names[1]], values[names[2]]
 
 
@@ -402,7 +400,7 @@ def signals_as_exceptions() -> Iterator[None]:
 
 
 def print_result(result: Mapping[str, Any] | str | None) -> None:
-    """Print the one line of stdout: the result as JSON, or a plain answer. A closed stdout does not undo what was done."""
+    """Print the one line of stdout: the result as JSON, or a plain answer. A closed stdout undoes nothing."""
     if result is None:
         return
     try:
@@ -519,7 +517,8 @@ class OpenSearchBaseManager:
         self._uuids: dict[str, str] = {}
         self._locks: list[int] = []
         self._task_started = False
-        log.info("cluster %s, user %s%s", self.settings.endpoint, self.settings.username,
+        source = "the environment" if setting("OPENSEARCH_PASSWORD") else "Parameter Store"
+        log.info("cluster %s, user %s (from %s)%s", self.settings.endpoint, self.settings.username, source,
                  ", dry run: nothing is changed" if dry_run else "")  # fmt: skip
 
     def __enter__(self: Parsed) -> Parsed:
@@ -732,7 +731,7 @@ class OpenSearchBaseManager:
     def _settle_tasks(self, index: str, *, exclusive: bool = True) -> None:
         """Let no other task touch the index: cancel our orphans, wait for our other hosts', refuse a stranger's.
 
-        Call it with the lock held: with an exclusive one, a task of ours from this host is an orphan of a run that died.
+        Call it with the lock held: if exclusive, a task of ours from this host is an orphan of a run that died.
         """
         began = time.monotonic()
         while named := self._tasks_naming(index):
@@ -807,7 +806,8 @@ class OpenSearchBaseManager:
         response: dict[str, Any] = document["response"]
         if failures := response.get("failures"):
             cause = failures[0].get("cause") or failures[0].get("reason") or failures[0]
-            raise RefreshError(f"{label}: {len(failures)} failure(s), the first: {cause.get('type')}: {cause.get('reason')}")
+            reason = f"{cause.get('type')}: {cause.get('reason')}"
+            raise RefreshError(f"{label}: {len(failures)} failure(s), the first: {reason}")
         if response.get("canceled"):
             raise RefreshError(f"{label}: cancelled ({response['canceled']}); run it again")
         if response.get("timed_out"):
@@ -831,12 +831,12 @@ class OpenSearchBaseManager:
         return note
 
     def _write_note(self, index: str, note: Mapping[str, Any] | None) -> None:
-        """Put our note into `_meta` beside what others keep there, or take it out: an update replaces all of `_meta`."""
+        """Put our note into `_meta` beside what others keep there, or take it out; an update replaces all of it."""
         meta = {key: value for key, value in self._get_mapping(index).get("_meta", {}).items() if key != SUITE}
         self.request("PUT", f"/{index}/_mapping", {"_meta": meta if note is None else {**meta, SUITE: note}})
 
     def _put_right(self, index: str) -> None:
-        """Put back what a load that died left changed, and drop its note. Call it before the first change of one's own."""
+        """Put back what a load that died left changed, and drop its note, before the first change of one's own."""
         if (note := self.read_note(index)) is None:
             return
         log.warning("index %s was left unfinished by a run on %s at %s", index, note.get("host"), note.get("started"))
@@ -855,7 +855,8 @@ class OpenSearchBaseManager:
             now = self._verify_index_exists(index)
             if wrong := [name for name, value in left.items() if now.get(name) != value]:
                 raise RefreshError(f"index {index}: {', '.join(wrong)} could not be put back")
-            log.info("index %s: put back %s", index, ", ".join(f"{name}={value}" for name, value in left.items()))
+            shown = (f"{name}={'default' if value is None else value}" for name, value in left.items())
+            log.info("index %s: put back %s", index, ", ".join(shown))
 
     @contextlib.contextmanager
     def unfinished(

@@ -125,7 +125,7 @@ class Reindex(OpenSearchBaseManager):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reindex.py", description="Copy all documents of an index into another.")
     parser.add_argument("--source", required=True, type=index_name, help="the index to copy from")
-    parser.add_argument("--target", required=True, type=index_name, help="the index to replace; no alias may point at it")
+    parser.add_argument("--target", required=True, type=index_name, help="the index to fill; no alias may point at it")
     parser.add_argument(
         "--requests-per-second", type=number, default=setting("REQUESTS_PER_SECOND", "0"),
         help="documents a second at most, 0 for no limit (default: %(default)s; env: REQUESTS_PER_SECOND)",

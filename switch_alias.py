@@ -92,7 +92,7 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _no_such_alias(self) -> RefreshError:
         if self.request("GET", f"/{self.alias}", accept=[403, 404]).status == 200:
-            return Refused(f"{self.alias} is the name of an index, not an alias; delete that index or name another alias")
+            return Refused(f"{self.alias} is the name of an index, not an alias; delete it or name another alias")
         return RefreshError(
             f'alias {self.alias} does not exist; create it: POST /_aliases {{"actions": [{{"add": '
             f'{{"index": "{self.source or "INDEX"}", "alias": "{self.alias}"}}}}]}}'
@@ -106,14 +106,14 @@ class SwitchAlias(OpenSearchBaseManager):
         if self.source not in owners or set(owners) - {self.source, self.target}:
             state = ", ".join(sorted(owners))
             mend = f"{self._command(state, self.target)}" if len(owners) == 1 else "take it off all but one of them"
-            raise Refused(f"alias {self.alias} is on {state}, not on {self.source}; nothing was changed. To mend it: {mend}")
+            raise Refused(f"alias {self.alias} is on {state}, not on {self.source}; it stays there. To mend it: {mend}")
         return owners
 
     def _refuse_unfinished(self) -> None:
         if note := self.read_note(self.target):
             raise Refused(
-                f"index {self.target} is unfinished: a load on {note.get('host')}, begun {note.get('started')}, has not "
-                "ended well; load it again first"
+                f"index {self.target} is unfinished: a load on {note.get('host')}, begun {note.get('started')}, has "
+                "not ended well; load it again first"
             )
 
     def _compare_counts(self) -> None:
@@ -127,9 +127,9 @@ class SwitchAlias(OpenSearchBaseManager):
         if abs(target - source) * 100 > self.threshold * source and source:
             accept = abs(change).quantize(Decimal("0.01"), ROUND_CEILING).normalize()
             raise Refused(
-                f"{counts}: {change:+.2f} % is more than the threshold of {self.threshold} %. A refresh refused for this "
-                f"is refused again the next night. If the data are right: {self._command(self.source, self.target)} "
-                f"--threshold {accept:f}"
+                f"{counts}: {change:+.2f} % is more than the threshold of {self.threshold} %. A refresh refused for "
+                f"this is refused again the next night. If the data are right: "
+                f"{self._command(self.source, self.target)} --threshold {accept:f}"
             )
 
     def _await_copies(self) -> None:
@@ -137,7 +137,8 @@ class SwitchAlias(OpenSearchBaseManager):
         began = time.monotonic()
         progress = None
         while True:
-            health = self.request("GET", f"/_cluster/health/{self.source},{self.target}", params={"level": "shards"}).data
+            path, params = f"/_cluster/health/{self.source},{self.target}", {"level": "shards"}
+            health = self.request("GET", path, params=params).data
             live, target = health["indices"][self.source], health["indices"][self.target]
             needed = needed_copies(target, live, health["number_of_data_nodes"])
             short = short_shards(target, needed)
@@ -171,7 +172,7 @@ class SwitchAlias(OpenSearchBaseManager):
                 log.warning("%s; reading where alias %s is", lost, self.alias)
                 time.sleep(delay)
                 attempt += 1
-                owners, acknowledged = self._owners(), True  # stays so if the lost call is seen to have been carried out
+                owners, acknowledged = self._owners(), True  # true if the lost call was carried out after all
                 self._verify_owners(owners, {self.source, self.target})
         if not acknowledged:
             raise RefreshError(

@@ -53,7 +53,7 @@ def environment(box: sandbox.Sandbox, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def own_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let nothing of the caller's environment, no stray .env and no working directory decide what a test sees."""
-    own = re.compile(r"(AWS|OPENSEARCH)_|(https?|no|all)_proxy|(LOG|LOCK)_|LOAD_|MAX_REJECTS|VERIFY_SSL|CA_BUNDLE", re.I)
+    own = re.compile(r"(AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|VERIFY|CA)_|(https?|no|all)_proxy", re.I)
     for name in [name for name in os.environ if own.match(name)]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -148,7 +148,8 @@ def state_of(admin: Callable[..., Any], *indices: str) -> dict[str, Any]:
         found = admin("GET", f"/{index}")[index]
         admin("POST", f"/{index}/_refresh")
         hits = admin("POST", f"/{index}/_search", {"size": 1000, "sort": ["_doc"], "version": True})["hits"]["hits"]
-        state[index] = {**found, "docs": sorted((hit["_id"], hit["_version"], json.dumps(hit["_source"])) for hit in hits)}
+        docs = sorted((hit["_id"], hit["_version"], json.dumps(hit["_source"])) for hit in hits)
+        state[index] = {**found, "docs": docs}
     return state
 
 

@@ -163,7 +163,7 @@ class FaultProxy:
         self._server.shutdown()
         self._server.server_close()
 
-    def _handler_class(proxy) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+    def _handler_class(proxy) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 

@@ -458,7 +458,7 @@ def command_environment(sandbox: Sandbox) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "OPENSEARCH_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     hidden = dict.fromkeys(["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"], "")  # from a .env
-    admin = {"SANDBOX_ENDPOINT": sandbox.server.endpoint, "SANDBOX_ADMIN": f"{ADMIN}:{ADMIN_PASSWORD}"}
+    admin = {"ENDPOINT": sandbox.server.endpoint, "ADMIN": f"{ADMIN}:{ADMIN_PASSWORD}"}
     return {**kept, **hidden, **admin, **sandbox.environment, "PATH": path}
 
 
@@ -482,7 +482,7 @@ def main(argv: list[str]) -> int:
         with running() as sandbox:
             command = argv or [os.environ.get("SHELL") or "bash"]
             if not argv:
-                say(f"OpenSearch {VERSION} at {sandbox.server.endpoint}, admin in $SANDBOX_ADMIN; leave with exit")
+                say(f"OpenSearch {VERSION} at {sandbox.server.endpoint}, admin in $ADMIN; leave with exit")
             return run_command(command, command_environment(sandbox))
     except FileNotFoundError as error:
         say(f"cannot run {error.filename}: {error.strerror}")

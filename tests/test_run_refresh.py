@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import fcntl
 import io
-import json
 import os
 import re
 import shutil
@@ -20,7 +17,7 @@ from pathlib import Path
 import pytest
 import requests
 import sandbox
-from conftest import count, fill, sources
+from conftest import count, sources
 
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = ["opensearch_base_manager.py", "reindex.py", "switch_alias.py", "bulkupdate.py", "index_cleanup.py"]

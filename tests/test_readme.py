@@ -1,0 +1,79 @@
+"""The README says what is so: its commands parse, its role is the tested one, every flag and variable is in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from pathlib import Path
+
+import bulkupdate
+import index_cleanup
+import pytest
+import reindex
+import sandbox
+import switch_alias
+
+TOP = Path(__file__).resolve().parent.parent
+README = (TOP / "README.md").read_text()
+SCRIPTS = {"reindex": reindex, "switch_alias": switch_alias, "bulkupdate": bulkupdate, "index_cleanup": index_cleanup}
+COMMANDS = re.findall(r"^python (\w+)\.py (.*)$", README, re.M)
+BASH = re.findall(r"```bash\n(.*?)```", README, re.S)
+
+
+def flags(parser: argparse.ArgumentParser) -> set[str]:
+    return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")} - {"--help"}
+
+
+@pytest.mark.parametrize(("script", "arguments"), COMMANDS)
+def test_each_command_parses(script, arguments):
+    SCRIPTS[script].build_parser().parse_args(shlex.split(arguments))
+
+
+def test_the_first_command_refreshes_and_the_second_runs_the_tests():
+    assert [block.strip() for block in BASH[:2]] == ["tests/sandbox.sh ./run_refresh.sh", "tests/run.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_flag_is_mentioned(script):
+    assert {flag for flag in flags(SCRIPTS[script].build_parser()) if flag not in README} == set()
+
+
+def test_the_role_is_the_one_that_the_tests_run_with():
+    found = re.search(r"api/roles/refresh.*?-d '\n(\{.*?\n\})'", README, re.S)
+    assert found
+    role = json.loads(found[1])
+    expected = sandbox.refresh_role(["my_index_primary", "my_index_secondary", "my_index_alias"])
+    assert sorted(role["cluster_permissions"]) == sorted(expected["cluster_permissions"])
+    (mine,), (theirs,) = role["index_permissions"], expected["index_permissions"]
+    assert sorted(mine["allowed_actions"]) == sorted(theirs["allowed_actions"])
+    assert mine["index_patterns"] == theirs["index_patterns"]
+
+
+def test_each_variable_of_the_example_file_is_in_the_table_and_the_other_way_round():
+    table = README.split("## Settings")[1].split("## The scripts")[0]
+    in_table = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", table)) - {"INFO", "DEBUG"}
+    in_example = set(re.findall(r"^#([A-Z0-9_]+)=", (TOP / ".env.example").read_text(), re.M))
+    assert in_table - {"PYTHON"} == in_example
+
+
+def test_each_variable_that_the_code_reads_is_documented():
+    code = "".join((TOP / f"{name}.py").read_text() for name in [*SCRIPTS, "opensearch_base_manager"])
+    read = set(re.findall(r'(?:setting|own_folder)\(\s*"([A-Z_]+)"', code))
+    assert len(read) > 10
+    assert {name for name in read if name not in README} == set()
+
+
+def test_the_json_blocks_are_json():
+    blocks = re.findall(r"```json\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        json.loads(block)
+
+
+def test_every_exit_code_of_the_base_manager_is_in_the_table():
+    import opensearch_base_manager as base
+
+    codes = {error.exit_code for error in base.RefreshError.__subclasses__()} | {base.RefreshError.exit_code}
+    assert all(re.search(rf"^\| {code} \|", README, re.M) for code in codes)
