@@ -416,6 +416,7 @@ def run_cli(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse, run, print the result, and return the exit code: the only place where exceptions become one."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # started with 2>&-
     load_dotenv(ENV_FILE, interpolate=False)  # a password may hold a dollar sign
     try:
         parser = build_parser()
@@ -564,7 +565,6 @@ class OpenSearchBaseManager:
         params: Mapping[str, Any] | None = None,
         repeatable: bool = True,
         accept: Sequence[int] = (),
-        read_timeout_s: float = READ_TIMEOUT_S,
     ) -> Answer:
         """Send one request (bytes are sent as NDJSON, anything else as JSON) and return the answer.
 
@@ -578,7 +578,7 @@ class OpenSearchBaseManager:
         what = f"{method} {path}"
         while True:
             try:
-                response = self._send(method, path, body, params, read_timeout_s)
+                response = self._send(method, path, body, params)
             except requests.RequestException as error:
                 if isinstance(error, requests.exceptions.SSLError) and "CERTIFICATE" in str(error):
                     raise RequestFailed(f"{what}: {innermost(error)}; set CA_BUNDLE to the right CA") from None
@@ -605,20 +605,16 @@ class OpenSearchBaseManager:
             log.warning("%s; trying again in %.1f s", failure, delay)
             time.sleep(delay)
 
-    def _send(
-        self, method: str, path: str, body: Any, params: Mapping[str, Any] | None, read_timeout_s: float
-    ) -> requests.Response:
+    def _send(self, method: str, path: str, body: Any, params: Mapping[str, Any] | None) -> requests.Response:
         ndjson = isinstance(body, bytes)
         content = body if ndjson or body is None else json.dumps(body).encode()
+        hurried = interrupted.is_set() or not self._answered
         return self._session.request(
             method, self.settings.endpoint + path, params=params, data=content,
             headers={"Content-Type": "application/x-ndjson" if ndjson else "application/json"},
-            timeout=(CONNECT_TIMEOUT_S, min(read_timeout_s, self._patience_s()) if self._short() else read_timeout_s),
+            timeout=(CONNECT_TIMEOUT_S, self._patience_s() if hurried else READ_TIMEOUT_S),
             allow_redirects=False,  # credentials go to the endpoint and nowhere else
         )  # fmt: skip
-
-    def _short(self) -> bool:
-        return interrupted.is_set() or not self._answered
 
     def _patience_s(self) -> float:
         """Return for how long one request may be tried, in seconds."""
@@ -868,6 +864,7 @@ class OpenSearchBaseManager:
         `_put_back_settings` before it counts. When it fails they are put back here and the note stays; where even that
         fails (or the process is killed), `_put_right` of the next run does it.
         """
+        self._refuse_live(index)
         found = self._verify_index_exists(index)
         wanted = load_settings(found, without_replicas) if loading else {}
         note: dict[str, Any] | None = {
@@ -878,9 +875,11 @@ class OpenSearchBaseManager:
             if note := self._mark(index, note):
                 self._change_settings(index, wanted)
             yield note
-        except BaseException:
+        except BaseException as failure:
             try:
                 self._put_back_settings(index, note)
+                if note and isinstance(failure, Refused):  # then nothing was deleted yet
+                    self._write_note(index, None)
             except RefreshError as error:
                 log.error("index %s: its settings are not put back yet, the next run does it: %s", index, error)
             raise

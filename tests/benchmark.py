@@ -1,0 +1,467 @@
+"""Compare bulkupdate.py with the limit of the server and with what an operator could take instead.
+
+Usage: tests/sandbox.sh python tests/benchmark.py [--rounds 5] [--only flights] [--chart tests/benchmark.svg]
+All loaders run against one warm server in alternating rounds, over TLS, each into a fresh one-shard index.
+Exit code 1 when a loader's count is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import queue
+import random
+import ssl
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+import sandbox
+import urllib3
+
+TOP = Path(__file__).resolve().parent.parent
+INDEX = sandbox.SECONDARY  # one that the restricted user may write to
+BUCKET = sandbox.BUCKET
+GRID = [(size, connections) for size in (1000, 2000, 5000) for connections in (2, 3, 4)]
+LATENCY_S = 0.02
+WORDS = "delayed gate crew weather fuel inbound late tower hold taxi runway bags door slot checked cleared".split()
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataSet:
+    """CSV objects under a prefix of the sandbox's bucket, and the mapping they are loaded into."""
+
+    name: str
+    prefix: str
+    rows: int
+    mapping: dict[str, Any]
+
+
+def flights() -> DataSet:
+    rows = sum(path.read_bytes().count(b"\n") - 1 for path in sandbox.month_files())
+    return DataSet("flights", sandbox.PREFIX, rows, sandbox.FLIGHTS_MAPPING)
+
+
+def texts(s3: Any) -> DataSet:
+    """The flights with two more columns of free text, no two alike, so that no cache of values helps."""
+    made, rows = random.Random(1), 0
+    for path in sandbox.month_files():
+        header, *lines = path.read_text().splitlines()
+        rows += len(lines)
+        free = ((" ".join(made.choices(WORDS, k=8)), " ".join(made.choices(WORDS, k=6))) for _ in lines)
+        body = [f"{line},{n} {a},{b} {n}" for n, (line, (a, b)) in enumerate(zip(lines, free))]
+        s3.put_object(Bucket=BUCKET, Key=f"texts/{path.name}", Body="\n".join([f"{header},note,remark", *body]) + "\n")
+    text = {name: {"type": "text"} for name in ("note", "remark")}
+    return DataSet("texts", "texts/", rows, {"properties": {**sandbox.FLIGHTS_MAPPING["properties"], **text}})
+
+
+def objects(s3: Any, prefix: str) -> Iterator[str]:
+    for entry in s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"]:
+        yield s3.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read().decode()
+
+
+def typed_rows(s3: Any, prefix: str) -> Iterator[dict[str, Any]]:
+    for text in objects(s3, prefix):
+        yield from map(sandbox.document, csv.DictReader(io.StringIO(text)))
+
+
+# --- the loaders ------------------------------------------------------------------------------------------------------
+
+
+def finished_bodies(s3: Any, prefix: str, size: int, own_ids: bool) -> list[bytes]:
+    documents = (json.dumps(row, separators=(",", ":"), ensure_ascii=False) for row in typed_rows(s3, prefix))
+    heads = (
+        f'{{"create":{{"_id":"0123456789abcdef-{n:09d}"}}}}\n' if own_ids else '{"create":{}}\n'
+        for n in itertools.count(1)
+    )  # fmt: skip
+    lines = (f"{head}{document}\n" for head, document in zip(heads, documents))
+    return ["".join(part).encode() for part in iter(lambda: list(itertools.islice(lines, size)), [])]
+
+
+def send_bodies(endpoint: str, bodies: list[bytes], connections: int) -> None:
+    """Send finished bodies and do nothing else: what the server can take."""
+    waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    for body in bodies:
+        waiting.put(body)
+    context = ssl._create_unverified_context()
+    headers = urllib3.make_headers(basic_auth=f"{sandbox.ADMIN}:{sandbox.ADMIN_PASSWORD}")
+    headers["Content-Type"] = "application/x-ndjson"
+    pool = urllib3.PoolManager(num_pools=1, maxsize=connections, ssl_context=context)
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                url = f"{endpoint}/{INDEX}/_bulk?filter_path=errors"
+                answer = pool.request("POST", url, body=waiting.get_nowait(), headers=headers)
+                assert answer.data == b'{"errors":false}', answer.data[:300]
+
+    threads = [threading.Thread(target=work) for _ in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def load_with_opensearch_py(s3: Any, endpoint: str, prefix: str) -> None:
+    from opensearchpy import OpenSearch, helpers
+
+    client = OpenSearch(endpoint, http_auth=(sandbox.ADMIN, sandbox.ADMIN_PASSWORD), verify_certs=False,
+                        ssl_show_warn=False, timeout=60, pool_maxsize=4)  # fmt: skip
+    actions = ({"_index": INDEX, "_source": row} for row in typed_rows(s3, prefix))
+    for ok, item in helpers.parallel_bulk(client, actions, thread_count=4, chunk_size=1000):
+        assert ok, item
+    client.indices.refresh(index=INDEX)
+
+
+def load_with_pandas(s3: Any, endpoint: str, prefix: str) -> None:
+    """As people write it: read_csv, a loop over the rows, a bulk request for each thousand."""
+    import pandas
+
+    session = requests.Session()
+    session.auth, session.verify = (sandbox.ADMIN, sandbox.ADMIN_PASSWORD), False
+    session.trust_env = False
+
+    def post(lines: list[str]) -> None:
+        body = "\n".join(lines) + "\n"
+        headers = {"Content-Type": "application/x-ndjson"}
+        answer = session.post(f"{endpoint}/{INDEX}/_bulk", data=body.encode(), headers=headers).json()
+        assert not answer["errors"]
+
+    for text in objects(s3, prefix):
+        frame = pandas.read_csv(io.StringIO(text))
+        lines: list[str] = []
+        for _, row in frame.iterrows():
+            lines += ['{"index":{}}', row.dropna().to_json()]
+            if len(lines) >= 2000:
+                post(lines)
+                lines = []
+        if lines:
+            post(lines)
+    session.post(f"{endpoint}/{INDEX}/_refresh")
+
+
+LOADERS: dict[str, Callable[[Any, str, str], None]] = {
+    "opensearch-py": load_with_opensearch_py,
+    "pandas": load_with_pandas,
+}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Figures:
+    """Of one loader on one data set, a value a round."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    peak_mb: list[float] = field(default_factory=list)
+
+
+class Bench:
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.session = requests.Session()
+        self.session.auth, self.session.verify = (sandbox.ADMIN, sandbox.ADMIN_PASSWORD), False
+        self.session.trust_env = False  # REQUESTS_CA_BUNDLE would win over verify
+        self.s3 = sandbox.aws_client("s3", dict(os.environ))
+        self.wrong = False
+
+    def admin(self, method: str, path: str, body: Any = None) -> Any:
+        answer = self.session.request(method, self.endpoint + path, json=body, timeout=600)
+        answer.raise_for_status()
+        return answer.json()
+
+    def fresh_index(self, data: DataSet) -> None:
+        self.admin("DELETE", f"/{INDEX}?ignore_unavailable=true")
+        settings = {"index.number_of_shards": 1, "index.refresh_interval": "-1"}
+        self.admin("PUT", f"/{INDEX}", {"settings": settings, "mappings": data.mapping})
+
+    def count(self) -> int:
+        return int(self.admin("GET", f"/{INDEX}/_count")["count"])
+
+    def check(self, name: str, data: DataSet) -> None:
+        if (found := self.count()) != data.rows:
+            self.wrong = True
+            print(f"WRONG COUNT: {name} stored {found:,} of {data.rows:,} rows", file=sys.stderr)
+
+    def limit(self, data: DataSet, bodies: list[bytes], connections: int, figures: Figures, name: str) -> None:
+        self.fresh_index(data)
+        began, cpu = time.monotonic(), time.process_time()
+        send_bodies(self.endpoint, bodies, connections)
+        self.admin("POST", f"/{INDEX}/_refresh")
+        self.check(name, data)
+        figures.seconds.append(time.monotonic() - began)
+        figures.cpu.append(time.process_time() - cpu)
+        figures.peak_mb.append(0)
+
+    def process(self, data: DataSet, command: list[str], figures: Figures, name: str, **variables: str) -> None:
+        """Run a loader as a whole process and take the operating system's figures for it."""
+        self.fresh_index(data)
+        began = time.monotonic()
+        child = subprocess.Popen(
+            command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        assert child.stderr
+        err = child.stderr.read().decode(errors="replace")
+        _, status, usage = os.wait4(child.pid, 0)
+        figures.seconds.append(time.monotonic() - began)
+        if status:
+            print(err[-2000:], file=sys.stderr)
+        figures.cpu.append(usage.ru_utime + usage.ru_stime)
+        figures.peak_mb.append(usage.ru_maxrss / 1024)
+        self.check(name, data)
+
+    def best_of_grid(self, data: DataSet) -> tuple[int, int]:
+        """Return the request size and number of connections with which finished bodies load fastest."""
+        tried: dict[tuple[int, int], float] = {}
+        for size in sorted({size for size, _ in GRID}):
+            bodies = finished_bodies(self.s3, data.prefix, size, own_ids=True)
+            for connections in [connections for grid_size, connections in GRID if grid_size == size]:
+                figures = Figures()
+                for _ in range(2):
+                    self.limit(data, bodies, connections, figures, "limit")
+                tried[size, connections] = min(figures.seconds)
+        return min(tried, key=tried.__getitem__)
+
+    def compare(self, data: DataSet, rounds: int, warm_up: int, slow: bool) -> dict[str, Figures]:
+        size, connections = self.best_of_grid(data)
+        print(f"{data.name}: the limit is {size} documents a request over {connections} connections")
+        bodies = finished_bodies(self.s3, data.prefix, size, own_ids=True)
+        generated = finished_bodies(self.s3, data.prefix, size, own_ids=False)
+        figures: dict[str, Figures] = {}
+        for at in range(-warm_up, rounds):
+            for name, run in self.contenders(data, bodies, generated, connections, slow):
+                measured = Figures() if at < 0 else figures.setdefault(name, Figures())
+                if at < 0 and name in LOADERS:
+                    continue
+                run(measured)
+                print(".", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        return figures
+
+    def contenders(
+        self, data: DataSet, bodies: list[bytes], generated: list[bytes], connections: int, slow: bool
+    ) -> list[tuple[str, Callable[[Figures], None]]]:
+        bulkupdate = bulkupdate_command(data.prefix)
+        found: list[tuple[str, Callable[[Figures], None]]] = [
+            ("limit", lambda figures: self.limit(data, bodies, connections, figures, "limit")),
+            ("limit, generated ids", lambda figures: self.limit(data, generated, connections, figures, "generated")),
+            ("bulkupdate.py", lambda figures: self.process(data, bulkupdate, figures, "bulkupdate.py")),
+            ("bulkupdate.py --batch-size 1000", lambda figures: self.process(
+                data, [*bulkupdate, "--batch-size", "1000"], figures, "bulkupdate.py 1000")),
+        ]  # fmt: skip
+        for name in LOADERS if slow else ():
+            command = [sys.executable, __file__, "--loader", name, "--prefix", data.prefix]
+            found.append((name, lambda figures, c=command, n=name: self.process(data, c, figures, n)))  # type: ignore
+        return found
+
+
+def bulkupdate_command(prefix: str, *more: str) -> list[str]:
+    script = [sys.executable, str(TOP / "bulkupdate.py")]
+    return [*script, "--bucket", BUCKET, "--prefix", prefix, "--index", INDEX, *more]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def ratio(figures: dict[str, Figures], name: str, other: str) -> list[float]:
+    return [mine / theirs for mine, theirs in zip(figures[name].seconds, figures[other].seconds)]
+
+
+def print_table(data: DataSet, figures: dict[str, Figures]) -> None:
+    print(f"\n{data.name}, {data.rows:,} rows, {len(figures['limit'].seconds)} rounds, median (least-most)\n")
+    print(f"| loader | seconds | documents/s | client CPU s | peak MB | ratio to the limit |\n|{'---|' * 6}")
+    for name, own in figures.items():
+        speed = round(data.rows / statistics.median(own.seconds))
+        peak = f"{max(own.peak_mb):.0f}" if any(own.peak_mb) else ""
+        print(f"| {name} | {spread(own.seconds)} | {speed:,} | {statistics.median(own.cpu):.1f} | {peak} | "
+              f"{spread(ratio(figures, name, 'limit'))} |")  # fmt: skip
+
+
+def draw(results: dict[str, dict[str, Figures]], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "benchmark"  # the same figures draw the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(5 * len(results), 3), squeeze=False)
+    for axis, (title, figures) in zip(axes[0], results.items()):
+        names = list(figures)
+        medians = [statistics.median(figures[name].seconds) for name in names]
+        bars = axis.barh(names, medians, color=["#999999" if "limit" in name else "#1f77b4" for name in names])
+        axis.bar_label(bars, fmt="%.1f", padding=2)
+        axis.invert_yaxis()
+        axis.set(title=title, xlabel="seconds to the verified count", xmargin=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+# --- beside the comparison --------------------------------------------------------------------------------------------
+
+
+def stages(bench: Bench, data: DataSet) -> None:
+    """Print the CPU seconds of each stage of the pipeline, by running it up to there."""
+    sys.path.insert(0, str(TOP))
+    import bulkupdate as b
+
+    bucket = b.Bucket(BUCKET)
+    items = bucket.list_csv(data.prefix)
+    kinds = {name: definition["type"] for name, definition in data.mapping["properties"].items()}
+
+    def read() -> None:
+        for item in items:
+            body = b.plain(b.S3Body(bucket, item, 10))
+            while body.read(b.CHUNK_BYTES):
+                pass
+
+    def parse() -> None:
+        for item in items:
+            for _ in b.read_blocks(b.plain(b.S3Body(bucket, item, 10)), item.key, ","):
+                pass
+
+    def render() -> None:
+        made = {name: b.Column(name, kind) for name, kind in kinds.items()}
+        for item in items:
+            columns = None
+            for block in b.read_blocks(b.plain(b.S3Body(bucket, item, 10)), item.key, ","):
+                if columns is None:
+                    columns = [made[name] for name in b.header_of(item, block)]
+                    block.rows, block.lines = block.rows[1:], block.lines[1:]
+                b.documents(block, columns)
+
+    before = 0.0
+    print(f"\n{data.name}: CPU seconds of the loader's stages")
+    for name, stage in {"S3 read": read, "CSV": parse, "types and JSON": render}.items():
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            stage()
+            times.append(time.process_time() - began)
+        print(f"  {name}: {min(times) - before:.2f} s, {(min(times) - before) / data.rows * 1e6:.2f} us a row")
+        before = min(times)
+
+
+@contextlib.contextmanager
+def slow_line(endpoint: str) -> Iterator[str]:
+    """Pass TCP on to the server, each piece of an answer 20 ms late, from a process of its own."""
+    port, target = sandbox.free_port(), int(endpoint.rsplit(":", 1)[1])
+    child = subprocess.Popen([sys.executable, __file__, "--delay-line", str(port), str(target)])
+    sandbox.wait_for_port(port)
+    try:
+        yield f"https://127.0.0.1:{port}"
+    finally:
+        child.kill()
+        child.wait()
+
+
+async def delay_line(port: int, target: int) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float) -> None:
+        while data := await reader.read(256 * 1024):
+            if delay:
+                loop.call_later(delay, writer.write, data)
+            else:
+                writer.write(data)
+                await writer.drain()
+        loop.call_later(delay, writer.close)
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", target)
+        await asyncio.gather(pipe(reader, server_writer, 0), pipe(server_reader, writer, LATENCY_S))
+
+    async with await asyncio.start_server(accept, "127.0.0.1", port) as server:
+        await server.serve_forever()
+
+
+def with_latency(bench: Bench, data: DataSet, rounds: int) -> None:
+    near, far = Figures(), Figures()
+    with slow_line(bench.endpoint) as endpoint:
+        away = {"OPENSEARCH_ENDPOINT": endpoint, "OPENSEARCH_USERNAME": sandbox.USER,
+                "OPENSEARCH_PASSWORD": sandbox.PASSWORD}  # fmt: skip
+        for _ in range(rounds):
+            bench.process(data, bulkupdate_command(data.prefix), near, "near")
+            bench.process(data, bulkupdate_command(data.prefix), far, "far", **away)
+    print(f"\nbulkupdate.py: {spread(near.seconds)} s; with 20 ms more for each request {spread(far.seconds)} s, "
+          f"peak {max(far.peak_mb):.0f} MB")  # fmt: skip
+
+
+def copies(bench: Bench, rounds: int) -> None:
+    """Compare reindex.py onto an empty target with the bare task of the same batch size."""
+    data, script, bare = flights(), Figures(), Figures()
+    data.rows = int(bench.admin("GET", f"/{sandbox.PRIMARY}/_count")["count"])
+    reindex = [sys.executable, str(TOP / "reindex.py"), "--source", sandbox.PRIMARY, "--target", INDEX]
+    for _ in range(rounds):
+        bench.process(data, reindex, script, "reindex.py")
+        bench.fresh_index(data)
+        began = time.monotonic()
+        body = {"source": {"index": sandbox.PRIMARY, "size": 5000}, "dest": {"index": INDEX}}
+        task = bench.admin("POST", "/_reindex?wait_for_completion=false&slices=auto", body)["task"]
+        while not bench.admin("GET", f"/_tasks/{task}")["completed"]:
+            time.sleep(0.05)
+        bench.admin("POST", f"/{INDEX}/_refresh")
+        bare.seconds.append(time.monotonic() - began)
+        bench.check("bare _reindex", data)
+    both = ratio({"script": script, "bare": bare}, "script", "bare")
+    print(f"\nreindex.py {spread(script.seconds)} s, the bare task {spread(bare.seconds)} s, ratio {spread(both)}")
+
+
+def whole_refresh(bench: Bench) -> None:
+    bench.fresh_index(flights())
+    done = subprocess.run([str(TOP / "run_refresh.sh")], capture_output=True, text=True)
+    bench.wrong |= done.returncode != 0
+    print(f"\n{done.stdout or done.stderr}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds, after 2 for warming up")
+    parser.add_argument("--only", choices=["flights", "texts"], help="one data set, without the slow loaders")
+    parser.add_argument("--chart", type=Path, help="draw the medians as SVG into this file")
+    parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
+    parser.add_argument("--prefix", help=argparse.SUPPRESS)
+    parser.add_argument("--delay-line", nargs=2, type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    urllib3.disable_warnings()
+    if args.delay_line:
+        asyncio.run(delay_line(*args.delay_line))
+    bench = Bench(os.environ["ENDPOINT"])
+    if args.loader:
+        LOADERS[args.loader](bench.s3, bench.endpoint, args.prefix)
+        return 0
+    results: dict[str, dict[str, Figures]] = {}
+    for name in [args.only] if args.only else ["flights", "texts"]:
+        data = flights() if name == "flights" else texts(bench.s3)
+        results[data.name] = bench.compare(data, args.rounds, 2, slow=not args.only)
+        print_table(data, results[data.name])
+        stages(bench, data)
+    with_latency(bench, flights(), 3)
+    copies(bench, 3)
+    whole_refresh(bench)
+    if args.chart:
+        draw(results, args.chart)
+    return int(bench.wrong)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,481 @@
+"""What the four scripts share: settings, credentials, retries, secrets, logs, exit codes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import bulkupdate
+import index_cleanup
+import opensearch_base_manager as base
+import pytest
+import reindex
+import sandbox
+import switch_alias
+from conftest import count, fill
+from fault_proxy import answer, edited, lost_answer, refused
+
+SCRIPTS = [bulkupdate, index_cleanup, reindex, switch_alias]
+TOP = Path(base.__file__).parent
+LINE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR) index_cleanup: "
+SECRETS = [sandbox.PASSWORD, base64.b64encode(f"{sandbox.USER}:{sandbox.PASSWORD}".encode()).decode()]
+
+
+@pytest.fixture
+def index(make_index):
+    return make_index("index", {"n": {"type": "long"}}, docs=2)
+
+
+@pytest.fixture(scope="module")
+def lasting_index(box):
+    box.server.request("PUT", "/t-lasting", {})
+    fill(box.server.request, "t-lasting", [{"n": 1}, {"n": 2}])
+    yield "t-lasting"
+    box.server.request("DELETE", "/t-lasting")
+
+
+@pytest.fixture
+def look(run, lasting_index):
+    """The shortest run that asks the cluster seven different questions, and changes nothing."""
+    return lambda: run(index_cleanup, "--index", lasting_index, "--dry-run")
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
+
+
+@pytest.fixture
+def variables(monkeypatch, tmp_path):
+    """Set variables: `variables({"in .env": ...}, {"in the environment": ...})`; nothing of them outlives the test."""
+
+    def use(in_file, in_environment=None):
+        for name in {*in_file, *(in_environment or {})}:
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in in_file.items()))
+        for name, value in (in_environment or {}).items():
+            monkeypatch.setenv(name, value)
+
+    return use
+
+
+def script(*words, env, code=None, **kwargs):
+    """Run Python in a process of its own, as cron would."""
+    command = [sys.executable, *(["-c", code] if code else []), *words]
+    kwargs = {"stdout": subprocess.PIPE, **kwargs}
+    return subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, timeout=60, cwd=TOP, **kwargs)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "in_file", "used"),
+    [("1", "2", "3", "1"), ("", "2", "3", "2"), ("", "", "3", "10"), ("", None, "3", "3"), ("", None, "", "10")],
+)
+def test_a_flag_goes_before_the_environment_before_the_file_before_the_default(
+    flag, variable, in_file, used, variables, run, lasting_index, make_index, name
+):
+    new = make_index("new", docs=2, alias=name("alias"))
+    key = "DOCUMENT_COUNT_THRESHOLD"
+    variables({key: in_file} if in_file else {}, {} if variable is None else {key: variable})
+    command = ["--alias", name("alias"), "--source", new, "--target", lasting_index, "--dry-run"]
+    outcome = run(switch_alias, *command, *(["--threshold", flag] if flag else []))
+    assert outcome.code == 0, outcome.err
+    assert f"threshold {used} %" in outcome.err
+
+
+def test_credentials_come_from_the_file_with_every_character(variables, look, box):
+    quoted = sandbox.PASSWORD.replace("\\", "\\\\").replace('"', '\\"')
+    variables({
+        "OPENSEARCH_ENDPOINT": box.server.endpoint, "OPENSEARCH_USERNAME": sandbox.USER,
+        "OPENSEARCH_PASSWORD": f'"{quoted}"', "AWS_REGION": "",
+    })  # fmt: skip
+    outcome = look()
+    assert outcome.code == 0, outcome.err
+    assert "from the environment" in outcome.err
+
+
+@pytest.mark.parametrize("secret", ["'pa$HOME$$ ${X} #1'", "pa$HOME", "p#1", "'pass word'", "pässwört€"])
+def test_the_file_is_read_without_interpolation(secret, variables):
+    variables({"OPENSEARCH_PASSWORD": secret})
+    base.run_cli(switch_alias.build_parser, lambda args: None, ["--alias", "a", "--show"])
+    assert os.environ["OPENSEARCH_PASSWORD"] == secret.strip("'")
+
+
+def test_a_file_that_is_not_utf_8_ends_with_one_line(variables, look, tmp_path):
+    variables({})
+    (tmp_path / ".env").write_bytes("OPENSEARCH_PASSWORD=hidden-ü\n".encode("latin-1"))
+    outcome = look()
+    assert outcome.code == 2, outcome.err
+    assert ".env" in outcome.last
+    assert "hidden" not in outcome.err
+
+
+@pytest.mark.parametrize("kind", ["String", "SecureString"])
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_the_prefix_says_where_in_the_store_the_credentials_are(kind, slash, look, box, name, monkeypatch):
+    prefix = f"/{name('deep')}/er"
+    ssm = sandbox.aws_client("ssm", box.environment)
+    for key, value in (("endpoint", box.server.endpoint + slash), ("username", sandbox.USER),
+                       ("password", sandbox.PASSWORD)):  # fmt: skip
+        ssm.put_parameter(Name=f"{prefix}/{key}", Value=value, Type=kind)
+    monkeypatch.setenv("OPENSEARCH_PARAMETER_PREFIX", prefix + slash)
+    outcome = look()
+    assert outcome.code == 0, outcome.err
+    assert "from Parameter Store" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("host", "https://host"), ("host:9200", "https://host:9200"), ("https://host/", "https://host"),
+        ("http://host:9200//", "http://host:9200"), (" https://host/path/ ", "https://host/path"),
+        ("[::1]:9200", "https://[::1]:9200"),
+    ],
+)  # fmt: skip
+def test_an_endpoint_gets_a_scheme_and_loses_its_slash(text, url):
+    assert base.endpoint_url(text) == url
+
+
+def test_relative_folders_are_beside_the_scripts(monkeypatch):
+    monkeypatch.setenv("LOG_DIR", "my-logs")
+    assert base.own_folder("LOG_DIR", "logs") == TOP / "my-logs"
+
+
+# --- retries ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        refused, lost_answer, answer(502), answer(503, "<html>Service Unavailable</html>"), answer(504),
+        answer(429), answer(429, retry_after="0"), answer(503, retry_after="soon"),
+    ],
+    ids=["reset", "lost", "502", "503", "504", "429", "429 with Retry-After", "503 with a strange Retry-After"],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["_settings", "_refresh", "_count"])
+def test_what_may_be_repeated_is_tried_again(fault, path, look, proxy, short_pauses):
+    verb = "POST" if path == "_refresh" else "GET"
+    proxy.on(verb, path, fault, times=2)
+    outcome = look()
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("trying again in") == 2
+    assert len(proxy.seen(verb, path)) >= 3
+
+
+def test_a_cluster_that_asks_for_time_gets_it(look, proxy, short_pauses):
+    proxy.on("GET", "_count", answer(429, retry_after="1"))
+    began = time.monotonic()
+    assert look().code == 0
+    assert time.monotonic() - began >= 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "low", "high"),
+    [
+        ("7", 7, 7), ("3600", 60, 60), ("0", 0, 1), ("soon", 0, 1), (None, 0, 1), ("-5", 0, 1), ("nan", 0, 1),
+        (formatdate(time.time() + 3600, usegmt=True), 60, 60), (formatdate(time.time() - 60, usegmt=True), 0, 1),
+        ("9" * 400, 60, 60),
+    ],
+)  # fmt: skip
+def test_an_unreasonable_wait_is_capped_and_nonsense_ignored(asked, low, high):
+    assert low <= base.backoff_s(0, asked) <= high
+
+
+def test_pauses_grow_up_to_a_limit():
+    pauses = [max(base.backoff_s(attempt) for _ in range(50)) for attempt in range(12)]
+    assert pauses[:6] == sorted(pauses[:6])
+    assert pauses[0] <= 0.5
+    assert 20 < pauses[-1] <= 30
+
+
+def test_a_cluster_that_stays_away_is_given_up_after_retry_seconds(look, proxy, monkeypatch, short_pauses):
+    monkeypatch.setenv("RETRY_SECONDS", "1")
+    proxy.on("GET", "_count", answer(503, {"error": "no cluster manager"}), times=None)
+    began = time.monotonic()
+    outcome = look()
+    assert outcome.code == 1
+    assert time.monotonic() - began < 5
+    assert re.search(r"GET /\S+/_count: 503 no cluster manager", outcome.last)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (429, {"error": {"type": "cluster_block_exception", "reason": "index [x] blocked by: [TOO_MANY_REQUESTS/12/"
+               "disk usage exceeded flood-stage watermark, index has read-only-allow-delete block]"}},
+         "flood-stage.*free disk space"),
+        (403, {"error": {"type": "cluster_block_exception", "reason": "blocked by: [FORBIDDEN/8/index write (api)]"}},
+         "FORBIDDEN/8.*remove the block"),
+        (400, {"error": {"type": "x", "reason": "outer", "root_cause": [{"type": "y", "reason": "inner"}]}},
+         "400 y: inner"),
+        (404, {"error": "alias [x] missing", "status": 404}, r"404 alias \[x\] missing"),
+        (500, "<html><h1>Oops</h1></html>", "500 Oops"), (418, "", "418"), (400, "null", "400 null"),
+        (301, "", "301.*a redirect is not followed"), (307, "", "307.*a redirect is not followed"),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_final_and_its_reason_is_told(status, body, says, look, proxy):
+    proxy.on("GET", "_count", answer(status, body, location="https://example.org/"), times=None)
+    outcome = look()
+    assert outcome.code == 1
+    assert re.search(says, outcome.last), outcome.last
+    assert "trying again" not in outcome.err
+    assert len(proxy.seen("GET", "_count")) == 1
+
+
+@pytest.mark.parametrize("body", ["<html>Sign in</html>", "", "{"])
+def test_an_answer_that_is_not_of_opensearch_is_recognised(body, look, proxy):
+    proxy.on("GET", "_settings", answer(200, body))
+    outcome = look()
+    assert outcome.code == 1
+    assert "not an answer of OpenSearch (is the endpoint right?)" in outcome.last
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_wait_for_a_cluster_that_is_away(number, look, proxy):
+    def interrupt(exchange):
+        os.kill(os.getpid(), number)
+        exchange.reply(503, headers={"Retry-After": "15"})
+
+    handler = signal.getsignal(number)
+    proxy.on("GET", "_count", interrupt, times=None)
+    began = time.monotonic()
+    outcome = look()
+    assert (outcome.code, outcome.out) == (128 + number, "")
+    assert f"stopped by {number.name}" in outcome.last
+    assert time.monotonic() - began < 5
+    assert signal.getsignal(number) == handler
+
+
+# --- who we are -------------------------------------------------------------------------------------------------------
+
+
+def test_neither_netrc_nor_a_proxy_of_the_environment_decides_where_we_log_in(look, proxy, tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    with monkeypatch.context() as patch:
+        for variable in ("HOME", "NETRC"):
+            patch.setenv(variable, str(tmp_path / (".netrc" if variable == "NETRC" else "")))
+        for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
+            patch.setenv(variable, "http://127.0.0.1:9")
+        outcome = look()
+    assert outcome.code == 0, outcome.err
+
+
+def test_every_request_says_which_run_it_is_of(look, proxy):
+    seen = set()
+
+    def note(exchange):
+        seen.add(exchange.handler.headers["X-Opaque-Id"])
+        exchange.pass_on()
+
+    proxy.on("GET", "", note, times=None)
+    assert look().code == 0
+    assert len(seen) == 1
+    assert seen.pop().startswith(f"{base.SUITE}/{base.HOST}/")
+
+
+def test_a_user_without_ascii_can_log_in_by_utf_8(connect_as):
+    header = connect_as("jörg", "pä:ß")._create_auth_header()["Authorization"]
+    assert base64.b64decode(header.removeprefix("Basic ")).decode() == "jörg:pä:ß"
+
+
+@pytest.fixture
+def connect_as(monkeypatch):
+    def make(user, password):
+        monkeypatch.setenv("OPENSEARCH_ENDPOINT", "https://host")
+        monkeypatch.setenv("OPENSEARCH_USERNAME", user)
+        monkeypatch.setenv("OPENSEARCH_PASSWORD", password)
+        return base.OpenSearchBaseManager()
+
+    return make
+
+
+# --- secrets and logs -------------------------------------------------------------------------------------------------
+
+
+def assert_no_secret(text):
+    for secret in SECRETS:
+        assert secret not in text
+        assert json.dumps(secret)[1:-1] not in text
+        assert repr(secret)[1:-1] not in text
+
+
+def test_no_secret_is_in_the_repr_of_the_settings(connect_as):
+    manager = connect_as(sandbox.USER, sandbox.PASSWORD)
+    assert_no_secret(repr(manager.settings) + str(manager.settings) + repr(vars(manager)))
+
+
+@pytest.mark.parametrize(
+    "fault", [answer(400, {"error": "no"}), answer(200, "{}"), answer(401, "Unauthorized"), refused],
+    ids=["400", "another answer", "401", "reset"],
+)  # fmt: skip
+def test_no_secret_is_in_a_debug_log_of_a_run_that_fails(fault, look, proxy, monkeypatch):
+    monkeypatch.setenv("LOG_LEVEL", "DEBUG")
+    monkeypatch.setenv("RETRY_SECONDS", "0")
+    proxy.on("GET", "_count", fault, times=None)
+    outcome = look()
+    assert outcome.code == 1
+    assert " DEBUG index_cleanup: " in outcome.err
+    assert_no_secret(outcome.err + outcome.out)
+
+
+def test_libraries_are_not_logged(look, monkeypatch):
+    monkeypatch.setenv("LOG_LEVEL", "DEBUG")
+    outcome = look()
+    assert outcome.code == 0
+    assert [line for line in outcome.err.splitlines() if not re.match(LINE, line)] == []
+    assert {"DEBUG", "INFO"} < set(re.findall(r"Z ([A-Z]+) index_cleanup: ", outcome.err))
+
+
+@pytest.mark.parametrize("reason", ["a\nERROR forged: line", "a\r\x1b[2Kgone", "a\u2028b\x85c\x00", "\x9b31mred"])
+def test_what_others_say_cannot_forge_a_log_line(reason, look, proxy):
+    proxy.on("GET", "_count", answer(400, {"error": {"type": "x", "reason": reason}}))
+    outcome = look()
+    assert outcome.code == 1
+    assert [line for line in outcome.err.rstrip("\n").split("\n") if not re.match(LINE, line)] == []
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", outcome.err)
+
+
+@pytest.mark.parametrize(("level", "present"), [("INFO", False), ("DEBUG", True)])
+def test_an_unknown_exception_is_one_line_with_type_and_place(level, present, look, proxy, monkeypatch):
+    monkeypatch.setenv("LOG_LEVEL", level)
+    proxy.on("GET", "_count", answer(200, "[]"))
+    outcome = look()
+    assert (outcome.code, outcome.out) == (1, "")
+    assert re.search(r"ERROR index_cleanup: unexpected TypeError at \w+\.py:\d+", outcome.err)
+    assert ("Traceback" in outcome.err) is present
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_on_a_terminal_is_one_line_that_renews_itself(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(base, "PROGRESS_TTY_S", 0)
+    monkeypatch.setattr(base.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    base.set_up_logging("test")
+    progress = base.Progress("copying", 200, "documents")
+    progress.update(50)
+    progress.update(100, "a note")
+    base.log.info("between")
+    progress.close()
+    wipe, first, second, between, rest = re.split(r"\r\x1b\[K", terminal.getvalue())
+    assert (wipe, rest) == ("", "")
+    assert first.startswith("copying: 50 of 200 documents (25 %), ")
+    assert second.startswith("copying: 100 of 200 documents (50 %)")
+    assert max(map(len, (first, second))) < 60
+    assert re.fullmatch(r"\S+Z INFO test: between\n", between)
+
+
+def test_progress_in_a_log_is_a_plain_line_every_half_minute(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    clock = iter([0.0, 1.0, 29.0, 31.0, 45.0, 62.0])
+    monkeypatch.setattr(base.time, "monotonic", lambda: next(clock))
+    base.set_up_logging("test")
+    progress = base.Progress("copying", 620, "documents")
+    for done in (10, 290, 310, 450, 620):
+        progress.update(done)
+    progress.close()
+    assert [line.split("INFO test: ")[1] for line in stream.getvalue().splitlines()] == [
+        "copying: 310 of 620 documents (50 %), 10/s, 31 s left",
+        "copying: 620 of 620 documents (100 %), 10/s, 0 s left",
+    ]
+
+
+# --- a process of its own ---------------------------------------------------------------------------------------------
+
+BARE = {"PATH": os.defpath, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_help_needs_no_configuration_and_imports_no_boto3(module):
+    code = f"import sys, {module.__name__} as m; c = m.main(['--help']); sys.exit(c or 'boto3' in sys.modules)"
+    done = script(env=BARE, code=code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {module.__name__}.py")
+
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_the_command_itself_shows_its_usage_and_ends_with_2(module):
+    done = script(module.__file__, env=BARE)
+    assert done.returncode == 2
+    assert f"{module.__name__}.py: error: the following arguments are required" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("package", ["requests", "urllib3", "dotenv", "boto3"])
+def test_a_missing_package_is_named_and_ends_with_2(package, environment):
+    code = f"import sys; sys.modules['{package}'] = None; import index_cleanup as m; sys.exit(m.main(['--index', 'a']))"
+    done = script(env={**BARE, **environment}, code=code)
+    assert done.returncode == 2, done.stderr
+    assert f"{package} is not installed: pip install -r requirements.txt" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("stdout", ["closed", "full", "a pipe that nobody reads"])
+def test_a_result_that_cannot_be_written_does_not_undo_what_was_done(stdout, index, environment, admin):
+    command = f'exec "$0" index_cleanup.py --index {index} --no-force-merge'
+    redirect = {"closed": " >&-", "full": " >/dev/full", "a pipe that nobody reads": ""}[stdout]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        ["bash", "-c", command + redirect, sys.executable], env={**BARE, **environment}, stdout=writing,
+        stderr=subprocess.PIPE, text=True, timeout=60, cwd=TOP,
+    )  # fmt: skip
+    os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert count(admin, index) == 0
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_closed_stderr_stops_no_run(index, environment, admin):
+    command = f'exec "$0" index_cleanup.py --index {index} --no-force-merge 2>&-'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable], env={**BARE, **environment}, stdout=subprocess.PIPE, text=True,
+        timeout=60, cwd=TOP,
+    )  # fmt: skip
+    assert (done.returncode, count(admin, index)) == (0, 0)
+    assert json.loads(done.stdout)["deleted"] == 2
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(index, environment):
+    code = (
+        "import os, signal, sys, index_cleanup as m; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+        f"m.run = lambda args: os.kill(os.getpid(), signal.SIGHUP); sys.exit(m.main(['--index', '{index}']))"
+    )
+    assert script(env={**BARE, **environment}, code=code).returncode == 0
+
+
+# --- what is read from the cluster ------------------------------------------------------------------------------------
+
+
+def test_counts_are_of_the_primary_copies_where_the_version_has_that(look, proxy):
+    assert look().code == 0
+    assert any("_count?preference=_primary" in path for _, path, _ in proxy.requests)
+
+
+def test_counts_of_an_older_version_are_plain(look, proxy):
+    proxy.on("GET", "^/$", edited(lambda answer: answer["version"].update(number="1.3.20")), times=None)
+    assert look().code == 0
+    assert not any("preference" in path for _, path, _ in proxy.requests)
+
+
+def test_nested_documents_are_not_counted(make_index, run):
+    index = make_index("nested", {"o": {"type": "nested"}}, docs=[{"o": [{"x": 1}, {"x": 2}]}])
+    assert run(index_cleanup, "--index", index, "--dry-run").result["would_delete"] == 1

@@ -1,0 +1,952 @@
+"""bulkupdate.py: which objects it reads and how, that each row is stored exactly once, and that all adds up."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import bulkupdate
+import opensearch_base_manager as base
+import pytest
+import sandbox
+from conftest import count, sources, state_of
+from fault_proxy import FaultProxy, after, answer, delayed, lost_answer, refused
+
+SCRIPT = Path(bulkupdate.__file__)
+WORDS = {"k": {"type": "keyword"}, "t": {"type": "keyword"}}
+NUMBERS = {"n": {"type": "long"}}
+MIB = 1024 * 1024
+
+
+def numbers(first, last):
+    return "n\n" + "".join(f"{number}\n" for number in range(first, last + 1))
+
+
+def command(prefix, index, *more):
+    return ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index, *more]
+
+
+@pytest.fixture
+def load(run):
+    def do(prefix, index, *more, code=0):
+        outcome = run(bulkupdate, *command(prefix, index, *more))
+        assert outcome.code == code, outcome.err
+        if outcome.out and "read" in outcome.result:
+            sums = outcome.result
+            assert sums["read"] == sums["stored"] + sums["rejected"] + sums["skipped"]
+        return outcome
+
+    return do
+
+
+@pytest.fixture
+def start(environment):
+    """Start a load as a process of its own, through the proxy if there is one."""
+    running = []
+
+    def do(prefix, index, *more, proxy=None):
+        env = {**environment, "PATH": os.environ["PATH"]}
+        if proxy:
+            names = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
+            env |= zip(names, [proxy.endpoint, sandbox.USER, sandbox.PASSWORD])
+        words = [sys.executable, str(SCRIPT), *command(prefix, index, *more)]
+        process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(process)
+        return process
+
+    yield do
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def rejected(tmp_path):
+    def do():
+        return [json.loads(line) for file in sorted((tmp_path / "logs").glob("rejects-*")) for line in file.open()]
+
+    return do
+
+
+@pytest.fixture
+def by_object(admin):
+    """Return `_source` of each document by the key of its object less the prefix, in the order of the records."""
+
+    def do(index, prefix, names):
+        keys = {digest_of(prefix + key): key for key in names}
+        admin("POST", f"/{index}/_refresh")
+        hits = admin("POST", f"/{index}/_search", {"size": 10_000})["hits"]["hits"]
+        found = {key: [] for key in names}
+        for hit in sorted(hits, key=lambda hit: hit["_id"]):
+            found[keys[hit["_id"].split("-")[0]]].append(hit["_source"])
+        return found
+
+    return do
+
+
+def digest_of(key):
+    return hashlib.sha256(f"{sandbox.BUCKET}/{key}".encode()).hexdigest()[:16]
+
+
+def ids_of(body):
+    """Return the ids of a bulk request."""
+    lines = (json.loads(line) for line in body.decode().split("\n")[::2] if line)
+    return [next(iter(action.values()))["_id"] for action in lines]
+
+
+def edited(change):
+    """Answer as the server does, to the byte, but with other items."""
+
+    def fault(exchange):
+        reply = exchange.forward().json()
+        reply["items"] = change(reply["items"])
+        exchange.reply(200, json.dumps(reply, separators=(",", ":")))
+
+    return fault
+
+
+def settings_of(admin, index):
+    return admin("GET", f"/{index}/_settings?flat_settings=true")[index]["settings"]
+
+
+def meta_of(admin, index):
+    return admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {})
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
+
+
+NOTE = "opensearch-refresh"
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+PLAIN = b"k,t\na,b\n"
+READABLE = {  # object: its content, its rows
+    "bom.csv": (b"\xef\xbb\xbf" + PLAIN, ["ab"]),
+    "bom-quoted.csv": (b'\xef\xbb\xbf"k","t"\n"a","b"\n', ["ab"]),
+    "bom-inside.csv": ("k,t\n\ufeffa,b\n".encode(), [("\ufeffa", "b")]),
+    "crlf.csv": (b"k,t\r\na,b\r\nc,d\r\n", ["ab", "cd"]),
+    "crlf-quoted.csv": (b'k,t\r\n"a","two\r\nlines"\r\n"c","d"\r\n', [("a", "two\r\nlines"), "cd"]),
+    "quoted.csv": (b'k,t\n"a,b","say ""hi"""\n"\n\n","d"\n', [("a,b", 'say "hi"'), ("\n\n", "d")]),
+    "quote-inside.csv": (b'k,t\n5" nail,b\nc,"d"\n', [('5" nail', "b"), "cd"]),
+    "no-newline.csv": (b"k,t\na,b\nc,d", ["ab", "cd"]),
+    "no-newline-quoted.csv": (b'k,t\na,"b"', ["ab"]),
+    "blank-lines.csv": (b"k,t\n\na,b\r\n\r\n\nc,d\n\n", ["ab", "cd"]),
+    "other-order.csv": (b"t,k\nb,a\n", ["ab"]),
+    "fewer-columns.csv": (b"t\nb\n", [{"t": "b"}]),
+    "spaces-in-header.csv": (b" k , t\na,b\n", ["ab"]),
+    "header-only.csv": (b"k,t\n", []),
+    "header-without-newline.csv": (b"k,t", []),
+    "header-only.csv.gz": (gzip.compress(b"k,t\n"), []),
+    "nothing.csv": (b"", []),
+    "packed.csv.gz": (gzip.compress(PLAIN), ["ab"]),
+    "packed-bom.csv.gz": (gzip.compress(b"\xef\xbb\xbf" + PLAIN), ["ab"]),
+    "packed.csv": (gzip.compress(PLAIN), ["ab"]),
+    "plain.csv.gz": (PLAIN, ["ab"]),
+    "upper/CASE.CSV.GZ": (gzip.compress(PLAIN), ["ab"]),
+    "upper/Plain.CSV": (PLAIN, ["ab"]),
+    "members.csv.gz": (b"".join(map(gzip.compress, [b"k,t\na,", b"b\nc,d\n", b"e,f\n"])), ["ab", "cd", "ef"]),
+    "a/deep/er/one.csv": (PLAIN, ["ab"]),
+    "odd names/ü €+%20&=.csv": (PLAIN, ["ab"]),
+}  # fmt: skip
+IGNORED = {
+    "readme.txt": PLAIN, "data.csv.bak": PLAIN, "data.json": b"{}", "_SUCCESS": b"", "x.csv.gz.tmp": b"", "csv": PLAIN,
+    "folder.csv/": b"", "notcsv": PLAIN, "a.gz": gzip.compress(PLAIN),
+}  # fmt: skip
+
+
+def row(cells):
+    return cells if isinstance(cells, dict) else dict(zip("kt", cells))
+
+
+def test_every_readable_kind_of_file_gives_its_rows(make_index, put_csv, load, by_object):
+    index = make_index("index", WORDS)
+    objects = {key: content for key, (content, _) in READABLE.items()}
+    prefix = put_csv({**objects, **IGNORED})
+    outcome = load(prefix, index)
+    found = by_object(index, prefix, READABLE)
+    assert found == {key: [row(cells) for cells in rows] for key, (_, rows) in READABLE.items()}
+    stored = sum(len(rows) for _, rows in READABLE.values())
+    assert outcome.result["objects"] == len(READABLE)
+    assert (outcome.result["stored"], outcome.result["skipped"], outcome.result["rejected"]) == (stored, 4, 0)
+
+
+def test_the_objects_are_logged_and_read_in_key_order(make_index, put_csv, load, proxy):
+    index = make_index("index", NUMBERS)
+    objects = {"b/2.csv": numbers(20, 29), "a.csv": numbers(1, 3), "b/1.CSV": numbers(10, 11), "c.txt": "no"}
+    prefix = put_csv(objects)
+    outcome = load(prefix, index, "--workers", "1", "--batch-size", "4")
+    sent = [json.loads(line)["n"] for body in proxy.seen("POST", "_bulk") for line in body.split(b"\n")[1::2]]
+    assert sent == [1, 2, 3, 10, 11, *range(20, 30)]
+    size = sum(len(text) for key, text in objects.items() if key != "c.txt")
+    assert re.search(rf"3 objects, {size} bytes, from {prefix}a.csv to {prefix}b/2.csv", outcome.err)
+
+
+DEFECTIVE = {  # object: its content, its good rows, its rejects as line and a word of the reason
+    "short.csv": (b"k,t\na\nc,d\n", ["cd"], [(2, "1 cell")]),
+    "long.csv": (b"k,t\na,b\nc,d,\ne,f,g,h\n", ["ab"], [(3, "3 cells"), (4, "4 cells")]),
+    "space-before-quote.csv": (b'k,t\na, "b,c"\n', [], [(2, "3 cells")]),
+    "after-quoted-newline.csv": (b'k,t\n"a\n\n","b"\nc\nd,e\n', [("a\n\n", "b"), "de"], [(5, "cell")]),
+    "ragged-and-quoted.csv": (b'k,t\na,b\n"x\ny"\nc,d\n', ["ab", "cd"], [(3, "cell")]),
+    "latin-1.csv": (b"k,t\nK\xf6ln,b\nc,d\n", ["cd"], [(2, "UTF-8")]),
+    "surrogate.csv": (b"k,t\n\xed\xa0\x80,b\nc,d\n", ["cd"], [(2, "UTF-8")]),
+    "cut-character.csv": (b"k,t\nc,d\na,\xe2\x82", ["cd"], [(3, "UTF-8")]),
+    "nul.csv": (b"k,t\na\0,b\n\"c\",\"\0\"\ne,f\n", ["ef"], [(2, "NUL"), (3, "NUL")]),
+    "after-quote.csv": (b'k,t\n"a" b,c\nd,e\n"f"g,h\ni,j\n', ["de", "ij"], [(2, "CSV"), (4, "CSV")]),
+    "lone-return.csv": (b"k,t\na,b\nc\rd,e\nf,g\n", ["ab", "fg"], [(3, "")]),
+    "packed.csv.gz": (gzip.compress(b"k,t\n\na\nc,d\n"), ["cd"], [(3, "cell")]),
+}  # fmt: skip
+
+
+def test_every_defective_row_is_a_reject_with_its_line_and_the_others_are_stored(
+    make_index, put_csv, load, by_object, rejected
+):
+    index = make_index("index", WORDS)
+    prefix = put_csv({key: content for key, (content, _, _) in DEFECTIVE.items()})
+    outcome = load(prefix, index, code=3)
+    good = {key: [row(cells) for cells in rows] for key, (_, rows, _) in DEFECTIVE.items()}
+    assert by_object(index, prefix, DEFECTIVE) == good
+    entries = {key: [entry for entry in rejected() if entry["object"] == prefix + key] for key in DEFECTIVE}
+    lines = {key: [entry["line"] for entry in found] for key, found in entries.items()}
+    assert lines == {key: [line for line, _ in wanted] for key, (_, _, wanted) in DEFECTIVE.items()}
+    for key, (_, _, wanted) in DEFECTIVE.items():
+        for entry, (_, word) in zip(entries[key], wanted):
+            assert word in entry["reason"]
+            assert entry["row"]
+    assert outcome.result["rejected"] == sum(map(len, lines.values()))
+    assert outcome.result["skipped"] == 1
+
+
+def test_defects_far_down_a_large_file_have_the_right_line(make_index, put_csv, load, rejected, admin):
+    index = make_index("index", {"k": {"type": "keyword"}, "n": {"type": "integer"}})
+    good = '"' + "word word word\n" * 9 + '",1\n'  # ten lines, so that most blocks end between quotes
+    text = good * 3000 + "x,1.5\n\xff,1\n" + good * 3000 + "y,x\nz\n"
+    load(put_csv({"a.csv": b"k,n\n" + text.encode("latin-1")}), index, "--max-rejects", "4")
+    assert sorted(entry["line"] for entry in rejected()) == [30_002, 30_003, 60_004, 60_005]
+    assert count(admin, index) == 6000
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "word"),
+    [
+        (b'k,t\na,b\nc,"d\ne,f\ng,h\n', 3, "end of the file"),
+        (b'k,t\na,b\n"c","d', 3, "end of the file"),
+        (b'k,t\n"x\ny",b\n\nc,"' + b"d,e\n" * (9 * MIB // 4), 5, "8 MiB"),
+        (b'k,t\na,b\nc,"' + b"d,e\n" * 100_000, 3, "end of the file"),
+        (gzip.compress(b"k,t\n" + os.urandom(30_000).hex().encode() + b",b\n")[:-2_000], None, "gzip"),
+        (gzip.compress(PLAIN)[:-8] + b"12345678", None, "gzip"),
+        (gzip.compress(PLAIN) + b"trailing", None, "gzip"),
+    ],
+    ids="at-the-end last-line after-8-mib over-two-blocks gzip-breaks-off gzip-checksum gzip-garbage".split(),
+)
+def test_a_file_that_hides_how_many_rows_it_has_fails_the_load(content, line, word, make_index, put_csv, load, admin):
+    index = make_index("index", WORDS)
+    prefix = put_csv({"a.csv": PLAIN, "broken.csv": content})
+    outcome = load(prefix, index, code=1)
+    assert f"{prefix}broken.csv" in outcome.last
+    assert word in outcome.last
+    if line:
+        assert re.search(rf"\bline {line}\b", outcome.last)
+    assert NOTE in meta_of(admin, index)
+
+
+UNLOADABLE = {
+    "nothing": ({}, ""),
+    "other-suffixes": ({"a.txt": PLAIN, "b.json": b"{}"}, ""),
+    "empty-object": ({"a.csv": b""}, ""),
+    "no-rows": ({"a.csv": b"k,t\n", "b.csv": b"k,t\n\n\r\n", "c.csv": b""}, "row"),
+    "no-rows-packed": ({"a.csv.gz": gzip.compress(b"k,t\n")}, "row"),
+    "doubled": ({"a.csv": PLAIN, "b.csv": b"k,t,k\na,b,c\n"}, "b.csv"),
+    "doubled-after-spaces": ({"b.csv": b"k, k\na,b\n"}, "b.csv"),
+    "empty-name": ({"a.csv": PLAIN, "b.csv": b"k,,t\na,b,c\n"}, "b.csv"),
+    "blank-name": ({"b.csv": b'k," "\na,b\n'}, "b.csv"),
+    "last-name-empty": ({"b.csv": b"k,t,\na,b,c\n"}, "b.csv"),
+    "blank-first-line": ({"b.csv": b"\nk,t\na,b\n"}, "b.csv"),
+    "dots": ({"b.csv": b"k,a..b\na,b\n"}, "b.csv"),
+    "leading-dot": ({"b.csv": b"k,.a\na,b\n"}, "b.csv"),
+    "_id": ({"b.csv": b"_id,k\na,b\n"}, "_id"),
+    "_source": ({"b.csv": b"k,_source\na,b\n"}, "_source"),
+    "nul-in-header": ({"a.csv": PLAIN, "b.csv": b"k,t\0\na,b\n"}, "b.csv"),
+    "latin-1-header": ({"a.csv": PLAIN, "b.csv": b"k,gr\xf6\xdfe\na,b\n"}, "b.csv"),
+    "unknown-columns": ({"a.csv": PLAIN, "b.csv": b"k;t\na;b\n"}, "delimiter"),
+    "utf-16": ({"a.csv": "k,t\na,b\n".encode("utf-16")}, "UTF-16"),
+    "utf-16-be": ({"a.csv": b"\xfe\xff" + "k,t\na,b\n".encode("utf-16-be")}, "UTF-16"),
+    "utf-16-without-mark": ({"a.csv": "k,t\na,b\n".encode("utf-16-le")}, "UTF-16"),
+    "utf-16-packed": ({"a.csv.gz": gzip.compress("k,t\na,b\n".encode("utf-16"))}, "UTF-16"),
+    "open-quote-in-header": ({"b.csv": b'k,"t\na,b\n'}, "b.csv"),
+}
+UNLOADABLE_UNDER_ANY_MAPPING = ["no-rows-packed", "blank-first-line", "nul-in-header", "latin-1-header"]
+
+
+@pytest.mark.parametrize("mapping", [{}, {"properties": WORDS}, {"properties": WORDS, "dynamic": False}])
+def test_what_cannot_be_loaded_is_refused_before_anything_is_touched(mapping, make_index, put_csv, run, admin):
+    wrong, index, before = {}, "", {}
+    for case, (objects, word) in UNLOADABLE.items():
+        if mapping != {"properties": WORDS} and case not in UNLOADABLE_UNDER_ANY_MAPPING:
+            continue
+        if not index:
+            index = make_index(f"index-{len(wrong)}", docs=[{"k": "old"}], **mapping)
+            before = state_of(admin, index)
+        prefix = put_csv({f"{case}/{key}": content for key, content in objects.items()})
+        outcome = run(bulkupdate, *command(f"{prefix}{case}/", index))
+        touched = state_of(admin, index) != before
+        if outcome.code != 4 or word not in outcome.last or touched:
+            wrong[case] = (outcome.code, outcome.last, "touched" if touched else "untouched")
+            index = ""  # the next one starts afresh
+    assert wrong == {}
+
+
+def test_a_live_index_is_refused_and_left_alone(make_index, put_csv, load, admin, name):
+    index = make_index("index", WORDS, docs=[{"k": "old"}], alias=name("alias"))
+    before = state_of(admin, index)
+    outcome = load(put_csv({"a.csv": PLAIN}), index, code=4)
+    assert name("alias") in outcome.last
+    assert state_of(admin, index) == before
+
+
+def test_a_missing_bucket_index_or_alias_instead_of_an_index_fails(make_index, put_csv, load, run, admin, name):
+    index = make_index("index", WORDS, docs=[{"k": "old"}])
+    other = make_index("other", WORDS, alias=name("alias"))
+    prefix = put_csv({"a.csv": PLAIN})
+    before = state_of(admin, index, other)
+    outcome = run(bulkupdate, "--bucket", "no-such-bucket", "--prefix", prefix, "--index", index)
+    assert (outcome.code, "no-such-bucket" in outcome.last) == (1, True)
+    assert name("missing") in load(prefix, name("missing"), code=1).last
+    assert name("alias") in load(prefix, name("alias"), code=1).last
+    assert state_of(admin, index, other) == before
+
+
+@pytest.mark.parametrize(("flag", "delimiter"), [(";", ";"), (r"\t", "\t")])
+def test_the_delimiter_can_be_another_one(flag, delimiter, make_index, put_csv, load, admin):
+    index = make_index("index", WORDS)
+    load(put_csv({"a.csv": f'k,t\na;"x{delimiter}y"\n'.replace(",", delimiter).replace(";", delimiter)}), index,
+         "--delimiter", flag)  # fmt: skip
+    assert sources(admin, index) == [{"k": "a", "t": f"x{delimiter}y"}]
+
+
+@pytest.mark.parametrize("words", [
+    ["--delimiter", ""], ["--delimiter", ",,"], ["--delimiter", '"'], ["--batch-size", "0"], ["--workers", "-1"],
+    ["--max-rejects", "x"],
+])  # fmt: skip
+def test_a_wrong_flag_is_a_usage_error_and_sends_nothing(words, load, proxy):
+    load("prefix/", "t-none", *words, code=2)
+    assert proxy.requests == []
+
+
+def test_large_cells_are_kept_and_no_request_exceeds_8_mib(make_index, put_csv, load, admin, proxy):
+    index = make_index("index", {"t": {"type": "keyword", "index": False, "doc_values": False}})
+    cells = [letter * (2 * MIB) for letter in "abcde"]
+    load(put_csv({"a.csv": "t\n" + "\n".join(cells), "b.csv": f't\n"{cells[0]}\n"\n'}), index)
+    stored = sorted(document["t"] for document in sources(admin, index))
+    assert stored == sorted([*cells, cells[0] + "\n"])
+    sizes = [len(body) for body in proxy.seen("POST", "_bulk")]
+    assert max(sizes) <= 8 * MIB
+    assert len(sizes) <= 3  # and batches are filled
+
+
+# --- exactly once -----------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_made_of_the_place_of_a_row_alone(make_index, put_csv, load, admin):
+    index = make_index("index", NUMBERS)
+    prefix = put_csv({"a.csv": numbers(1, 3), "b/ü.csv": "n\n\n7\n"})
+    load(prefix, index)
+    ids = [hit["_id"] for hit in admin("POST", f"/{index}/_search", {"sort": ["n"]})["hits"]["hits"]]
+    assert ids[:3] == [f"{digest_of(prefix + 'a.csv')}-{number:09d}" for number in (1, 2, 3)]
+    assert re.fullmatch(rf"{digest_of(prefix + 'b/ü.csv')}-[0-9]{{9}}", ids[3])
+    load(prefix, index)
+    assert [hit["_id"] for hit in admin("POST", f"/{index}/_search", {"sort": ["n"]})["hits"]["hits"]] == ids
+
+
+def test_a_batch_closes_at_its_size_across_the_borders_of_objects(make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS)
+    load(put_csv({"a.csv": numbers(1, 5), "b.csv": numbers(6, 8), "c.csv": numbers(9, 17)}), index,
+         "--batch-size", "4")  # fmt: skip
+    assert sorted(len(ids_of(body)) for body in proxy.seen("POST", "_bulk")) == [1, 4, 4, 4, 4]
+    assert count(admin, index) == 17
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [lost_answer, refused, answer(503), answer(502, "<html>bad gateway</html>"), answer(429, retry_after="1"),
+     edited(lambda items: items[1:]), edited(lambda items: [*items, items[0]]), edited(lambda items: [])],
+    ids=["answer-lost", "never-carried-out", "503", "502", "429", "items-short", "items-long", "items-missing"],
+)  # fmt: skip
+def test_a_request_without_a_whole_answer_is_sent_again_and_each_row_is_stored_once(
+    fault, make_index, put_csv, load, proxy, admin
+):
+    index = make_index("index", NUMBERS)
+    proxy.on("POST", "/_bulk", fault, skip=1)
+    outcome = load(put_csv({"a.csv": numbers(1, 25)}), index, "--batch-size", "10")
+    assert sorted(document["n"] for document in sources(admin, index)) == list(range(1, 26))
+    assert (outcome.result["stored"], outcome.result["rejected"]) == (25, 0)
+    bodies = proxy.seen("POST", "/_bulk")
+    assert len(bodies) == 4
+    assert len(set(bodies)) == 3
+
+
+def test_a_request_that_was_carried_out_behind_a_504_is_stored_once(make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS)
+
+    def gateway_timeout(exchange):
+        exchange.forward()
+        exchange.reply(504, "<html>timeout</html>")
+
+    proxy.on("POST", "/_bulk", gateway_timeout, times=2)
+    outcome = load(put_csv({"a.csv": numbers(1, 9)}), index)
+    assert count(admin, index) == 9
+    assert (outcome.result["stored"], outcome.result["rejected"], outcome.result["replaced"]) == (9, 0, 0)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_only_the_refused_items_are_sent_again(status, make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS)
+
+    def refuse_two(exchange):
+        lines = exchange.body.decode().splitlines(keepends=True)
+        reply = exchange.forward("".join(lines[:2] + lines[4:8]).encode()).json()  # the 2nd and the 5th do not arrive
+        error = {"type": "rejected_execution_exception", "reason": "busy"}
+        for at in (1, 4):
+            reply["items"].insert(at, {"create": {"status": status, "error": error}})
+        exchange.reply(200, json.dumps({**reply, "errors": True}))
+
+    proxy.on("POST", "/_bulk", refuse_two)
+    outcome = load(put_csv({"a.csv": numbers(1, 5)}), index)
+    first, second = proxy.seen("POST", "/_bulk")
+    assert ids_of(second) == [ids_of(first)[1], ids_of(first)[4]]
+    assert second.splitlines()[1::2] == [b'{"n":2}', b'{"n":5}']
+    assert sorted(document["n"] for document in sources(admin, index)) == [1, 2, 3, 4, 5]
+    assert (outcome.result["stored"], outcome.result["rejected"]) == (5, 0)
+
+
+def test_items_that_stay_refused_end_the_load_after_retry_seconds(
+    make_index, put_csv, load, proxy, admin, monkeypatch
+):
+    monkeypatch.setenv("RETRY_SECONDS", "1")
+    index = make_index("index", NUMBERS)
+    error = {"type": "rejected_execution_exception", "reason": "busy"}
+    proxy.on("POST", "/_bulk", answer(200, {"errors": True, "items": [{"create": {"status": 429, "error": error}}]}),
+             times=None)  # fmt: skip
+    began = time.monotonic()
+    outcome = load(put_csv({"a.csv": "n\n1\n"}), index, code=1)
+    assert "429" in outcome.last
+    assert time.monotonic() - began < 20
+    assert len(proxy.seen("POST", "/_bulk")) > 1
+
+
+def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, proxy):
+    index = make_index("index", NUMBERS)
+    began, ended = {}, {}  # by number of the request; one document each
+
+    def timed(exchange):
+        began[exchange.nth] = time.monotonic()
+        time.sleep(0.1)
+        (exchange.reply(429) if exchange.nth == 1 else exchange.pass_on())
+        ended[exchange.nth] = time.monotonic()
+
+    proxy.on("POST", "/_bulk", timed, times=None)
+    outcome = load(put_csv({"a.csv": numbers(1, 30)}), index, "--batch-size", "1", "--workers", "4")
+    bodies = proxy.seen("POST", "/_bulk")
+    assert re.search("busy.*: 2 ", outcome.err)
+    since = ended[2 + bodies[1:].index(bodies[0])] + 0.05  # the refused one has been stored, and its sender knows
+    late = [moment for moment in began.values() if moment > since]
+    at_once = [sum(start <= moment < ended[nth] for nth, start in began.items()) for moment in late]
+    assert max(at_once) == 2
+    assert len(at_once) > 10
+
+
+def test_a_document_that_somebody_else_stored_first_is_a_reject(make_index, put_csv, load, proxy, admin, rejected):
+    index = make_index("index", NUMBERS)
+    prefix = put_csv({"a.csv": numbers(1, 3)})
+    intruder = f"/{index}/_doc/{digest_of(prefix + 'a.csv')}-000000002"
+
+    def intrude(exchange):
+        admin("PUT", intruder, {"n": 99})
+        exchange.pass_on()
+
+    proxy.on("POST", "/_bulk", intrude)
+    load(prefix, index, "--max-rejects", "1", code=1)  # the index holds one document that is not of this load
+    assert [(entry["line"], "conflict" in entry["reason"]) for entry in rejected()] == [(3, True)]
+    assert admin("GET", intruder)["_source"] == {"n": 99}
+
+
+def too_large(limit):
+    return lambda exchange: exchange.reply(413) if len(exchange.body) > limit else exchange.pass_on()
+
+
+def test_a_request_that_is_too_large_is_halved_until_it_fits(make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS)
+    proxy.on("POST", "/_bulk", too_large(400), times=None)
+    outcome = load(put_csv({"a.csv": numbers(1, 60)}), index, "--batch-size", "30", "--workers", "2")
+    assert sorted(document["n"] for document in sources(admin, index)) == list(range(1, 61))
+    assert (outcome.result["stored"], outcome.result["rejected"]) == (60, 0)
+    bodies = proxy.seen("POST", "/_bulk")
+    assert sum(len(body) > 400 for body in bodies) <= 8  # what was learned counts for later batches
+
+
+def test_a_single_document_that_is_too_large_is_a_reject(make_index, put_csv, load, proxy, admin, rejected):
+    index = make_index("index", {"t": {"type": "text"}})
+    proxy.on("POST", "/_bulk", too_large(1000), times=None)
+    load(put_csv({"a.csv": f"t\na\n{'b' * 2000}\nc\n"}), index, code=3)
+    assert [document["t"] for document in sources(admin, index)] == ["a", "c"]
+    assert [(entry["line"], entry["row"]) for entry in rejected()] == [(3, {"t": "b" * 2000})]
+
+
+def test_a_full_disk_ends_the_load_at_once_with_the_reason(make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS)
+    block = {"index.blocks.read_only_allow_delete": True}  # what the server sets itself at the flood stage
+
+    def flood(exchange):
+        admin("PUT", f"/{index}/_settings", block)
+        exchange.pass_on()
+
+    proxy.on("POST", "/_bulk", flood)
+    outcome = load(put_csv({"a.csv": numbers(1, 9)}), index, code=1)
+    assert "flood-stage" in outcome.last
+    assert "disk" in outcome.last
+    assert len(proxy.seen("POST", "/_bulk")) == 1
+    admin("PUT", f"/{index}/_settings", dict.fromkeys(block))
+    load(put_csv({"a.csv": numbers(1, 9)}), index)
+    assert "index.refresh_interval" not in settings_of(admin, index)
+
+
+def test_a_write_block_ends_the_load_at_once_with_the_reason(make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS)
+
+    def block(exchange):
+        admin("PUT", f"/{index}/_settings", {"index.blocks.write": True})
+        exchange.pass_on()
+
+    proxy.on("POST", "/_bulk", block)
+    outcome = load(put_csv({"a.csv": numbers(1, 9)}), index, code=1)
+    assert "index.blocks" in outcome.last
+    assert len(proxy.seen("POST", "/_bulk")) == 1
+    assert "index.refresh_interval" not in settings_of(admin, index)
+
+
+def test_a_missing_permission_ends_the_load_and_is_named_with_the_user(make_index, put_csv, load, proxy):
+    index = make_index("index", NUMBERS)
+    error = {"type": "security_exception", "reason": "no permissions for [indices:data/write/bulk[s]] and User [x]"}
+    items = [{"create": {"status": 403, "error": error}}] * 3
+    proxy.on("POST", "/_bulk", answer(200, {"errors": True, "items": items}), times=None)
+    outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, code=1)
+    assert sandbox.USER in outcome.last
+    assert "indices:data/write/bulk" in outcome.last
+    assert len(proxy.seen("POST", "/_bulk")) == 1
+
+
+# --- ids from a column ------------------------------------------------------------------------------------------------
+
+KEYED = {"id": {"type": "keyword"}, "n": {"type": "long"}}
+
+
+def by_id(admin, index):
+    admin("POST", f"/{index}/_refresh")
+    hits = admin("POST", f"/{index}/_search", {"size": 10_000})["hits"]["hits"]
+    return {hit["_id"]: hit["_source"] for hit in hits}
+
+
+def test_a_later_row_replaces_an_earlier_one_of_the_same_id_in_whatever_order_they_arrive(
+    make_index, put_csv, load, proxy, admin
+):
+    index = make_index("index", KEYED)
+    rows = [(f"id{number * 7 % 10}", number) for number in range(60)]
+    files = {
+        f"{place}.csv": "id,n\n" + "".join(f"{key},{number}\n" for key, number in rows[place * 20 : place * 20 + 20])
+        for place in range(3)
+    }
+    proxy.on("POST", "/_bulk", lost_answer, skip=2, times=2)
+    proxy.on("POST", "/_bulk", refused, skip=4)
+    proxy.on("POST", "/_bulk", delayed(0.5), skip=4)
+    outcome = load(put_csv(files), index, "--id-column", "id", "--batch-size", "3", "--workers", "4")
+    assert by_id(admin, index) == {key: {"id": key, "n": number} for key, number in rows}
+    sums = outcome.result
+    assert (sums["read"], sums["stored"], sums["replaced"], sums["documents"]) == (60, 60, 50, 10)
+
+
+def test_odd_ids_are_kept_and_empty_or_too_long_ones_are_rejects(make_index, put_csv, load, admin, rejected):
+    index = make_index("index", KEYED)
+    longest = "ü" * 256
+    odd = ['a"b', "c\\d", "ü€/ ?#", "007", longest]
+    rows = [*odd, "", longest + "x", "x" * 513]
+    text = "id,n\n" + "".join(f'"{key.replace(chr(34), chr(34) * 2)}",{number}\n' for number, key in enumerate(rows))
+    load(put_csv({"a.csv": text}), index, "--id-column", "id", "--max-rejects", "3")
+    assert set(by_id(admin, index)) == set(odd)
+    assert [(entry["line"], entry["column"]) for entry in rejected()] == [(line, "id") for line in (7, 8, 9)]
+
+
+def test_a_row_with_an_id_that_the_mapping_rejects_does_not_count_as_stored(make_index, put_csv, load, admin):
+    index = make_index("index", {"id": {"type": "keyword"}, "day": {"type": "date"}})
+    prefix = put_csv({"a.csv": "id,day\na,2024-01-01\na,soon\nb,2024-01-02\n\n"})
+    outcome = load(prefix, index, "--id-column", "id", code=3)
+    assert by_id(admin, index)["a"]["day"] == "2024-01-01"
+    assert outcome.result["stored"] == 2
+
+
+def test_an_object_without_the_id_column_is_refused(make_index, put_csv, load, admin):
+    index = make_index("index", KEYED, docs=[{"id": "old"}])
+    before = state_of(admin, index)
+    outcome = load(put_csv({"a.csv": "id,n\na,1\n", "b.csv": "n\n1\n"}), index, "--id-column", "id", code=4)
+    assert "b.csv" in outcome.last
+    assert state_of(admin, index) == before
+
+
+# --- adding to what is there ------------------------------------------------------------------------------------------
+
+
+def test_no_cleanup_adds_to_a_live_index_and_leaves_its_settings_alone(
+    make_index, put_csv, load, proxy, admin, name
+):
+    index = make_index("index", NUMBERS, docs=[{"n": -1}], alias=name("alias"), settings={"refresh_interval": "7s"})
+    before = admin("GET", f"/{index}")
+    outcome = load(put_csv({"a.csv": numbers(1, 5)}), index, "--no-cleanup", "--no-replicas")
+    assert sorted(document["n"] for document in sources(admin, index)) == [-1, 1, 2, 3, 4, 5]
+    assert admin("GET", f"/{index}") == before
+    assert proxy.seen("PUT", "") == []
+    assert outcome.result["stored"] == 5
+
+
+def test_no_cleanup_replaces_documents_of_the_same_id(make_index, put_csv, load, admin, s3):
+    index = make_index("index", NUMBERS)
+    prefix = put_csv({"a.csv": numbers(1, 3)})
+    load(prefix, index)
+    s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}a.csv", Body=numbers(11, 14))
+    outcome = load(prefix, index, "--no-cleanup")
+    assert sorted(document["n"] for document in sources(admin, index)) == [11, 12, 13, 14]
+    assert (outcome.result["stored"], outcome.result["replaced"]) == (4, 3)
+
+
+def test_no_cleanup_with_an_id_column_replaces_documents_of_the_same_id(make_index, put_csv, load, admin):
+    index = make_index("index", KEYED)
+    admin("PUT", f"/{index}/_doc/a", {"id": "a", "n": 0})
+    admin("PUT", f"/{index}/_doc/z", {"id": "z", "n": 0})
+    for n in (1, 2):
+        outcome = load(put_csv({"a.csv": f"id,n\na,{n}\nb,{n}\n"}), index, "--no-cleanup", "--id-column", "id")
+    assert {key: document["n"] for key, document in by_id(admin, index).items()} == {"a": 2, "b": 2, "z": 0}
+    assert (outcome.result["stored"], outcome.result["replaced"]) == (2, 2)
+
+
+def test_two_loads_that_add_may_run_side_by_side_and_store_each_row_once(make_index, put_csv, start, proxy, admin):
+    index = make_index("index", NUMBERS, docs=[{"n": 0}])
+    both = threading.Barrier(2, timeout=30)
+
+    def meet(exchange):
+        both.wait()
+        exchange.pass_on()
+
+    proxy.on("POST", "/_bulk", meet, times=2)  # a load has one worker: one of each
+    prefixes = [put_csv({f"{place}/a.csv": numbers(place * 100, place * 100 + 49)}) + f"{place}/" for place in (1, 2)]
+    words = ["--no-cleanup", "--workers", "1", "--batch-size", "10"]
+    loads = [start(prefix, index, *words, proxy=proxy) for prefix in prefixes]
+    for process in loads:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert json.loads(out)["stored"] == 50
+    assert sorted(document["n"] for document in sources(admin, index)) == [0, *range(100, 150), *range(200, 250)]
+
+
+def test_two_loads_of_the_same_second_each_keep_their_rejects(make_index, put_csv, load, rejected, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260102T030405Z")
+    index = make_index("index", NUMBERS)
+    prefixes = [put_csv({f"{place}/a.csv": f"n\n{place}\nx{place}\n"}) + f"{place}/" for place in (1, 2)]
+    for prefix in prefixes:
+        load(prefix, index, "--no-cleanup", code=3)
+    assert sorted(entry["row"]["n"] for entry in rejected()) == ["x1", "x2"]
+
+
+# --- it adds up -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "code"),
+    [([], "", 3), (["--max-rejects", "1"], "", 3), (["--max-rejects", "2"], "", 0), ([], "2", 0),
+     (["--max-rejects", "1"], "2", 3)],
+)  # fmt: skip
+def test_rejects_are_accepted_up_to_max_rejects(words, variable, code, make_index, put_csv, load, monkeypatch, admin):
+    monkeypatch.setenv("MAX_REJECTS", variable)
+    index = make_index("index", NUMBERS)
+    outcome = load(put_csv({"a.csv": "n\n1\nx\n\n2\ny\n"}), index, *words, code=code)
+    sums = [outcome.result[name] for name in ("read", "stored", "rejected", "skipped", "documents")]
+    assert sums == [5, 2, 2, 1, 2]
+    assert count(admin, index) == 2
+    assert NOTE not in meta_of(admin, index)  # it holds all that it can hold
+
+
+def test_the_rejects_file_is_named_in_the_result_and_private_and_old_ones_go(make_index, put_csv, load, tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for days in (29, 31):
+        (logs / f"rejects-x-{days}.ndjson").write_text("")
+        os.utime(logs / f"rejects-x-{days}.ndjson", (time.time() - days * 86400,) * 2)
+    index = make_index("index", NUMBERS)
+    outcome = load(put_csv({"a.csv": "n\n1\nx\n"}), index, code=3)
+    file = Path(outcome.result["rejects_file"])
+    assert file.parent == logs
+    assert re.fullmatch(rf"rejects-{index}-\d{{8}}T\d{{6}}Z.*\.ndjson", file.name)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert set(json.loads(file.read_text())) == {"object", "line", "column", "reason", "row"}
+    assert str(file) in outcome.last
+    assert sorted(path.name for path in logs.iterdir()) == sorted([file.name, "rejects-x-29.ndjson"])
+
+
+def test_more_than_10_000_rejects_end_the_load_unless_more_are_accepted(make_index, put_csv, load, admin, rejected):
+    index = make_index("index", NUMBERS)
+    prefix = put_csv({"a.csv": "n\n1\n" + "x\n" * 10_001})
+    outcome = load(prefix, index, code=1)
+    assert "10,000" in outcome.last
+    assert NOTE in meta_of(admin, index)
+    time.sleep(1)  # the file's name holds the second
+    assert load(prefix, index, "--max-rejects", "10001").result["rejected"] == 10_001
+    assert NOTE not in meta_of(admin, index)
+
+
+CHANGES = {
+    "new": lambda s3, prefix: s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}c.csv", Body=b"n\n9\n"),
+    "changed": lambda s3, prefix: s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}a.csv", Body=b"n\n8\n9\n"),
+    "deleted": lambda s3, prefix: s3.delete_object(Bucket=sandbox.BUCKET, Key=f"{prefix}a.csv"),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "words", "method", "path"),
+    [
+        ("new", "c.csv", [], "POST", "/_bulk"), ("changed", "a.csv", [], "POST", "/_bulk"),
+        ("deleted", "a.csv", [], "POST", "/_bulk"), ("changed", "a.csv", ["--no-cleanup"], "POST", "/_bulk"),
+        ("changed", "a.csv", [], "PUT", "/_mapping"), ("deleted", "a.csv", [], "PUT", "/_mapping"),  # not read yet
+    ],
+)  # fmt: skip
+def test_a_producer_that_is_still_writing_fails_the_load(
+    change, key, words, method, path, make_index, put_csv, load, proxy, s3, admin
+):
+    index = make_index("index", NUMBERS)
+    prefix = put_csv({"a.csv": numbers(1, 3), "b.csv": numbers(4, 6)})
+    proxy.on(method, path, after(lambda: CHANGES[change](s3, prefix)))
+    outcome = load(prefix, index, *words, code=1)
+    assert prefix + key in outcome.last
+    assert (NOTE in meta_of(admin, index)) == (not words)
+
+
+def test_somebody_else_who_writes_meanwhile_fails_the_load(make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS)
+    proxy.on("POST", "/_bulk", after(lambda: admin("POST", f"/{index}/_doc", {"n": 0})))
+    outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, code=1)
+    assert "4" in outcome.last
+    assert NOTE in meta_of(admin, index)
+    assert "index.refresh_interval" not in settings_of(admin, index)
+
+
+def test_an_index_that_somebody_replaced_meanwhile_fails_the_load(make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS)
+
+    def replace():
+        admin("DELETE", f"/{index}")
+        admin("PUT", f"/{index}", {"mappings": {"properties": NUMBERS}})
+        for n in (1, 2, 3):
+            admin("POST", f"/{index}/_doc", {"n": n})
+
+    proxy.on("POST", "/_bulk", after(replace))
+    outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, code=1)
+    assert "created anew" in outcome.last
+
+
+@pytest.fixture
+def seen_meanwhile(proxy, admin):
+    """Return what settings and `_meta` are while the first documents are stored."""
+    seen = {}
+
+    def watch(index):
+        def look():
+            seen.update(settings=settings_of(admin, index), meta=meta_of(admin, index))
+
+        proxy.on("POST", "/_bulk", after(look))
+        return seen
+
+    return watch
+
+
+@pytest.mark.parametrize("interval", [None, "7s", "-1"])
+def test_settings_and_meta_change_for_the_time_of_the_load_only(
+    interval, make_index, put_csv, load, proxy, admin, seen_meanwhile
+):
+    settings = {"number_of_replicas": 1, **({"refresh_interval": interval} if interval else {})}
+    foreign = {"owner": "team a", "nested": {"deep": [1, None]}}
+    index = make_index("index", NUMBERS, docs=3, settings=settings, _meta=foreign)
+    before = admin("GET", f"/{index}")
+    seen = seen_meanwhile(index)
+    load(put_csv({"a.csv": numbers(1, 9)}), index, "--no-replicas")
+    assert admin("GET", f"/{index}") == before
+    assert count(admin, index) == 9
+    assert seen["settings"]["index.refresh_interval"] == "-1"
+    assert seen["settings"]["index.number_of_replicas"] == "0"
+    assert {name: seen["meta"][name] for name in foreign} == foreign
+    assert set(seen["meta"][NOTE]) == {"started", "host", "found", "set"}
+    assert seen["meta"][NOTE]["found"]["index.number_of_replicas"] == "1"
+
+
+@pytest.mark.parametrize(("words", "replicas"), [([], "1"), (["--no-replicas"], "0-1")])
+def test_replicas_stay_as_they_are_unless_asked_and_never_where_they_expand_by_themselves(
+    words, replicas, make_index, put_csv, load, proxy, admin
+):
+    setting = "auto_expand_replicas" if "-" in replicas else "number_of_replicas"
+    index = make_index("index", NUMBERS, settings={setting: replicas})
+    before = settings_of(admin, index)
+    load(put_csv({"a.csv": numbers(1, 3)}), index, *words)
+    assert settings_of(admin, index) == before
+    sent = proxy.seen("PUT", "/_settings")
+    assert sent
+    assert not any(b"replicas" in body for body in sent)
+
+
+def test_a_failed_load_keeps_its_note_and_puts_settings_back(make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS, settings={"refresh_interval": "7s", "number_of_replicas": 1}, _meta={"a": 1})
+    before = settings_of(admin, index)
+    proxy.on("POST", "/_bulk", answer(400, {"error": {"type": "odd_exception", "reason": "no"}, "status": 400}))
+    outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, "--no-replicas", code=1)
+    assert "odd_exception" in outcome.last
+    assert settings_of(admin, index) == before
+    assert meta_of(admin, index)["a"] == 1
+    assert set(meta_of(admin, index)[NOTE]) == {"started", "host", "found", "set"}
+    load(put_csv({"a.csv": numbers(1, 3)}), index)
+    assert meta_of(admin, index) == {"a": 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_next_run_puts_right_what_a_stopped_one_left(
+    number, make_index, put_csv, load, start, proxy, admin
+):
+    index = make_index("index", NUMBERS, docs=2, settings={"refresh_interval": "7s", "number_of_replicas": 1})
+    before = settings_of(admin, index)
+    prefix = put_csv({"a.csv": numbers(1, 40)})
+    released = threading.Event()
+
+    def hang(exchange):
+        released.wait(60)
+        exchange.drop()
+
+    proxy.on("POST", "/_bulk", hang, skip=2, times=None)
+    process = start(prefix, index, "--no-replicas", "--batch-size", "10", proxy=proxy)
+    deadline = time.monotonic() + 30
+    while len(proxy.seen("POST", "/_bulk")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    released.set()
+    proxy.rules.clear()
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    assert out == ""
+    left = settings_of(admin, index)
+    changed = {"index.refresh_interval": "-1", "index.number_of_replicas": "0"} if number == signal.SIGKILL else {}
+    assert {name: value for name, value in left.items() if value != before.get(name)} == changed, err
+    assert NOTE in meta_of(admin, index)
+    outcome = load(prefix, index)
+    assert "unfinished" in outcome.err
+    assert settings_of(admin, index) == before
+    assert meta_of(admin, index) == {}
+    assert sorted(document["n"] for document in sources(admin, index)) == list(range(1, 41))
+
+
+def test_a_read_that_breaks_off_is_read_on_from_there(make_index, put_csv, load, environment, monkeypatch, admin):
+    """S3 through the proxy: the connection ends in the middle of the object, twice."""
+    index = make_index("index", {"n": {"type": "long"}, "t": {"type": "keyword", "index": False}})
+    rows = [{"n": number, "t": f"{number:090}"} for number in range(3000)]
+    text = "n,t\n" + "".join(f"{row['n']},{row['t']}\n" for row in rows)
+    prefix = put_csv({"a.csv": text})
+    asked = []
+
+    def break_off(exchange):
+        asked.append((exchange.handler.headers.get("Range"), exchange.handler.headers.get("If-Match")))
+        response = exchange.forward()
+        handler = exchange.handler
+        handler.send_response(response.status_code)
+        for header in ("ETag", "Content-Range", "Content-Length", "Content-Type"):
+            if header in response.headers:
+                handler.send_header(header, response.headers[header])
+        handler.end_headers()
+        cut = exchange.nth in (2, 3)  # the first is the look at its head
+        handler.wfile.write(response.content[: len(response.content) // 2 if cut else None])
+        if cut:
+            exchange.drop()
+
+    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as s3_proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
+        s3_proxy.on("GET", r"a\.csv", break_off, times=None)
+        outcome = load(prefix, index)
+    documents = admin("POST", f"/{index}/_search", {"size": 5000, "sort": ["n"]})["hits"]["hits"]
+    assert [hit["_source"] for hit in documents] == rows
+    assert outcome.result["stored"] == 3000
+    assert len(asked) == 4
+    firsts = [int(re.match(r"bytes=(\d+)-", span)[1]) for span, _ in asked]
+    assert firsts[:2] == [0, 0]
+    assert 0 < firsts[2] < firsts[3] < len(text)
+    assert len({tag for _, tag in asked}) == 1
+    assert asked[0][1]
+
+
+# --- dry run, the real flights ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["--no-cleanup"]])
+def test_a_dry_run_changes_nothing_and_only_notes_that_an_index_is_live(
+    words, make_index, put_csv, load, proxy, admin, name, tmp_path
+):
+    index = make_index("index", NUMBERS, docs=3, alias=name("alias"))
+    before = state_of(admin, index)
+    outcome = load(put_csv({"a.csv": "n,new\n1,2\n"}), index, "--dry-run", *words)
+    assert state_of(admin, index) == before
+    assert {method for method, _, _ in proxy.requests} <= {"GET", "HEAD"}
+    assert re.search(rf"live.*{name('alias')}", outcome.err)
+    assert not list(tmp_path.glob("logs/*.ndjson"))
+
+
+@pytest.mark.parametrize("objects", [{}, {"a.csv": "n\n"}, {"a.csv": "x;y\n1;2\n"}])
+def test_a_dry_run_refuses_what_the_load_would_refuse(objects, make_index, put_csv, load):
+    load(put_csv(objects), make_index("index", NUMBERS), "--dry-run", code=4)
+
+
+MEASURED = """
+import sys, bulkupdate
+code = bulkupdate.main(sys.argv[1:])
+peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))  # KiB, of this program
+print(peak)
+raise SystemExit(code)
+"""
+
+
+def test_a_year_needs_no_more_memory_than_a_month_and_each_row_of_a_month_arrives(make_index, environment, admin):
+    mapping = sandbox.FLIGHTS_MAPPING["properties"]
+    peaks, indices = [], [make_index(suffix, mapping, settings={"max_result_window": 50_000}) for suffix in "ab"]
+    for prefix, index in zip([f"{sandbox.PREFIX}flights-01", sandbox.PREFIX], indices):
+        words = [sys.executable, "-c", MEASURED, *command(prefix, index)]
+        env = {**environment, "PATH": os.environ["PATH"], "PYTHONPATH": str(SCRIPT.parent)}
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
+    month, year = peaks
+    assert abs(year - month) < 10
+    assert max(peaks) < 120
+    assert count(admin, indices[1]) == 336_776
+
+    with sandbox.month_files()[0].open(newline="") as file:
+        rows = [
+            {name: int(cell) if name in sandbox.INTEGERS else cell for name, cell in row.items()
+             if not (cell in ("", "NA") and mapping[name]["type"] != "keyword")}
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+    hits = admin("POST", f"/{indices[0]}/_search", {"size": 50_000, "sort": ["_id"]})["hits"]["hits"]
+    assert len(hits) == len(rows)
+    wrong = [(hit["_id"], hit["_source"], row) for hit, row in zip(hits, rows) if hit["_source"] != row]
+    assert wrong == []

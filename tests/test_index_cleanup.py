@@ -1,0 +1,220 @@
+"""index_cleanup.py: everything goes, mapping and settings stay, the disk space comes back."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+
+import index_cleanup
+import opensearch_base_manager as base
+import pytest
+from conftest import count, state_of
+from fault_proxy import after, answer, edited
+
+NUMBER = {"n": {"type": "long"}}
+TASK = "/_tasks/[^/?]+$"
+
+
+@pytest.fixture
+def cleanup(run):
+    return lambda index, *more: run(index_cleanup, "--index", index, *more)
+
+
+@pytest.fixture
+def index(make_index):
+    return make_index("index", NUMBER, docs=3)
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    """The server moves its leases every 30 s; whoever is not here for the disk space does not wait for that."""
+    monkeypatch.setattr(index_cleanup, "LEASES_WAIT_S", 0)
+    monkeypatch.setattr(index_cleanup, "STATS_AGE_S", 0)
+
+
+@pytest.fixture
+def note_of(admin):
+    return lambda index: admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {}).get(base.SUITE)
+
+
+def definition(admin, index):
+    found = admin("GET", f"/{index}")[index]
+    mapping = {key: value for key, value in found["mappings"].items() if value}  # an empty _meta stays behind
+    return mapping, found["settings"]
+
+
+def test_all_documents_go_and_their_disk_space_comes_back(make_index, cleanup, admin, monkeypatch):
+    settings = {"number_of_shards": 2, "refresh_interval": "7s", "index.store.stats_refresh_interval": "1s"}
+    monkeypatch.setattr(index_cleanup, "STATS_AGE_S", 2)
+    index = make_index("large", {**NUMBER, "text": {"type": "keyword"}}, settings=settings)
+    lines = [json.dumps(line) for n in range(2000) for line in ({"index": {}}, {"n": n, "text": f"{n * 7919:x}" * 5})]
+    headers = {"Content-Type": "application/x-ndjson"}
+    admin("POST", f"/{index}/_bulk?refresh=true", None, data="\n".join([*lines, ""]).encode(), headers=headers)
+    before = definition(admin, index)
+    outcome = cleanup(index)
+    assert outcome.code == 0, outcome.err
+    assert count(admin, index) == 0
+    assert definition(admin, index) == before
+    assert "deleting 2,000 documents" in outcome.err
+    result = outcome.result
+    assert (result["index"], result["deleted"], result["documents"]) == (index, 2000, 0)
+    assert result["bytes_before"] > 50_000
+    assert result["bytes_after"] < result["bytes_before"] / 10
+    assert admin("GET", f"/{index}/_stats/docs")["_all"]["primaries"]["docs"]["deleted"] == 0
+
+
+def test_without_the_merge_nobody_waits_for_the_disk_space(index, cleanup, proxy):
+    outcome = cleanup(index, "--no-force-merge")
+    assert (outcome.code, outcome.result["documents"]) == (0, 0)
+    assert not [path for _, path, _ in proxy.requests if "_forcemerge" in path or "_flush" in path]
+
+
+def test_the_merge_comes_after_the_flush_and_before_a_refresh(index, cleanup, proxy, no_wait):
+    assert cleanup(index).code == 0
+    verbs = [path.split("?")[0].rsplit("/", 1)[1] for _, path, _ in proxy.requests]
+    order = [verbs.index(verb) for verb in ("_delete_by_query", "_flush", "_stats", "_forcemerge")]
+    assert order == sorted(order)
+    assert "_refresh" in verbs[order[-1] :]
+    assert any("only_expunge_deletes=true" in path for _, path, _ in proxy.requests if "_forcemerge" in path)
+
+
+def test_a_server_that_keeps_what_was_deleted_is_a_note_and_no_failure(index, cleanup, no_wait):
+    outcome = cleanup(index)
+    assert outcome.code == 0, outcome.err
+    assert "still retains deleted documents" in outcome.err
+
+
+@pytest.mark.parametrize("status", [502, 504])
+def test_a_merge_that_times_out_behind_a_proxy_is_a_note_and_no_failure(status, index, cleanup, admin, proxy, no_wait):
+    proxy.on("POST", "_forcemerge", answer(status, "<html>Gateway Time-out</html>"))
+    outcome = cleanup(index)
+    assert outcome.code == 0, outcome.err
+    assert "the merge goes on in the background" in outcome.err
+    assert len(proxy.seen("POST", "_forcemerge")) == 1
+    assert count(admin, index) == 0
+
+
+def test_a_merge_that_fails_on_a_shard_is_a_failure(index, cleanup, proxy, no_wait):
+    proxy.on("POST", "_forcemerge", edited(lambda answer: answer["_shards"].update(failed=1)))
+    outcome = cleanup(index)
+    assert outcome.code == 1, outcome.err
+    assert "_forcemerge of" in outcome.last
+
+
+def test_an_empty_index_is_left_as_it_is(make_index, cleanup, proxy):
+    outcome = cleanup(make_index("empty", NUMBER))
+    assert (outcome.code, outcome.result["deleted"]) == (0, 0)
+    assert proxy.seen("POST", "_delete_by_query") == []
+    assert proxy.seen("POST", "_forcemerge") == []
+
+
+def test_documents_that_no_search_sees_yet_go_too(make_index, cleanup, admin):
+    index = make_index("hidden", NUMBER, settings={"refresh_interval": "-1"})
+    admin("POST", f"/{index}/_doc", {"n": 1})
+    outcome = cleanup(index, "--no-force-merge")
+    assert (outcome.code, outcome.result["deleted"]) == (0, 1)
+    assert count(admin, index) == 0
+
+
+def test_a_live_index_is_refused_untouched(make_index, name, cleanup, admin):
+    index = make_index("live", NUMBER, docs=2, alias=name("alias"))
+    before = state_of(admin, index)
+    outcome = cleanup(index)
+    assert outcome.code == 4, outcome.err
+    assert f"index {index} is live: alias {name('alias')} points at it" in outcome.last
+    assert state_of(admin, index) == before
+
+
+def test_an_alias_that_comes_between_the_check_and_the_first_change_is_seen(index, name, cleanup, admin, proxy):
+    proxy.on("GET", f"/{index}/_alias", after(lambda: admin("PUT", f"/{index}/_alias/{name('alias')}")))
+    before = state_of(admin, index)
+    outcome = cleanup(index)
+    assert outcome.code == 4, outcome.err
+    assert f"alias {name('alias')} points at it" in outcome.last
+    before[index]["aliases"] = {name("alias"): {}}
+    assert state_of(admin, index) == before
+
+
+def test_documents_that_come_during_the_first_round_go_in_the_second(index, cleanup, admin, proxy):
+    proxy.on("GET", TASK, after(lambda: admin("POST", f"/{index}/_doc", {"n": 7})))
+    outcome = cleanup(index, "--no-force-merge")
+    assert outcome.code == 0, outcome.err
+    assert len(proxy.seen("POST", "_delete_by_query")) == 2
+    assert count(admin, index) == 0
+
+
+def test_documents_that_keep_coming_are_not_chased_for_ever(index, cleanup, admin, proxy, note_of):
+    proxy.on("GET", TASK, after(lambda: admin("POST", f"/{index}/_doc", {"n": 7})), times=None)
+    outcome = cleanup(index)
+    assert outcome.code == 1, outcome.err
+    assert f"index {index}: 1 documents are left after 3 rounds: somebody writes to it" in outcome.last
+    assert len(proxy.seen("POST", "_delete_by_query")) == 3
+    assert note_of(index)
+
+
+def test_documents_that_change_meanwhile_are_no_failure(make_index, cleanup, admin, proxy):
+    index = make_index("index", NUMBER)
+    admin("PUT", f"/{index}/_doc/1?refresh=true", {"n": 1})
+
+    def conflict(document):
+        document["response"].update(deleted=0, version_conflicts=1)
+
+    proxy.on("GET", TASK, edited(conflict))
+    assert cleanup(index, "--no-force-merge").code == 0
+    assert "conflicts=proceed" in next(path for _, path, _ in proxy.requests if "_delete_by_query" in path)
+
+
+def test_a_failed_round_leaves_the_index_marked_until_the_next_one_succeeds(index, cleanup, admin, proxy, note_of):
+    failure = {"cause": {"type": "cluster_block_exception", "reason": "index read-only"}}
+    proxy.on("GET", TASK, edited(lambda document: document["response"].update(failures=[failure])))
+    outcome = cleanup(index)
+    assert outcome.code == 1, outcome.err
+    assert f"emptying {index}: 1 failure(s), the first: cluster_block_exception: index read-only" in outcome.last
+    assert note_of(index)
+    assert cleanup(index, "--no-force-merge").code == 0
+    assert note_of(index) is None
+
+
+def test_a_write_block_is_said_with_what_to_do_about_it(index, cleanup, admin):
+    admin("PUT", f"/{index}/_settings", {"index.blocks.write": True})
+    outcome = cleanup(index)
+    assert outcome.code == 1, outcome.err
+    assert "blocked by: [FORBIDDEN/8/index write (api)]" in outcome.last
+    assert count(admin, index) == 3
+
+
+def test_settings_that_a_killed_load_left_are_put_back(index, cleanup, admin, note_of):
+    note = {"started": "x", "host": "y", "found": {"index.refresh_interval": None},
+            "set": {"index.refresh_interval": "-1"}}  # fmt: skip
+    admin("PUT", f"/{index}/_mapping", {"_meta": {base.SUITE: note}})
+    admin("PUT", f"/{index}/_settings", {"refresh_interval": "-1"})
+    assert cleanup(index, "--no-force-merge").code == 0
+    assert note_of(index) is None
+    assert "refresh_interval" not in admin("GET", f"/{index}")[index]["settings"]["index"]
+
+
+def test_an_index_that_is_replaced_meanwhile_is_a_failure(index, cleanup, admin, proxy):
+    def replace():
+        admin("DELETE", f"/{index}")
+        admin("PUT", f"/{index}", {})
+
+    proxy.on("GET", TASK, after(replace))
+    outcome = cleanup(index, "--no-force-merge")
+    assert outcome.code == 1, outcome.err
+    assert f"index {index} was deleted and created anew by somebody else" in outcome.last
+
+
+def test_a_dry_run_counts_and_deletes_nothing(index, cleanup, admin):
+    before = state_of(admin, index)
+    outcome = cleanup(index, "--dry-run")
+    assert (outcome.code, outcome.result) == (0, {"index": index, "would_delete": 3, "dry_run": True})
+    assert state_of(admin, index) == before
+
+
+def test_a_locked_index_ends_with_75_and_is_left_alone(index, cleanup, admin, tmp_path):
+    (tmp_path / "locks").mkdir()
+    with open(tmp_path / "locks" / f"{index}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        outcome = cleanup(index)
+    assert outcome.code == 75, outcome.err
+    assert count(admin, index) == 3
