@@ -52,6 +52,7 @@ CACHED_CELL_CHARS = 64
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
 REJECTS_SHOWN = 5
 KEEP_DAYS = 30
+GZIP_MAGIC = b"\x1f\x8b"
 MAX_ID_BYTES = 512  # one longer id and the cluster refuses the whole request
 BULK_PARAMS = {
     "filter_path": "errors,items.*.status,items.*.error.type,items.*.error.reason,items.*.error.caused_by.reason"
@@ -77,7 +78,9 @@ class Bucket:
     """The objects of one bucket, read through one client; failures are RefreshError and name the object."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.client = name, aws_client("s3")
+        self.name = name
+        with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
+            self.client = aws_client("s3")
 
     def list_csv(self, prefix: str) -> list[S3Object]:
         """Return all .csv and .csv.gz objects under a prefix, in the order of their keys."""
@@ -125,17 +128,21 @@ class Head:
 
 def look_at(item: S3Object, data: bytes, delimiter: str) -> Head:
     """Read the head of an object. Raises Refused when it is not a CSV file that can be loaded."""
-    if data[:2] == b"\x1f\x8b":
-        with contextlib.suppress(zlib.error):  # a broken one shows when it is read
-            data, whole = zlib.decompressobj(31).decompress(data, HEAD_BYTES), False
-    else:
-        whole = len(data) >= item.size
+    whole = len(data) >= item.size
+    if data[:2] == GZIP_MAGIC:
+        unpacker = zlib.decompressobj(31)  # expects a gzip header
+        try:
+            data = unpacker.decompress(data, HEAD_BYTES)
+        except zlib.error as error:
+            raise RefreshError(f"{item.key}: broken gzip: {error}; write the object again") from None
+        whole = whole and unpacker.eof and not unpacker.unused_data
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4 > 0:
         raise Refused(f"{item.key}: UTF-16; save it as UTF-8")
     text, _ = decode(data.removeprefix(b"\xef\xbb\xbf"))
     if not whole and "\n" not in text:
         raise Refused(f"{item.key}: no line ends within the first {HEAD_BYTES // 1024} KiB; is it a CSV file?")
     block, _ = parse(text if whole else text[: text.rindex("\n") + 1], 1, delimiter)
+    mark_unreadable(block)
     columns = header_of(item, block)
     rows = [row for row in block.rows[1:] if isinstance(row, list) and len(row) == len(columns)]
     kinds = {name: {kind_of(cell) for cell in cells} - {""} for name, cells in zip(columns, zip(*rows))}
@@ -225,7 +232,7 @@ class S3Body(io.RawIOBase):
 def plain(body: io.RawIOBase) -> BinaryIO:
     """Return the content, unpacked when it is gzip; its first bytes tell, names are often wrong."""
     stream = io.BufferedReader(body, CHUNK_BYTES)
-    if stream.peek(2)[:2] == b"\x1f\x8b":
+    if stream.peek(2)[:2] == GZIP_MAGIC:
         return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
     return stream
 
@@ -610,14 +617,19 @@ class Rejects:
                 column = f", column {defect.column}" if defect.column else ""
                 log.warning("rejected: %s line %s%s: %s", key, line, column, defect.reason)
             try:
-                if not self._file:
-                    self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+                self._file = self._file or self._open()
                 self._file.write(json.dumps(entry) + "\n")
                 self._file.flush()
             except OSError as error:
                 raise RefreshError(f"rejects file {self.path}: {error.strerror}") from None
             if self.count > self.limit:
                 raise RefreshError(f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}")
+
+
+    def _open(self) -> Any:
+        if self.path.exists():  # of another load that began in the same second
+            self.path = self.path.with_stem(f"{self.path.stem}-{os.getpid()}")
+        return os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
 
 
 @dataclass
@@ -655,7 +667,7 @@ class BulkUpdate(OpenSearchBaseManager):
             log.info("dry run: %s would be %s", self.index, "added to" if self.keep else "emptied and filled")
             return {"index": self.index, "objects": len(objects), "dry_run": True}
         if self.keep:
-            self._note_unfinished()
+            self._put_right(self.index)
             self._add_columns(added)
             self._load(objects)
             self._verify_objects(objects)
@@ -740,12 +752,6 @@ class BulkUpdate(OpenSearchBaseManager):
                 inner[leaf] = definition
             self.request("PUT", f"/{self.index}/_mapping", {"properties": properties})
 
-    def _note_unfinished(self) -> None:
-        """Put settings back that a dead load left, but keep its note: adding to a part does not make it whole."""
-        if note := self.read_note(self.index):
-            self._put_back_settings(self.index, note)
-            log.warning("index %s stays marked as unfinished since %s: load it anew", self.index, note["started"])
-
     def _replace(self, objects: list[S3Object], added: Mapping[str, Any]) -> None:
         """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
         self._put_right(self.index)
@@ -807,7 +813,8 @@ class BulkUpdate(OpenSearchBaseManager):
     def _own_ids(self, item: S3Object, record: int) -> Iterator[str]:
         """Yield action lines whose ids depend on place alone: sending again or loading again changes nothing."""
         digest = hashlib.sha256(f"{self.bucket.name}/{item.key}".encode()).hexdigest()[:16]
-        return map((f'{{"create":{{"_id":"{digest}-' + '%09d"}}\n').__mod__, itertools.count(record))
+        action = "index" if self.keep else "create"
+        return map((f'{{"{action}":{{"_id":"{digest}-' + '%09d"}}\n').__mod__, itertools.count(record))
 
     def _column_ids(self, block: Block, texts: Sequence[Any], at: int) -> Iterator[str | Defect]:
         """Yield action lines with the id from a column; by the version a later row wins, in any order of arrival."""
@@ -905,8 +912,8 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _reject(self, batch: Batch, at: int, reason: str) -> None:
         key, line = batch.place(at)
-        named = re.search(r"field \[([^\]]+)\]", reason)
-        row = json.loads(batch.docs[at].split("\n", 1)[1])
+        named = re.search(r'field(?: \[|=")([^\]"]+)', reason)
+        row = json.loads(batch.docs[at].split("\n", 1)[1], parse_float=str, parse_int=str)  # digit for digit
         self.rejects.add(key, line, Defect(reason, row, named[1] if named else None))
 
     def _count(self, *, stored: int, replaced: int = 0, unsure: int = 0) -> None:

@@ -158,7 +158,7 @@ def boolean(text: str) -> bool:
 
 def index_name(text: str) -> str:
     """Accept the name of one index or alias: no pattern, list or date math, which would reach other indices."""
-    if not re.fullmatch(r"[^-_+A-Z\s\\/*?\"<>|,#:][^A-Z\s\\/*?\"<>|,#:]*", text) or text in (".", ".."):
+    if not re.fullmatch(r"[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#:%]*", text) or text in (".", ".."):
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of an index (lower case, no pattern, no list)")
     return text
 
@@ -181,7 +181,11 @@ def wants_no_replicas(args: argparse.Namespace) -> bool:
 def endpoint_url(text: str) -> str:
     """Return the endpoint with a scheme and without a trailing slash. Raises ConfigurationError, never quoting it."""
     url = text.strip().rstrip("/")
-    parts = urlsplit(url if "://" in url else f"https://{url}")
+    try:
+        parts = urlsplit(url if "://" in url else f"https://{url}")
+        _ = parts.port  # is only parsed here
+    except ValueError:
+        raise ConfigurationError("the endpoint is not a URL such as https://host:9200") from None
     if "@" in parts.netloc:
         raise ConfigurationError("the endpoint holds a user or password; they have variables of their own")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -288,7 +292,7 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
     except ClientError as error:
         code, text = error.response["Error"].get("Code", "?"), error.response["Error"].get("Message", "")
         denied = code in ("AccessDenied", "AccessDeniedException", "403")
-        advice = f"; the IAM policy has to allow {permission}" if denied else ""
+        advice = f"; the IAM policy has to allow {permission}" if denied else "; check its name and the region"
         raise RefreshError(f"{what}: {code}: {text}{advice}") from None
     except BotoCoreError as error:
         raise RefreshError(f"{what}: {error}") from None
@@ -416,8 +420,12 @@ def run_cli(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse, run, print the result, and return the exit code: the only place where exceptions become one."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # started with 2>&-
-    load_dotenv(ENV_FILE, interpolate=False)  # a password may hold a dollar sign
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # started with 2>&-
+    try:
+        load_dotenv(ENV_FILE, interpolate=False)  # a password may hold a dollar sign
+    except (OSError, UnicodeDecodeError) as error:
+        print(f"{ENV_FILE} cannot be read: {type(error).__name__}; it has to be UTF-8, and yours", file=sys.stderr)
+        return 2
     try:
         parser = build_parser()
         args = parser.parse_args(argv)
@@ -434,6 +442,9 @@ def run_cli(
     except Interrupted as error:
         log.error("stopped by %s", error)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        log.error("%s is not installed: pip install -r requirements.txt", error.name)
+        return 2
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         log.error(
@@ -832,13 +843,15 @@ class OpenSearchBaseManager:
         self.request("PUT", f"/{index}/_mapping", {"_meta": meta if note is None else {**meta, SUITE: note}})
 
     def _put_right(self, index: str) -> None:
-        """Put back what a load that died left changed, and drop its note, before the first change of one's own."""
+        """Put back the settings that a load that died left changed, before the first change of one's own.
+
+        Its note stays until `unfinished` has replaced it and ended well: until then the index holds a part.
+        """
         if (note := self.read_note(index)) is None:
             return
-        log.warning("index %s was left unfinished by a run on %s at %s", index, note.get("host"), note.get("started"))
+        log.warning("index %s is unfinished: a run on %s, begun %s, died", index, note.get("host"), note.get("started"))
         if not self.dry_run:
             self._put_back_settings(index, note)
-            self._write_note(index, None)
 
     def _put_back_settings(self, index: str, note: Mapping[str, Any] | None) -> None:
         """Put back each setting that still has the value of the load; one that somebody changed since stays."""
@@ -865,7 +878,7 @@ class OpenSearchBaseManager:
         fails (or the process is killed), `_put_right` of the next run does it.
         """
         self._refuse_live(index)
-        found = self._verify_index_exists(index)
+        found, former_note = self._verify_index_exists(index), self.read_note(index)
         wanted = load_settings(found, without_replicas) if loading else {}
         note: dict[str, Any] | None = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": HOST,
@@ -879,7 +892,7 @@ class OpenSearchBaseManager:
             try:
                 self._put_back_settings(index, note)
                 if note and isinstance(failure, Refused):  # then nothing was deleted yet
-                    self._write_note(index, None)
+                    self._write_note(index, former_note)
             except RefreshError as error:
                 log.error("index %s: its settings are not put back yet, the next run does it: %s", index, error)
             raise

@@ -53,8 +53,7 @@ class SwitchAlias(OpenSearchBaseManager):
         began = time.monotonic()
         for index in (self.source, self.target):
             self._verify_index_exists(index)
-        owners = self._owners_to_leave()
-        if not owners:
+        if set(self._fit_owners()) == {self.target}:
             log.info("done: alias %s is on %s alone already, nothing to do", self.alias, self.target)
             return self._result(began, changed=False)
         for index in sorted([self.source, self.target]):
@@ -69,7 +68,7 @@ class SwitchAlias(OpenSearchBaseManager):
         for index in (self.source, self.target):  # the wait may have been long
             self._verify_same_index(index)
         self._refuse_unfinished()
-        self._move(self._owners_to_leave())
+        self._move(self._fit_owners())
         log.info("done: alias %s: %s -> %s", self.alias, self.source, self.target)
         log.info("undo: %s", self._command(self.target, self.source))
         return self._result(began, changed=True)
@@ -98,12 +97,10 @@ class SwitchAlias(OpenSearchBaseManager):
             f'{{"index": "{self.source or "INDEX"}", "alias": "{self.alias}"}}}}]}}'
         )
 
-    def _owners_to_leave(self) -> dict[str, dict[str, Any]]:
-        """Return owners other than the target alone. Raises Refused when the alias stands on a third index."""
+    def _fit_owners(self) -> dict[str, dict[str, Any]]:
+        """Return the owners: source, both, or target alone. Raises Refused when the alias stands on a third index."""
         owners = self._owners()
-        if set(owners) == {self.target}:
-            return {}
-        if self.source not in owners or set(owners) - {self.source, self.target}:
+        if set(owners) - {self.source, self.target}:
             state = ", ".join(sorted(owners))
             mend = f"{self._command(state, self.target)}" if len(owners) == 1 else "take it off all but one of them"
             raise Refused(f"alias {self.alias} is on {state}, not on {self.source}; it stays there. To mend it: {mend}")
@@ -159,8 +156,8 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _move(self, owners: Mapping[str, Mapping[str, Any]]) -> None:
         """Send the one atomic call, and read back. A lost answer is never repeated before the owners are read."""
-        began, attempt, acknowledged = time.monotonic(), 0, False
-        while self.target not in owners or len(owners) > 1:
+        began, attempt, acknowledged = time.monotonic(), 0, True
+        while set(owners) != {self.target}:
             try:
                 answer = self.request("POST", "/_aliases", self._actions(owners), repeatable=False)
                 acknowledged = answer.data["acknowledged"] is True
@@ -172,7 +169,7 @@ class SwitchAlias(OpenSearchBaseManager):
                 log.warning("%s; reading where alias %s is", lost, self.alias)
                 time.sleep(delay)
                 attempt += 1
-                owners, acknowledged = self._owners(), True  # true if the lost call was carried out after all
+                owners = self._owners()
                 self._verify_owners(owners, {self.source, self.target})
         if not acknowledged:
             raise RefreshError(

@@ -124,9 +124,10 @@ def make_index(admin: Callable[..., Any], name: Callable[[str], str]) -> Callabl
 
 def fill(admin: Callable[..., Any], index: str, docs: list[dict[str, Any]]) -> None:
     """Add documents to an index, past the scripts."""
-    for doc in docs:
-        admin("POST", f"/{index}/_doc", doc)
-    admin("POST", f"/{index}/_refresh")
+    if docs:
+        lines = "".join(f'{{"index":{{}}}}\n{json.dumps(doc)}\n' for doc in docs)
+        headers = {"Content-Type": "application/x-ndjson"}
+        assert not admin("POST", f"/{index}/_bulk?refresh=true", data=lines, headers=headers)["errors"]
 
 
 def sources(admin: Callable[..., Any], index: str) -> list[dict[str, Any]]:

@@ -243,6 +243,9 @@ class OpenSearch:
         self.port, transport_port = free_port(), free_port()
         self.endpoint = f"{'https' if SECURE else 'http'}://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
+        self.session = requests.Session()
+        self.session.trust_env, self.session.verify = False, False  # REQUESTS_CA_BUNDLE would win over verify
+        self.session.auth = (ADMIN, ADMIN_PASSWORD)
         config = run / "config"
         config.mkdir(parents=True)
         if data:
@@ -288,9 +291,7 @@ class OpenSearch:
 
     def request(self, method: str, path: str, body: Any = None, **kwargs: Any) -> Any:
         """Send a request as admin; return the parsed answer. Raises RuntimeError on any error status."""
-        response = requests.request(
-            method, self.endpoint + path, auth=(ADMIN, ADMIN_PASSWORD), verify=False, json=body, timeout=120, **kwargs
-        )
+        response = self.session.request(method, self.endpoint + path, json=body, timeout=120, **kwargs)
         if not response.ok:
             raise RuntimeError(f"{method} {path}: {response.status_code} {response.text[:500]}")
         return response.json() if response.content else None

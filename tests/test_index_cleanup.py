@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 
 import index_cleanup
 import opensearch_base_manager as base
@@ -147,7 +148,7 @@ def test_documents_that_keep_coming_are_not_chased_for_ever(index, cleanup, admi
     proxy.on("GET", TASK, after(lambda: admin("POST", f"/{index}/_doc", {"n": 7})), times=None)
     outcome = cleanup(index)
     assert outcome.code == 1, outcome.err
-    assert f"index {index}: 1 documents are left after 3 rounds: somebody writes to it" in outcome.last
+    assert re.search(rf"index {index}: \d+ documents are left after 3 rounds: somebody writes to it", outcome.last)
     assert len(proxy.seen("POST", "_delete_by_query")) == 3
     assert note_of(index)
 
@@ -157,20 +158,21 @@ def test_documents_that_change_meanwhile_are_no_failure(make_index, cleanup, adm
     admin("PUT", f"/{index}/_doc/1?refresh=true", {"n": 1})
 
     def conflict(document):
-        document["response"].update(deleted=0, version_conflicts=1)
+        document.get("response", {}).update(deleted=0, version_conflicts=1)
 
-    proxy.on("GET", TASK, edited(conflict))
+    proxy.on("GET", TASK, edited(conflict), times=None)
     assert cleanup(index, "--no-force-merge").code == 0
     assert "conflicts=proceed" in next(path for _, path, _ in proxy.requests if "_delete_by_query" in path)
 
 
 def test_a_failed_round_leaves_the_index_marked_until_the_next_one_succeeds(index, cleanup, admin, proxy, note_of):
     failure = {"cause": {"type": "cluster_block_exception", "reason": "index read-only"}}
-    proxy.on("GET", TASK, edited(lambda document: document["response"].update(failures=[failure])))
+    proxy.on("GET", TASK, edited(lambda document: document.get("response", {}).update(failures=[failure])), times=None)
     outcome = cleanup(index)
     assert outcome.code == 1, outcome.err
     assert f"emptying {index}: 1 failure(s), the first: cluster_block_exception: index read-only" in outcome.last
     assert note_of(index)
+    proxy.rules.clear()
     assert cleanup(index, "--no-force-merge").code == 0
     assert note_of(index) is None
 

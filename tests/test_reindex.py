@@ -259,7 +259,7 @@ def test_the_next_run_puts_right_what_a_killed_one_left(pair, copy, admin, own_s
     unfinished(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    assert f"{pair[1]} was left unfinished by a run on elsewhere at 2026-01-31T02:00:00Z" in outcome.err
+    assert f"{pair[1]} is unfinished: a run on elsewhere, begun 2026-01-31T02:00:00Z, died" in outcome.err
     assert own_settings(pair[1])["refresh_interval"] == "9s"
     assert note_of(pair[1]) is None
 
