@@ -34,8 +34,8 @@ from typing import Any, BinaryIO
 from index_cleanup import empty_index
 from opensearch_base_manager import (
     Answer, OpenSearchBaseManager, Progress, RefreshError, Refused, TooManyRejects, add_common_args,
-    add_replicas_arg, aws_client, aws_errors, backoff_s, field_definitions, index_name, log, per_second, positive_int,
-    run_cli, seconds_since, setting, wants_no_replicas, whole_number,
+    add_replicas_arg, aws_client, aws_errors, backoff_s, field_definitions, index_name, interrupted, log, per_second,
+    positive_int, run_cli, seconds_since, setting, wants_no_replicas, whole_number,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -43,7 +43,7 @@ HEAD_BYTES = 64 * 1024  # enough to see a header and some hundred rows of each o
 HEADS_AT_ONCE = 8
 CHUNK_BYTES = 256 * 1024  # of text a parsing step; what it becomes as Python rows is ten times as much
 MAX_CELL_CHARS = 8 * MIB  # a quote still open after that much is a stray one
-MAX_LINE_BYTES = 16 * MIB
+MAX_LINE_BYTES = 16 * MIB  # and a record's
 MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes refuse requests above 10 MiB
 BATCH_SIZE = 2000  # documents a request
 WORKERS = 4  # requests at the same time
@@ -52,6 +52,7 @@ CACHED_CELL_CHARS = 64
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
 REJECTS_SHOWN = 5
 KEEP_DAYS = 30
+NEWLINE = "\n"
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_ID_BYTES = 512  # one longer id and the cluster refuses the whole request
 BULK_PARAMS = {
@@ -139,6 +140,8 @@ def look_at(item: S3Object, data: bytes, delimiter: str) -> Head:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4 > 0:
         raise Refused(f"{item.key}: UTF-16; save it as UTF-8")
     text, _ = decode(data.removeprefix(b"\xef\xbb\xbf"))
+    if whole and not text:
+        return Head(item, [], False, {})
     if not whole and "\n" not in text:
         raise Refused(f"{item.key}: no line ends within the first {HEAD_BYTES // 1024} KiB; is it a CSV file?")
     block, _ = parse(text if whole else text[: text.rindex("\n") + 1], 1, delimiter)
@@ -151,7 +154,7 @@ def look_at(item: S3Object, data: bytes, delimiter: str) -> Head:
 
 def header_of(item: S3Object, block: Block) -> list[str]:
     """Return the column names of an object. Raises Refused when they could not be field names."""
-    if not block.rows or isinstance(block.rows[0], Defect):
+    if not block.rows or not block.rows[0] or isinstance(block.rows[0], Defect):
         raise Refused(f"{item.key}: the first line is not a CSV header")
     columns = [name.strip() for name in block.rows[0]]
     doubled = sorted({name for name in columns if columns.count(name) > 1 and name})
@@ -221,7 +224,7 @@ class S3Body(io.RawIOBase):
                 self._body = None
                 delay = backoff_s(attempt)
                 place = f"s3://{self.bucket.name}/{self.item.key}, byte {self.position:,}"
-                if time.monotonic() - began + delay > self.patience_s:
+                if interrupted.is_set() or time.monotonic() - began + delay > self.patience_s:
                     raise RefreshError(f"{place}: cannot be read on: {error}") from None
                 log.warning("%s: %s; reading on from there in %.1f s", place, error, delay)
                 attempt += 1
@@ -246,14 +249,14 @@ def decode(data: bytes) -> tuple[str, bool]:
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[str, bool]]:
-    """Yield the text in pieces of whole lines. Raises RefreshError when a line does not end."""
+    """Yield the text in pieces of whole lines. Raises OverflowError when a line does not end."""
     rest = b""
     while data := stream.read(CHUNK_BYTES):
         data = rest + data
         end = data.rfind(b"\n") + 1
         rest = data[end:]
         if len(rest) > MAX_LINE_BYTES:
-            raise RefreshError(f"a line does not end within {MAX_LINE_BYTES // MIB} MiB")
+            raise OverflowError(f"a line does not end within {MAX_LINE_BYTES // MIB} MiB")
         if end:
             yield decode(data[:end])
     if rest:
@@ -272,6 +275,13 @@ class Defect:
     column: str | None = None
 
 
+class OpenQuote(Exception):
+    """A quote that does not close: how many rows it swallowed, nobody knows."""
+
+    def __init__(self, line: int) -> None:
+        super().__init__(f"line {line}: a quote of the record that begins here is open")
+
+
 @dataclass
 class Block:
     """Consecutive records: `rows[i]` begins on line `lines[i]`, and is a list of cells or, unless `clean`, a Defect."""
@@ -282,7 +292,10 @@ class Block:
 
 
 def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
-    """Parse the records of a text that begins on `first_line`; return them, and the text of a last one left open."""
+    """Parse the records of a text that begins on `first_line`; return them, and the text of a last one left open.
+
+    Raises OpenQuote when one is still open after 8 MiB.
+    """
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     if '"' not in text:  # then a line is a record
         with contextlib.suppress(csv.Error):
@@ -300,8 +313,10 @@ def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
             break
         except csv.Error as error:
             raw = "\n".join(physical[start : reader.line_num])
-            if "end of data" in str(error) or ("field limit" in str(error) and raw.count('"') % 2):
+            if "end of data" in str(error):
                 return block, "\n".join(physical[start:])
+            if "field limit" in str(error) and raw.count('"') % 2:
+                raise OpenQuote(first_line + start) from None
             row, block.clean = Defect(f"not CSV: {error}", raw), False
         block.rows.append(row)
         lines.append(first_line + start)
@@ -320,8 +335,7 @@ def mark_unreadable(block: Block) -> None:
 def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]:
     """Yield the records of one object in blocks, the header first.
 
-    Raises RefreshError when the object is broken gzip, when a line does not end, or when a quote is left open: how many
-    rows that one swallowed, nobody knows.
+    Raises RefreshError when the object is broken gzip, when a line does not end, or when a quote is left open.
     """
     rest, line, suspect = "", 1, False
     pieces = read_lines(stream)
@@ -330,19 +344,23 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]
             text, bad = next(pieces, ("", False))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise RefreshError(f"{place}: broken gzip: {error}; write the object again") from None
+        except OverflowError as error:
+            raise RefreshError(f"{place}, after line {line + rest.count(NEWLINE) - 1}: {error}") from None
         text = rest + (text.removeprefix("\ufeff") if line == 1 and not rest else text)
         ended, suspect = len(text) == len(rest), suspect or bad
         if not text:
             return
-        block, rest = parse(text, line, delimiter)
-        if rest and (ended or len(rest) > MAX_CELL_CHARS):
-            opened = line + text.count("\n") - rest.count("\n")
-            where = "at the end of the file" if ended else f"after {MAX_CELL_CHARS // MIB} MiB"
-            raise RefreshError(f"{place}, line {opened}: a quote of the record that begins here is open {where}")
+        try:
+            block, rest = parse(text, line, delimiter)
+        except OpenQuote as error:
+            raise RefreshError(f"{place}, {error} after {MAX_CELL_CHARS // MIB} MiB") from None
+        if rest and (ended or len(rest) > MAX_LINE_BYTES):
+            where = "at the end of the file" if ended else f"after {MAX_LINE_BYTES // MIB} MiB"
+            raise RefreshError(f"{place}, {OpenQuote(line + text.count(NEWLINE) - rest.count(NEWLINE))} {where}")
         if suspect:
             mark_unreadable(block)
             suspect = bool(rest)
-        line += text.count("\n") - rest.count("\n")
+        line += text.count(NEWLINE) - rest.count(NEWLINE)
         if block.rows:
             yield block
 
@@ -579,7 +597,7 @@ class Senders:
             try:
                 self.store(self.queue.get(timeout=0.05))
             except queue.Empty:
-                if self.ended:
+                if self.ended and self.queue.empty():
                     return
             except BaseException as error:
                 self.error = self.error or error
@@ -602,8 +620,9 @@ class Rejects:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             for old in self.path.parent.glob("rejects-*.ndjson"):
-                if time.time() - old.stat().st_mtime > KEEP_DAYS * 86400:
-                    old.unlink()
+                with contextlib.suppress(OSError):  # another load may have been faster
+                    if time.time() - old.stat().st_mtime > KEEP_DAYS * 86400:
+                        old.unlink()
             if not os.access(self.path.parent, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
@@ -671,6 +690,7 @@ class BulkUpdate(OpenSearchBaseManager):
             self._add_columns(added)
             self._load(objects)
             self._verify_objects(objects)
+            self._verify_sums()
         else:
             self._replace(objects, added)
         return self._report(objects, began)
@@ -711,7 +731,8 @@ class BulkUpdate(OpenSearchBaseManager):
             raise Refused(f"s3://{self.bucket.name}/{self.prefix}: not one data row; nothing was changed")
         kinds: dict[str, set[str]] = {}
         for head in heads:
-            self._check_head(head, known)
+            if head.columns:
+                self._check_head(head, known)
             for name in head.columns:
                 if name not in known:
                     kinds.setdefault(name, set()).update(head.kinds.get(name, ()))
@@ -761,6 +782,7 @@ class BulkUpdate(OpenSearchBaseManager):
             self._load(objects)
             self._put_back_settings(self.index, note)
             self._verify_objects(objects)
+            self._verify_sums()
             self._verify_count()
 
     # --- the pipeline: read, parse, type, batch, send, settle ---
@@ -802,7 +824,8 @@ class BulkUpdate(OpenSearchBaseManager):
         lines: Sequence[int] = block.lines
         heads: Iterable[Any] = self._own_ids(item, record + 1)
         if self.id_column:
-            heads = self._column_ids(block, texts, [column.name for column in columns].index(self.id_column))
+            at = [column.name for column in columns].index(self.id_column)
+            heads = self._column_ids(block, texts, at, self.first_version + self.tally.read)
         self.tally.read += len(texts)
         if faultless and not self.id_column:
             return lines, [f"{head}{{{text}}}\n" for head, text in zip(heads, texts)]
@@ -816,9 +839,9 @@ class BulkUpdate(OpenSearchBaseManager):
         action = "index" if self.keep else "create"
         return map((f'{{"{action}":{{"_id":"{digest}-' + '%09d"}}\n').__mod__, itertools.count(record))
 
-    def _column_ids(self, block: Block, texts: Sequence[Any], at: int) -> Iterator[str | Defect]:
+    def _column_ids(self, block: Block, texts: Sequence[Any], at: int, first: int) -> Iterator[str | Defect]:
         """Yield action lines with the id from a column; by the version a later row wins, in any order of arrival."""
-        for version, (row, text) in enumerate(zip(block.rows, texts), self.first_version + self.tally.read):
+        for version, (row, text) in enumerate(zip(block.rows, texts), first):
             if not isinstance(text, str):
                 yield ""  # a reject or a blank line anyway
             elif not row[at] or len(row[at].encode()) > MAX_ID_BYTES:
@@ -897,9 +920,9 @@ class BulkUpdate(OpenSearchBaseManager):
         kind, reason = str(error.get("type", "")), str(error.get("reason", ""))
         if status in (200, 201):
             self._count(stored=1, replaced=status == 200)
-        elif status == 409 and self.id_column:  # a later row with this id is there, or this one after a lost answer
+        elif status == 409 and self._is_of_this_load(reason):  # a later row, or this one after a lost answer
             self._count(stored=1, replaced=not resent, unsure=resent)
-        elif status == 409 and resent:
+        elif status == 409 and resent and not self.id_column:
             self._count(stored=1)  # by the first sending
         elif "block" in kind or status in (401, 403, 404):  # would be the same for all the others
             raise self._failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
@@ -909,6 +932,11 @@ class BulkUpdate(OpenSearchBaseManager):
             cause = error.get("caused_by", {}).get("reason", "")
             self._reject(batch, at, f"{kind}: {reason}{cause and ': ' + cause}")
         return True
+
+    def _is_of_this_load(self, conflict: str) -> bool:
+        """Say whether a version conflict is with another row of this load; else somebody's newer one is in the way."""
+        there = re.search(r"current version \[(\d+)\]", conflict) if self.id_column else None
+        return there is not None and 0 <= int(there[1]) - self.first_version <= self.tally.read
 
     def _reject(self, batch: Batch, at: int, reason: str) -> None:
         key, line = batch.place(at)
@@ -933,9 +961,15 @@ class BulkUpdate(OpenSearchBaseManager):
                 "producer was still writing; run again when it has finished"
             )
 
-    def _verify_count(self) -> None:
-        """Raise RefreshError unless the index, still the same one, holds what the answers said was stored."""
+    def _verify_sums(self) -> None:
+        """Raise RefreshError unless each row read was stored, rejected or skipped, and in the index seen first."""
         self._verify_same_index(self.index)
+        tally, rejected = self.tally, self.rejects.count
+        if tally.read != tally.stored + rejected + tally.skipped:
+            raise RefreshError(f"the rows do not add up: {rejected} rejected, {tally}; run again")
+
+    def _verify_count(self) -> None:
+        """Raise RefreshError unless the index holds what the answers said was stored."""
         count, tally = self._get_index_count(self.index), self.tally
         most = tally.stored - tally.replaced
         if not most - tally.unsure <= count <= most:
@@ -945,7 +979,7 @@ class BulkUpdate(OpenSearchBaseManager):
         tally.replaced = tally.stored - count
 
     def _report(self, objects: list[S3Object], began: float) -> dict[str, Any]:
-        """Return the sums. Raises RefreshError when they do not add up, TooManyRejects when rows are missing."""
+        """Return the sums. Raises TooManyRejects when more rows were rejected than accepted."""
         tally, rejected = self.tally, self.rejects.count
         result: dict[str, Any] = {
             "index": self.index, "objects": len(objects), "read": tally.read, "stored": tally.stored,
@@ -954,8 +988,6 @@ class BulkUpdate(OpenSearchBaseManager):
             "rows_per_second": per_second(tally.read, began),
         }  # fmt: skip
         sums = " ".join(f"{name}={value}" for name, value in result.items())
-        if tally.read != tally.stored + rejected + tally.skipped:
-            raise RefreshError(f"the rows do not add up: {sums}")
         if rejected:
             result["rejects_file"] = str(self.rejects.path)
         if rejected > self.max_rejects:

@@ -66,7 +66,7 @@ class IndexCleanup(OpenSearchBaseManager):
         before = self._store_bytes()
         with self.unfinished(self.index, loading=False):
             deleted = empty_index(self, self.index)
-        if self.force_merge and deleted:
+        if self.force_merge and self._has_deleted_documents():
             self._free_disk_space()
         self._verify_same_index(self.index)
         result = {
@@ -79,6 +79,11 @@ class IndexCleanup(OpenSearchBaseManager):
     def _store_bytes(self) -> int:
         answer = self.request("GET", f"/{self.index}/_stats/store").data
         return int(answer["_all"]["total"]["store"]["size_in_bytes"])
+
+    def _has_deleted_documents(self) -> bool:
+        """Say whether there is space to free, also when a former run was stopped before it could."""
+        answer = self.request("GET", f"/{self.index}/_stats/docs").data
+        return bool(answer["_all"]["total"]["docs"]["deleted"])
 
     def _free_disk_space(self) -> None:
         """Flush, wait until the server may drop what was deleted, merge, refresh: another order frees nothing."""

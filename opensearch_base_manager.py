@@ -315,7 +315,7 @@ class LogFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-class LogHandler(logging.StreamHandler[Any]):
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # has no [] before Python 3.11
     """Writes to stderr; on a terminal it first wipes the progress line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -378,12 +378,24 @@ class Progress:
 # --- the command line: signals, exceptions, exit codes ----------------------------------------------------------------
 
 interrupted = threading.Event()  # set by the first signal: what is left to do is clean-up, and bounded
+_cleanup_deadline = math.inf
 
 
 def _on_signal(number: int, _frame: object) -> None:
+    global _cleanup_deadline
     if not interrupted.is_set():  # a repeated one must not break the clean-up off
+        _cleanup_deadline = time.monotonic() + CLEANUP_S
         interrupted.set()
         raise Interrupted(number)
+
+
+def finished_in_any_case(action: Callable[[], None]) -> None:
+    """Run a clean-up after a failure; a first signal that breaks it off makes it run again, in the 20 s then left."""
+    try:
+        action()
+    except Interrupted:
+        action()
+        raise
 
 
 @contextlib.contextmanager
@@ -539,7 +551,7 @@ class OpenSearchBaseManager:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is not None and self._task_started:
-                self._cancel_own_tasks()
+                finished_in_any_case(self._cancel_own_tasks)
         except RefreshError as error:
             log.error("tasks of this run may still be under way; the next run cancels them: %s", error)
         finally:
@@ -610,7 +622,7 @@ class OpenSearchBaseManager:
             if not repeatable and not never_sent:
                 raise failure
             delay = backoff_s(attempt, retry_after)
-            if time.monotonic() - began + delay > self._patience_s():
+            if time.monotonic() + delay > self._deadline(began):
                 raise failure
             attempt += 1
             log.warning("%s; trying again in %.1f s", failure, delay)
@@ -619,19 +631,19 @@ class OpenSearchBaseManager:
     def _send(self, method: str, path: str, body: Any, params: Mapping[str, Any] | None) -> requests.Response:
         ndjson = isinstance(body, bytes)
         content = body if ndjson or body is None else json.dumps(body).encode()
-        hurried = interrupted.is_set() or not self._answered
+        now, hurried = time.monotonic(), interrupted.is_set() or not self._answered
         return self._session.request(
             method, self.settings.endpoint + path, params=params, data=content,
             headers={"Content-Type": "application/x-ndjson" if ndjson else "application/json"},
-            timeout=(CONNECT_TIMEOUT_S, self._patience_s() if hurried else READ_TIMEOUT_S),
+            timeout=(CONNECT_TIMEOUT_S, max(1, self._deadline(now) - now) if hurried else READ_TIMEOUT_S),
             allow_redirects=False,  # credentials go to the endpoint and nowhere else
         )  # fmt: skip
 
-    def _patience_s(self) -> float:
-        """Return for how long one request may be tried, in seconds."""
+    def _deadline(self, began: float) -> float:
+        """Return until when a request may be tried that was first sent at `began` (both of the monotonic clock)."""
         if interrupted.is_set():
-            return CLEANUP_S
-        return self.settings.retry_seconds if self._answered else FIRST_CONTACT_S
+            return _cleanup_deadline
+        return began + (self.settings.retry_seconds if self._answered else FIRST_CONTACT_S)
 
     def _failure(self, what: str, status: int, body: bytes) -> RequestFailed:
         kind, reason = error_of(body)
@@ -695,6 +707,8 @@ class OpenSearchBaseManager:
         primary = {"preference": "_primary"} if self.version() >= (2, 8) else None  # 1.3 refuses it
         answer = self.request("GET", f"/{index}/_count", params=primary).data
         self._whole(answer, f"_count of {index}")
+        if answer["_shards"]["successful"] < answer["_shards"]["total"]:
+            raise RefreshError(f"_count of {index}: not every shard answered; see GET _cluster/health/{index}")
         return int(answer["count"])
 
     @staticmethod
@@ -788,7 +802,7 @@ class OpenSearchBaseManager:
                 own = {task: info["action"] for task, info in self._own_tasks().items()}
                 if started := [task for task, name in own.items() if name.endswith(action)]:
                     return started[0]
-                if time.monotonic() - began > self._patience_s():
+                if time.monotonic() > self._deadline(began):
                     raise
 
     def _own_tasks(self) -> dict[str, dict[str, Any]]:
@@ -890,7 +904,7 @@ class OpenSearchBaseManager:
             yield note
         except BaseException as failure:
             try:
-                self._put_back_settings(index, note)
+                finished_in_any_case(lambda: self._put_back_settings(index, note))
                 if note and isinstance(failure, Refused):  # then nothing was deleted yet
                     self._write_note(index, former_note)
             except RefreshError as error:

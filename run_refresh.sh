@@ -7,15 +7,16 @@
 #        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
 # Exit:  0 readers are on the fresh data; otherwise the code of the step that failed (see README), 2 usage, 75 locked
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+SELF=$(readlink -f "${BASH_SOURCE[0]}")
+cd "$(dirname "$SELF")"
 umask 077
 
 readonly KEEP_DAYS=30
-step="preparing" child="" result="" began=$SECONDS log_file=/dev/null
+step="preparing" result="" began=$SECONDS log_file=/dev/null
 table=()
 
 say() { # say TEXT: on the terminal and in the log
-  printf '%s\n' "$1" >&2
+  printf '%s\n' "$1" >&2 || true # a terminal that has gone must not stop a refresh
   printf '%s run_refresh: %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$1" >>"$log_file"
 }
 
@@ -32,7 +33,7 @@ choose_python() {
   command -v "$PYTHON" >/dev/null || die "no $PYTHON: set PYTHON" 2
 }
 
-read_settings() { # the runner's own variables, from the environment or .env, by the code that reads them for the scripts
+read_settings() { # the runner's own variables, from the environment or .env, by the code that the scripts use
   local values
   values=$("$PYTHON" - <<'EOF'
 from dotenv import load_dotenv
@@ -47,8 +48,10 @@ for name, default in {
 print(own_folder("LOG_DIR", "logs"), own_folder("LOCK_DIR", ".locks"), sep="\n")
 EOF
   ) || exit 2
-  { read -r PRIMARY && read -r SECONDARY && read -r ALIAS && read -r BUCKET && read -r PREFIX && read -r BATCH &&
-    read -r DELAY && read -r STRATEGY && read -r LOG_DIR && read -r LOCK_DIR; } <<<"$values"
+  local -a value
+  mapfile -t value <<<"$values"
+  PRIMARY=${value[0]} SECONDARY=${value[1]} ALIAS=${value[2]} BUCKET=${value[3]} PREFIX=${value[4]} BATCH=${value[5]}
+  DELAY=${value[6]} STRATEGY=${value[7]} LOG_DIR=${value[8]} LOCK_DIR=${value[9]}
   [[ $DELAY =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "STEP_DELAY_SECONDS: $DELAY is not a number of seconds" 2
   [[ $BATCH =~ ^[1-9][0-9]*$ ]] || die "BATCH_SIZE: $BATCH is not a whole number above 0" 2
   [[ $STRATEGY == copy-back ]] || die "REFRESH_STRATEGY: $STRATEGY is not copy-back" 2
@@ -57,7 +60,8 @@ EOF
 
 open_log() {
   mkdir -p "$LOG_DIR" "$LOCK_DIR" || die "LOG_DIR and LOCK_DIR have to be folders that can be written to" 1
-  find "$LOG_DIR" -name 'refresh-*.log' -mtime +"$KEEP_DAYS" -delete
+  find "$LOG_DIR" -maxdepth 1 -type f \( -name 'refresh-*.log' -o -name '.result-*' \) -mtime +"$KEEP_DAYS" \
+    -delete || true
   log_file="$LOG_DIR/refresh-$ALIAS-$(date -u +%Y%m%dT%H%M%SZ)-$$.log"
   result=$(mktemp "$LOG_DIR/.result-XXXXXX")
   : >>"$log_file" || die "cannot write $log_file" 1
@@ -69,33 +73,32 @@ take_lock() { # the steps inherit it: while one of them lives, no other refresh 
 }
 
 run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run with its exit code
-  local began=$SECONDS rc=0 documents last
+  local step_began=$SECONDS rc=0 documents last
   step=$1
   shift
   say "==> $step"
   printf '$ %s\n' "$*" >>"$log_file"
   "$PYTHON" "$@" >"$result" 2>>"$log_file" &
-  child=$!
-  wait "$child" || rc=$?
-  child=""
+  wait $! || rc=$?
   last=$(tail -n 1 "$log_file")
   sed "s/^/> /" "$result" >>"$log_file"
   documents=$(sed -n 's/.*"documents": \([0-9]*\).*/\1/p' "$result")
-  say "<== $step: exit $rc, $((SECONDS - began)) s${documents:+, $documents documents}"
+  say "<== $step: exit $rc, $((SECONDS - step_began)) s${documents:+, $documents documents}"
   if ((rc != 0)); then
     say "${last#* }"
     exit "$rc"
   fi
-  [[ $step == check* ]] || table+=("$(printf '%-50s %8d %12s' "$step" "$((SECONDS - began))" "${documents:--}")")
+  [[ $step == check* ]] || table+=("$(printf '%-50s %8d %12s' "$step" "$((SECONDS - step_began))" "${documents:--}")")
 }
 
 on_signal() { # on_signal NAME CODE: pass it on at once, and wait until the step has put things back
+  local child
   trap '' HUP INT TERM
-  if [[ -n $child ]]; then
+  for child in $(jobs -p); do
     kill -s "$1" "$child" 2>/dev/null || true
     [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # just started by `&`, it still ignores INT
     wait "$child" || true
-  fi
+  done
   say "stopped by SIG$1"
   exit "$2"
 }
@@ -112,9 +115,7 @@ on_exit() {
 
 pause() {
   sleep "$DELAY" &
-  child=$!
-  wait "$child"
-  child=""
+  wait $!
 }
 
 check() { # step 0, before readers are moved: whatever can be known beforehand
@@ -150,7 +151,9 @@ closing_table() {
     printf '%-50s %8s %12s\n' step seconds documents
     printf '%s\n' "${table[@]}"
     printf '%-50s %8d\n' total "$((SECONDS - began))"
-  } | tee -a "$log_file"
+  } >"$result"
+  cat "$result" >>"$log_file"
+  cat "$result" || true
 }
 
 main() {
@@ -159,7 +162,7 @@ main() {
     "") ;;
     --dry-run) dry_run=yes ;;
     --help | -h)
-      sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"
+      sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$SELF"
       exit 0
       ;;
     *) die "unknown argument: $* (see --help)" 2 ;;
@@ -167,7 +170,7 @@ main() {
   choose_python
   read_settings
   copy=(--source "$PRIMARY" --target "$SECONDARY")
-  load=(--bucket "$BUCKET" --prefix "$PREFIX" --index "$PRIMARY" --batch-size "$BATCH")
+  load=(--bucket "$BUCKET" --prefix="$PREFIX" --index "$PRIMARY" --batch-size "$BATCH")
   open_log
   trap on_exit EXIT
   trap 'on_signal HUP 129' HUP

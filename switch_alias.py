@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from typing import Any
 
 from opensearch_base_manager import (
-    ConfigurationError, OpenSearchBaseManager, OutcomeUnknown, Progress, RefreshError, Refused, add_common_args,
-    backoff_s, index_name, log, number, run_cli, seconds_since, setting,
+    ConfigurationError, OpenSearchBaseManager, OutcomeUnknown, Progress, RefreshError, Refused, RequestFailed,
+    add_common_args, backoff_s, index_name, log, number, run_cli, seconds_since, setting,
 )  # fmt: skip
 
 CARRIED_OVER = ("filter", "index_routing", "search_routing", "is_write_index", "is_hidden")  # `add` would drop them
@@ -46,16 +47,17 @@ class SwitchAlias(OpenSearchBaseManager):
     def __init__(self, alias: str, source: str, target: str, *, threshold: Decimal, wait_seconds: float,
                  dry_run: bool) -> None:  # fmt: skip
         super().__init__(dry_run=dry_run)
-        self.alias, self.source, self.target = alias, source, target
-        self.threshold, self.wait_seconds = threshold, wait_seconds
+        self.settings = replace(self.settings, wait_seconds=wait_seconds)
+        self.alias, self.source, self.target, self.threshold = alias, source, target, threshold
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
         for index in (self.source, self.target):
             self._verify_index_exists(index)
         if set(self._fit_owners()) == {self.target}:
+            result = self._result(began, changed=False)
             log.info("done: alias %s is on %s alone already, nothing to do", self.alias, self.target)
-            return self._result(began, changed=False)
+            return result
         for index in sorted([self.source, self.target]):
             self.lock(index)
         self._settle_tasks(self.target)
@@ -69,9 +71,10 @@ class SwitchAlias(OpenSearchBaseManager):
             self._verify_same_index(index)
         self._refuse_unfinished()
         self._move(self._fit_owners())
+        result = self._result(began, changed=True)
         log.info("done: alias %s: %s -> %s", self.alias, self.source, self.target)
         log.info("undo: %s", self._command(self.target, self.source))
-        return self._result(began, changed=True)
+        return result
 
     def show(self) -> str:
         """Return the one index that the alias points at. Raises Refused when there are several."""
@@ -141,10 +144,10 @@ class SwitchAlias(OpenSearchBaseManager):
             short = short_shards(target, needed)
             if not short:
                 break
-            if time.monotonic() - began > self.wait_seconds:
+            if time.monotonic() - began > self.settings.wait_seconds:
                 raise Refused(
                     f"index {self.target}: {short} of {len(target['shards'])} shards have fewer than {needed} started "
-                    f"copies after {self.wait_seconds:g} s; see GET _cluster/allocation/explain, and run again"
+                    f"copies after {self.settings.wait_seconds:g} s; see GET _cluster/allocation/explain, and run again"
                 )
             progress = progress or Progress(f"waiting for the copies of {self.target}", len(target["shards"]), "shards")
             progress.update(len(target["shards"]) - short)
@@ -162,7 +165,10 @@ class SwitchAlias(OpenSearchBaseManager):
                 answer = self.request("POST", "/_aliases", self._actions(owners), repeatable=False)
                 acknowledged = answer.data["acknowledged"] is True
                 break
-            except OutcomeUnknown as lost:
+            except RequestFailed as lost:
+                late = attempt and lost.status == 404  # must_exist: the first sending was carried out meanwhile
+                if not (late or isinstance(lost, OutcomeUnknown)):
+                    raise
                 delay = backoff_s(attempt)
                 if time.monotonic() - began + delay > self.settings.retry_seconds:
                     raise RefreshError(f"{lost}; look where the alias is: {self._show_command()}") from None

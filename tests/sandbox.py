@@ -457,8 +457,10 @@ def wait_for_port(port: int) -> None:
 def command_environment(sandbox: Sandbox) -> dict[str, str]:
     """Return an environment in which nothing of the caller's own AWS or OpenSearch set-up is left."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "OPENSEARCH_"))}
+    kept.pop("PYTHON", None)  # made .venv, and is not meant for the runner
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    hidden = dict.fromkeys(["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"], "")  # from a .env
+    names = re.findall(r"^#([A-Z0-9_]+)=", (TOP / ".env.example").read_text(), re.M)
+    hidden = {name: kept.get(name, "") for name in names}  # a .env of the operator's is for real clusters
     admin = {"ENDPOINT": sandbox.server.endpoint, "ADMIN": f"{ADMIN}:{ADMIN_PASSWORD}"}
     return {**kept, **hidden, **admin, **sandbox.environment, "PATH": path}
 

@@ -463,7 +463,8 @@ def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, 
     outcome = load(put_csv({"a.csv": numbers(1, 30)}), index, "--batch-size", "1", "--workers", "4")
     bodies = proxy.seen("POST", "/_bulk")
     assert re.search("busy.*: 2 ", outcome.err)
-    since = ended[2 + bodies[1:].index(bodies[0])] + 0.05  # the refused one has been stored, and its sender knows
+    # the refused one has been stored, its sender knows, and what was under way then has ended
+    since = ended[2 + bodies[1:].index(bodies[0])] + 0.3
     late = [moment for moment in began.values() if moment > since]
     at_once = [sum(start <= moment < ended[nth] for nth, start in began.items()) for moment in late]
     assert max(at_once) == 2
@@ -606,7 +607,40 @@ def test_an_object_without_the_id_column_is_refused(make_index, put_csv, load, a
     assert state_of(admin, index) == before
 
 
+def test_the_later_row_wins_wherever_the_blocks_of_a_large_object_end(make_index, put_csv, load, admin):
+    index = make_index("index", {"id": {"type": "keyword"}, "n": {"type": "long"}, "pad": {"type": "keyword"}})
+    rows = "".join(f"k{n // 50},{n},{'x' * 30}\n" for n in range(14_000))  # 600 KB: three blocks, the last one short
+    outcome = load(put_csv({"a.csv": "id,n,pad\n" + rows}), index, "--id-column", "id", "--batch-size", "500")
+    assert {key: source["n"] for key, source in by_id(admin, index).items()} == {
+        f"k{at}": at * 50 + 49 for at in range(280)
+    }
+    assert outcome.result["replaced"] == 14_000 - 280
+
+
+def test_a_newer_document_in_the_way_of_a_row_is_a_reject_and_not_taken_for_a_later_row(
+    make_index, put_csv, load, admin, rejected
+):
+    index = make_index("index", KEYED)
+    admin("PUT", f"/{index}/_doc/a?version={9 * 10**18}&version_type=external&refresh=true", {"id": "a", "n": -1})
+    outcome = load(put_csv({"a.csv": "id,n\na,1\nb,2\n"}), index, "--id-column", "id", "--no-cleanup", code=3)
+    assert outcome.result["rejected"] == 1
+    assert [entry["line"] for entry in rejected()] == [2]
+    assert by_id(admin, index)["a"]["n"] == -1
+
+
 # --- adding to what is there ------------------------------------------------------------------------------------------
+
+
+def test_an_index_that_is_replaced_while_rows_are_added_fails_the_load(make_index, put_csv, load, proxy, admin):
+    index = make_index("index", NUMBERS)
+
+    def replace():
+        admin("DELETE", f"/{index}")
+        admin("PUT", f"/{index}")
+
+    proxy.on("POST", "/_bulk", after(replace))
+    outcome = load(put_csv({"a.csv": numbers(1, 5)}), index, "--no-cleanup", code=1)
+    assert "created anew" in outcome.last
 
 
 def test_no_cleanup_adds_to_a_live_index_and_leaves_its_settings_alone(
@@ -951,3 +985,18 @@ def test_a_year_needs_no_more_memory_than_a_month_and_each_row_of_a_month_arrive
     assert len(hits) == len(rows)
     wrong = [(hit["_id"], hit["_source"], row) for hit, row in zip(hits, rows) if hit["_source"] != row]
     assert wrong == []
+
+
+def test_an_empty_gzip_beside_others_is_an_object_without_rows(make_index, put_csv, load, admin):
+    index = make_index("index", NUMBERS)
+    outcome = load(put_csv({"a.csv.gz": gzip.compress(b""), "b.csv": numbers(1, 3)}), index)
+    assert (outcome.result["objects"], outcome.result["stored"]) == (2, 3)
+
+
+def test_a_record_may_be_larger_than_one_cell_may_be(make_index, put_csv, load, admin):
+    text = {"type": "text", "index": False}
+    index = make_index("index", {"a": text, "b": text})
+    lines = "y\n" * (2 * MIB)
+    outcome = load(put_csv({"a.csv": f'a,b\n{"x" * 5 * MIB},"{lines}"\n'}), index)
+    assert outcome.result["stored"] == 1
+    assert len(sources(admin, index)[0]["b"]) == 4 * MIB

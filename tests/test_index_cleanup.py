@@ -220,3 +220,11 @@ def test_a_locked_index_ends_with_75_and_is_left_alone(index, cleanup, admin, tm
         outcome = cleanup(index)
     assert outcome.code == 75, outcome.err
     assert count(admin, index) == 3
+
+
+def test_space_that_a_stopped_run_left_is_freed_by_the_next_one(index, cleanup, admin, proxy, monkeypatch):
+    monkeypatch.setattr(index_cleanup, "LEASES_WAIT_S", 1)
+    monkeypatch.setattr(index_cleanup, "STATS_AGE_S", 0)
+    admin("POST", f"/{index}/_delete_by_query?refresh=true", {"query": {"match_all": {}}})
+    assert cleanup(index).code == 0
+    assert proxy.seen("POST", "_forcemerge")

@@ -77,3 +77,10 @@ def test_every_exit_code_of_the_base_manager_is_in_the_table():
 
     codes = {error.exit_code for error in base.RefreshError.__subclasses__()} | {base.RefreshError.exit_code}
     assert all(re.search(rf"^\| {code} \|", README, re.M) for code in codes)
+
+
+def test_each_output_is_there():
+    assert not re.search(r"[A-Z]_OUTPUT|TODO|XXX", README)
+    outputs = re.findall(r"```text\n(.*?)```", README, re.S)
+    assert len(outputs) >= 7
+    assert all("exit 0" in output or "done: " in output for output in outputs)

@@ -334,3 +334,26 @@ def test_old_logs_are_deleted_after_30_days(pair, refresh, put_csv, tmp_path):
     finish(refresh(put_csv({"a.csv": "n\n1\n"}), "--dry-run"))
     left = {path.name for path in logs.glob("refresh-x-*.log")}
     assert left == {"refresh-x-29.log"}
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_terminal_does_not_undo_a_refresh(pair, environment, put_csv, admin, name, closed):
+    primary, _, alias = pair({"n": {"type": "long"}}, docs=1)
+    own = {
+        "PRIMARY_INDEX": primary, "SECONDARY_INDEX": name("secondary"), "INDEX_ALIAS": alias, "PYTHON": sys.executable,
+        "S3_BUCKET": sandbox.BUCKET, "S3_PREFIX": put_csv({"a.csv": "n\n1\n"}),
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-c", f"{TOP}/run_refresh.sh {closed}"], env={**os.environ, **environment, **own})
+    assert done.returncode == 0
+    assert live(admin, alias) == [primary]
+    assert sources(admin, primary) == [{"n": 1}]
+
+
+def test_it_can_be_called_through_a_link_and_with_odd_names(pair, refresh, put_csv, tmp_path, monkeypatch):
+    pair({"n": {"type": "long"}}, docs=1)
+    prefix = put_csv({"daily $1 'x' /a.csv": "n\n1\n", "daily $1 'x'/b.csv": ""})
+    (tmp_path / "link").symlink_to(TOP / "run_refresh.sh")
+    monkeypatch.setattr(sys.modules[__name__], "TOP", tmp_path)
+    (tmp_path / "run_refresh.sh").symlink_to(tmp_path / "link")
+    code, _, err = finish(refresh(f"{prefix}daily $1 'x' ", "--dry-run"))
+    assert code == 0, err
