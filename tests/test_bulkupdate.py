@@ -1000,3 +1000,22 @@ def test_a_record_may_be_larger_than_one_cell_may_be(make_index, put_csv, load, 
     outcome = load(put_csv({"a.csv": f'a,b\n{"x" * 5 * MIB},"{lines}"\n'}), index)
     assert outcome.result["stored"] == 1
     assert len(sources(admin, index)[0]["b"]) == 4 * MIB
+
+
+def test_a_signal_while_settings_are_put_back_after_a_failure_does_not_break_that_off(
+    make_index, put_csv, start, proxy, admin
+):
+    index = make_index("index", NUMBERS)
+    proxy.on("POST", "/_bulk", answer(400, {"error": {"type": "x", "reason": "y"}}), times=None)
+    proxy.on("PUT", "/_settings", answer(503), skip=1, times=None)  # the first one sets the refresh interval to -1
+    process = start(put_csv({"a.csv": numbers(1, 5)}), index, proxy=proxy)
+    deadline = time.monotonic() + 20
+    while len(proxy.seen("PUT", "/_settings")) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    proxy.rules.clear()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert "refresh_interval" not in admin("GET", f"/{index}/_settings")[index]["settings"]["index"]
+    assert NOTE in meta_of(admin, index)
