@@ -644,7 +644,6 @@ class Rejects:
             if self.count > self.limit:
                 raise RefreshError(f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}")
 
-
     def _open(self) -> Any:
         if self.path.exists():  # of another load that began in the same second
             self.path = self.path.with_stem(f"{self.path.stem}-{os.getpid()}")
@@ -698,9 +697,9 @@ class BulkUpdate(OpenSearchBaseManager):
     def _check_index(self) -> None:
         self._verify_index_exists(self.index)
         self.lock(self.index, shared=self.keep)
-        if aliases := self._check_index_aliases(self.index):
-            if not (self.keep or self.dry_run):
-                self._refuse_live(self.index)
+        if not (self.keep or self.dry_run):
+            self._refuse_live(self.index)
+        elif aliases := self._check_index_aliases(self.index):
             log.info("index %s is live: alias %s points at it", self.index, ", ".join(aliases))
         self._settle_tasks(self.index, exclusive=not self.keep)
         self.rejects.prepare()

@@ -741,13 +741,20 @@ class OpenSearchBaseManager:
         nodes = self.request("GET", "/_tasks", params={"detailed": "true", **params}).data.get("nodes", {})
         return {name: task for node in nodes.values() for name, task in node["tasks"].items()}
 
+    def _writing_tasks(self) -> dict[str, dict[str, Any]]:
+        """Return the copy and by-query tasks of the cluster, each with its X-Opaque-Id, without their slices."""
+        tasks = self._tasks(actions="*reindex,*byquery").items()
+        return {
+            name: {**task, "opaque_id": task.get("headers", {}).get("X-Opaque-Id", "")}
+            for name, task in tasks if "parent_task_id" not in task
+        }  # fmt: skip
+
     def _tasks_naming(self, index: str) -> dict[str, str]:
         """Return the X-Opaque-Id of each copy or by-query task that names the index, by task id."""
-        named = {}
-        for name, task in self._tasks(actions="*reindex,*byquery").items():
-            if "parent_task_id" not in task and index in re.split(r"[\[\],\s]+", task.get("description", "")):
-                named[name] = task.get("headers", {}).get("X-Opaque-Id", "")
-        return named
+        return {
+            name: task["opaque_id"] for name, task in self._writing_tasks().items()
+            if index in re.split(r"[\[\],\s]+", task.get("description", ""))
+        }  # fmt: skip
 
     def _settle_tasks(self, index: str, *, exclusive: bool = True) -> None:
         """Let no other task touch the index: cancel our orphans, wait for our other hosts', refuse a stranger's.
@@ -799,18 +806,13 @@ class OpenSearchBaseManager:
             except OutcomeUnknown as lost:
                 log.warning("%s; looking whether the task was started", lost)
                 time.sleep(BACKOFF_FIRST_S * 2)
-                own = {task: info["action"] for task, info in self._own_tasks().items()}
-                if started := [task for task, name in own.items() if name.endswith(action)]:
+                if started := [task for task, own in self._own_tasks().items() if own["action"].endswith(action)]:
                     return started[0]
                 if time.monotonic() > self._deadline(began):
                     raise
 
     def _own_tasks(self) -> dict[str, dict[str, Any]]:
-        tasks = self._tasks(actions="*reindex,*byquery").items()
-        return {
-            name: task for name, task in tasks
-            if task.get("headers", {}).get("X-Opaque-Id") == self.opaque_id and "parent_task_id" not in task
-        }  # fmt: skip
+        return {name: task for name, task in self._writing_tasks().items() if task["opaque_id"] == self.opaque_id}
 
     def _documents_done(self, task: str, status: Mapping[str, Any]) -> int:
         """Return how far a task is; a sliced one knows nothing of it until its slices end, so they are summed."""
@@ -894,12 +896,13 @@ class OpenSearchBaseManager:
         self._refuse_live(index)
         found, former_note = self._verify_index_exists(index), self.read_note(index)
         wanted = load_settings(found, without_replicas) if loading else {}
-        note: dict[str, Any] | None = {
+        wish = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": HOST,
             "found": {name: found.get(name) for name in wanted}, "set": wanted,
         }  # fmt: skip
+        note: dict[str, Any] | None = wish  # before it is written: a signal may come in between
         try:
-            if note := self._mark(index, note):
+            if note := self._mark(index, wish):
                 self._change_settings(index, wanted)
             yield note
         except BaseException as failure:
@@ -913,7 +916,8 @@ class OpenSearchBaseManager:
         if note:
             self._write_note(index, None)
 
-    def _mark(self, index: str, note: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _mark(self, index: str, note: dict[str, Any]) -> dict[str, Any] | None:
+        """Write the note and return it, or None where the cluster refuses it."""
         try:
             self._write_note(index, note)
             return note

@@ -105,7 +105,7 @@ class SwitchAlias(OpenSearchBaseManager):
         owners = self._owners()
         if set(owners) - {self.source, self.target}:
             state = ", ".join(sorted(owners))
-            mend = f"{self._command(state, self.target)}" if len(owners) == 1 else "take it off all but one of them"
+            mend = self._command(state, self.target) if len(owners) == 1 else "take it off all but one of them"
             raise Refused(f"alias {self.alias} is on {state}, not on {self.source}; it stays there. To mend it: {mend}")
         return owners
 
