@@ -467,14 +467,22 @@ def command_environment(sandbox: Sandbox) -> dict[str, str]:
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:
     """Run the command in the foreground; signals that reach only us are passed on to it."""
-    child = subprocess.Popen(command, env=environment)
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # came while the command was being started
 
     def pass_on(number: int, _frame: object) -> None:
-        child.send_signal(number)
+        if child:
+            child.send_signal(number)
+        else:
+            early.append(number)
 
+    # before the command runs: it may signal its readiness, and be interrupted, before Popen has returned
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, pass_on)
     signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the command as well
+    child = subprocess.Popen(command, env=environment)
+    for number in early:
+        child.send_signal(number)
     code = child.wait()
     return code if code >= 0 else 128 - code
 
