@@ -49,7 +49,7 @@ MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes refuse requests abov
 BATCH_SIZE = 5000  # documents a request
 WORKERS = 3  # requests at the same time
 CACHED_CELLS = 4000  # remembered values a column, and no longer than this many characters each
-CACHED_CELL_CHARS = 64
+CACHED_CELL_CHARS = 32
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
 REJECTS_SHOWN = 5
 KEEP_DAYS = 30
@@ -604,8 +604,9 @@ def batches(blocks: Iterable[Pieces], size: int) -> Iterator[Batch]:
             parts.append(part)
             start, count, length = start + part.count(), count + part.count(), length + len(part.body)
             if count >= size or length >= MAX_BATCH_BYTES:
-                yield Batch.joined(parts)
-                parts, count, length = [], 0, 0
+                batch = Batch.joined(parts)
+                parts, count, length = [], 0, 0  # before the wait: they are as large as the batch
+                yield batch
     if parts:
         yield Batch.joined(parts)
 

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -21,6 +22,7 @@ import ssl
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +44,10 @@ code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
 usage = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(json.dumps([code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]))"""
 LATENCY_S = 0.02
+STALL_S = 2.0
+MEMORY_CASES = [  # megabytes of CSV, objects, gzip
+    (31, 1, False), (310, 1, False), (310, 1000, False), (310, 1, True), (3000, 1, False), (3000, 1000, True),
+]  # fmt: skip
 WORDS = "delayed gate crew weather fuel inbound late tower hold taxi runway bags door slot checked cleared".split()
 
 
@@ -323,52 +329,57 @@ def draw(results: dict[str, dict[str, Figures]], path: Path) -> None:
 
 
 def stages(bench: Bench, data: DataSet) -> None:
-    """Print the CPU seconds of each stage of the pipeline, by running it up to there."""
+    """Print the seconds of each stage of the pipeline, by running it up to there, and those spent on waiting."""
     sys.path.insert(0, str(TOP))
     import bulkupdate as b
 
-    bucket = b.Bucket(BUCKET)
-    items = bucket.list_csv(data.prefix)
-    kinds = {name: definition["type"] for name, definition in data.mapping["properties"].items()}
+    bench.fresh_index(data)
+    load = b.BulkUpdate(b.build_parser().parse_args(bulkupdate_command(data.prefix)[2:]))
+    load._check_index()
+    items = load._list()
+    load._look(items)
+
+    def blocks() -> Iterator[Any]:
+        for item in items:
+            yield from b.read_blocks(b.plain(b.S3Body(load.bucket, item, 10)), item.key, ",")
 
     def read() -> None:
         for item in items:
-            body = b.plain(b.S3Body(bucket, item, 10))
+            body = b.plain(b.S3Body(load.bucket, item, 10))
             while body.read(b.CHUNK_BYTES):
                 pass
 
     def parse() -> None:
-        for item in items:
-            for _ in b.read_blocks(b.plain(b.S3Body(bucket, item, 10)), item.key, ","):
-                pass
+        for block in blocks():
+            b.all_cells(block, len(load.columns), ",")
 
     def render() -> None:
-        made = {name: b.Column(name, kind) for name, kind in kinds.items()}
-        for item in items:
-            columns = None
-            for block in b.read_blocks(b.plain(b.S3Body(bucket, item, 10)), item.key, ","):
-                if columns is None:
-                    columns = [made[name] for name in b.header_of(item, block)]
-                    block.rows, block.lines = block.rows[1:], block.lines[1:]
-                b.documents(block, columns)
+        for _ in b.batches(load._documents(items), b.BATCH_SIZE):
+            pass
+
+    def whole() -> None:
+        load._load(items)
 
     before = 0.0
-    print(f"\n{data.name}: CPU seconds of the loader's stages")
-    for name, stage in {"S3 read": read, "CSV": parse, "types and JSON": render}.items():
-        times = []
-        for _ in range(3):
-            began = time.process_time()
-            stage()
-            times.append(time.process_time() - began)
-        print(f"  {name}: {min(times) - before:.2f} s, {(min(times) - before) / data.rows * 1e6:.2f} us a row")
-        before = min(times)
+    print(f"\n{data.name}: seconds of the main thread in each stage")
+    for name, stage, times in (("S3 read", read, 3), ("CSV", parse, 3), ("types and JSON", render, 3),
+                               ("waiting for the server", whole, 1)):  # fmt: skip
+        seconds = min(timed(stage) for _ in range(times))
+        print(f"  {name}: {seconds - before:.2f} s, {(seconds - before) / data.rows * 1e6:.2f} us a row")
+        before = seconds
+
+
+def timed(action: Callable[[], None]) -> float:
+    began = time.monotonic()
+    action()
+    return time.monotonic() - began
 
 
 @contextlib.contextmanager
-def slow_line(endpoint: str) -> Iterator[str]:
-    """Pass TCP on to the server, each piece of an answer 20 ms late, from a process of its own."""
+def slow_line(endpoint: str, delay_s: float) -> Iterator[str]:
+    """Pass TCP on to the server, each piece of an answer later, from a process of its own."""
     port, target = sandbox.free_port(), int(endpoint.rsplit(":", 1)[1])
-    child = subprocess.Popen([sys.executable, __file__, "--delay-line", str(port), str(target)])
+    child = subprocess.Popen([sys.executable, __file__, "--delay-line", str(port), str(target), str(delay_s)])
     sandbox.wait_for_port(port)
     try:
         yield f"https://127.0.0.1:{port}"
@@ -377,7 +388,7 @@ def slow_line(endpoint: str) -> Iterator[str]:
         child.wait()
 
 
-async def delay_line(port: int, target: int) -> None:
+async def delay_line(port: int, target: int, delay_s: float) -> None:
     loop = asyncio.get_running_loop()
 
     async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float) -> None:
@@ -391,22 +402,56 @@ async def delay_line(port: int, target: int) -> None:
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection("127.0.0.1", target)
-        await asyncio.gather(pipe(reader, server_writer, 0), pipe(server_reader, writer, LATENCY_S))
+        await asyncio.gather(pipe(reader, server_writer, 0), pipe(server_reader, writer, delay_s))
 
     async with await asyncio.start_server(accept, "127.0.0.1", port) as server:
         await server.serve_forever()
 
 
 def with_latency(bench: Bench, data: DataSet, rounds: int) -> None:
-    near, far = Figures(), Figures()
-    with slow_line(bench.endpoint) as endpoint:
-        away = {"OPENSEARCH_ENDPOINT": endpoint, "OPENSEARCH_USERNAME": sandbox.USER,
-                "OPENSEARCH_PASSWORD": sandbox.PASSWORD}  # fmt: skip
+    near, far, stalled = Figures(), Figures(), Figures()
+    command = bulkupdate_command(data.prefix)
+    user = {"OPENSEARCH_USERNAME": sandbox.USER, "OPENSEARCH_PASSWORD": sandbox.PASSWORD}
+    with slow_line(bench.endpoint, LATENCY_S) as endpoint:
         for _ in range(rounds):
-            bench.process(data, bulkupdate_command(data.prefix), near, "near")
-            bench.process(data, bulkupdate_command(data.prefix), far, "far", **away)
-    print(f"\nbulkupdate.py: {spread(near.seconds)} s; with 20 ms more for each request {spread(far.seconds)} s, "
-          f"peak {max(far.peak_mb):.0f} MB")  # fmt: skip
+            bench.process(data, command, near, "near")
+            bench.process(data, command, far, "far", OPENSEARCH_ENDPOINT=endpoint, **user)
+    with slow_line(bench.endpoint, STALL_S) as endpoint:
+        bench.process(data, command, stalled, "stalled", OPENSEARCH_ENDPOINT=endpoint, **user)
+    print(f"\nbulkupdate.py {spread(near.seconds)} s, peak {max(near.peak_mb):.0f} MB; with 20 ms more for each answer "
+          f"{spread(far.seconds)} s, {max(far.peak_mb):.0f} MB; with {STALL_S:g} s more {spread(stalled.seconds)} s, "
+          f"{max(stalled.peak_mb):.0f} MB")  # fmt: skip
+
+
+def memory(bench: Bench) -> None:
+    """Print the peak memory of loads of growing size, all strings unique, plain and gzip, one object and many."""
+    columns = [f"c{at}" for at in range(10)]
+    field = {"type": "keyword", "index": False, "doc_values": False}  # what is measured is the loader
+    mapping = {"properties": dict.fromkeys(columns, field)}
+    print("\n| CSV | objects | form | rows | seconds | peak MB |\n|---|---|---|---|---|---|")
+    for megabytes, count, packed in MEMORY_CASES:
+        rows = put_unique(bench.s3, columns, megabytes, count, packed)
+        data, figures = DataSet("unique strings", "unique/", rows, mapping), Figures()
+        bench.process(data, bulkupdate_command(data.prefix), figures, f"{megabytes} MB")
+        form, seconds, peak_mb = "gzip" if packed else "plain", figures.seconds[0], figures.peak_mb[0]
+        print(f"| {megabytes:,} MB | {count:,} | {form} | {rows:,} | {seconds:.1f} | {peak_mb:.0f} |", flush=True)
+        pages = bench.s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="unique/")
+        for entry in pages.search("Contents[]"):
+            bench.s3.delete_object(Bucket=BUCKET, Key=entry["Key"])
+
+
+def put_unique(s3: Any, columns: list[str], megabytes: int, count: int, packed: bool) -> int:
+    """Put `count` objects with rows of about 600 bytes, no two cells alike; return the number of rows."""
+    rows = megabytes * 1_000_000 // count // 600
+    for at in range(count):
+        with tempfile.NamedTemporaryFile(suffix=".csv") as file:
+            with gzip.open(file.name, "wt", compresslevel=1) if packed else open(file.name, "w") as text:
+                text.write(",".join(columns) + "\n")
+                for _ in range(rows):
+                    cells = os.urandom(300).hex()
+                    text.write(",".join([cells[start : start + 60] for start in range(0, 600, 60)]) + "\n")
+            s3.upload_file(file.name, BUCKET, f"unique/{at:04d}.csv{'.gz' if packed else ''}")
+    return rows * count
 
 
 def copies(bench: Bench, rounds: int) -> None:
@@ -443,15 +488,20 @@ def main() -> int:
     parser.add_argument("--chart", type=Path, help="draw the medians as SVG into this file")
     parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--prefix", help=argparse.SUPPRESS)
-    parser.add_argument("--delay-line", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="only peak memory, up to 3 GB of CSV (half an hour)")
+    parser.add_argument("--delay-line", nargs=3, type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     urllib3.disable_warnings()
     if args.delay_line:
-        asyncio.run(delay_line(*args.delay_line))
+        port, target, delay_s = args.delay_line
+        asyncio.run(delay_line(int(port), int(target), delay_s))
     bench = Bench(os.environ["ENDPOINT"])
     if args.loader:
         LOADERS[args.loader](bench.s3, bench.endpoint, args.prefix)
         return 0
+    if args.memory:
+        memory(bench)
+        return int(bench.wrong)
     results: dict[str, dict[str, Figures]] = {}
     for name in [args.only] if args.only else ["flights", "texts"]:
         data = flights() if name == "flights" else texts(bench.s3)

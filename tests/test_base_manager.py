@@ -419,6 +419,14 @@ def test_the_command_itself_shows_its_usage_and_ends_with_2(module):
     assert f"{module.__name__}.py: error: the following arguments are required" in done.stderr.splitlines()[-1]
 
 
+def test_a_run_that_needs_nothing_of_aws_imports_no_boto3(lasting_index, environment, box):
+    code = "import sys, index_cleanup as m; c = m.main(sys.argv[1:]); sys.exit(c or 'botocore' in sys.modules)"
+    user = {"OPENSEARCH_USERNAME": sandbox.USER, "OPENSEARCH_PASSWORD": sandbox.PASSWORD}
+    variables = {**BARE, **environment, **user, "OPENSEARCH_ENDPOINT": box.server.endpoint}
+    done = script("--index", lasting_index, "--dry-run", env=variables, code=code)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("package", ["requests", "urllib3", "dotenv", "boto3"])
 def test_a_missing_package_is_named_and_ends_with_2(package, environment):
     code = f"import sys; sys.modules['{package}'] = None; import index_cleanup as m; sys.exit(m.main(['--index', 'a']))"
