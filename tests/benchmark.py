@@ -45,6 +45,7 @@ usage = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(json.dumps([code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]))"""
 LATENCY_S = 0.02
 STALL_S = 2.0
+SETTLE_S = 2.0  # what the load before has left to the server must not slow the next one
 MEMORY_CASES = [  # megabytes of CSV, objects, gzip
     (31, 1, False), (310, 1, False), (310, 1000, False), (310, 1, True), (3000, 1, False), (3000, 1000, True),
 ]  # fmt: skip
@@ -201,6 +202,7 @@ class Bench:
 
     def fresh_index(self, data: DataSet) -> None:
         self.admin("DELETE", f"/{INDEX}?ignore_unavailable=true")
+        time.sleep(SETTLE_S)
         settings = {"index.number_of_shards": 1, "index.refresh_interval": "-1"}
         self.admin("PUT", f"/{INDEX}", {"settings": settings, "mappings": data.mapping})
 

@@ -24,6 +24,17 @@ TEST_PATTERNS = ["t-*"]  # the names that tests may use; the role is the one tha
 counter = itertools.count(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="the long form of the fault bench too (an hour or two)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--faults"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(scope="session")
 def box() -> Iterator[sandbox.Sandbox]:
     with sandbox.running() as running:

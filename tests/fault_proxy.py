@@ -3,6 +3,7 @@
     proxy.on("POST", r"/_bulk", lost_answer, times=1)      # the first bulk request is carried out, its answer is lost
     proxy.on("POST", r"/_bulk", answer(429, retry_after=2), skip=3, times=2)
     proxy.on("POST", r"/_bulk", edited(first_item_429))    # the real answer, changed on its way back
+    proxy.refuse_connections(seconds=2)                    # nobody listens for a while
 
 A fault is a function of the exchange; it answers through `exchange.forward`, `exchange.reply` and `exchange.drop`.
 """
@@ -13,10 +14,12 @@ import contextlib
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -32,8 +35,15 @@ class Exchange:
     handler: BaseHTTPRequestHandler
     target: str
     session: requests.Session
-    body: bytes
     nth: int = 0
+
+    @cached_property
+    def body(self) -> bytes:
+        return self.handler.rfile.read(self.length)
+
+    @property
+    def length(self) -> int:
+        return int(self.handler.headers.get("Content-Length") or 0)
 
     def forward(self, body: bytes | None = None) -> requests.Response:
         """Send the request on to the real server and return its answer."""
@@ -43,7 +53,10 @@ class Exchange:
             headers=headers, verify=False, allow_redirects=False, timeout=300,
         )  # fmt: skip
 
-    def reply(self, status: int, body: bytes | str = b"", headers: dict[str, str] | None = None) -> None:
+    def reply(
+        self, status: int, body: bytes | str = b"", headers: dict[str, str] | None = None, upto: int | None = None
+    ) -> None:
+        """Answer; with `upto` only that many bytes of the body, of which the headers promise all."""
         body = body.encode() if isinstance(body, str) else body
         self.handler.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
@@ -51,17 +64,25 @@ class Exchange:
         self.handler.send_header("Content-Length", str(len(body)))
         self.handler.end_headers()
         if self.handler.command != "HEAD":
-            self.handler.wfile.write(body)
+            self.handler.wfile.write(body[:upto])
 
-    def pass_on(self) -> None:
+    def pass_on(self, upto: int | None = None) -> None:
         response = self.forward()
-        self.reply(response.status_code, response.content, {"Content-Type": response.headers.get("Content-Type", "")})
+        headers = {name: value for name, value in response.headers.items() if name.lower() not in HOP_BY_HOP}
+        self.reply(response.status_code, response.content, headers, upto)
 
     def drop(self) -> None:
         """Close the connection without another byte."""
         self.handler.close_connection = True
         with contextlib.suppress(OSError):
             self.handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def reset(self) -> None:
+        """Break the connection off with a TCP reset."""
+        self.handler.close_connection = True
+        with contextlib.suppress(OSError):
+            self.handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.handler.connection.close()
 
 
 Fault = Callable[[Exchange], None]
@@ -83,6 +104,28 @@ def lost_answer(exchange: Exchange) -> None:
 def refused(exchange: Exchange) -> None:
     """Close before the server has seen the request."""
     exchange.drop()
+
+
+def reset_in_request(exchange: Exchange) -> None:
+    """Reset the connection when half of the request's body has come; for rules with `early`."""
+    exchange.handler.rfile.read(exchange.length // 2)
+    exchange.reset()
+
+
+def reset_before_answer(exchange: Exchange) -> None:
+    """Let the server carry the request out, then reset the connection."""
+    exchange.forward()
+    exchange.reset()
+
+
+def reset_in_answer(upto: int = 20) -> Fault:
+    """Let the server carry the request out, then reset the connection after some bytes of its answer."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange.pass_on(upto)
+        exchange.reset()
+
+    return fault
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Fault:
@@ -123,30 +166,39 @@ class Rule:
     fault: Fault
     skip: int
     times: int | None
+    early: bool = False
     seen: int = field(default=0)
 
     def takes(self, method: str, path: str) -> bool:
-        if method != self.method or not self.path.search(path):
+        if not re.fullmatch(self.method, method) or not self.path.search(path):
             return False
         self.seen += 1
         return self.seen > self.skip and (self.times is None or self.seen <= self.skip + self.times)
 
 
 class FaultProxy:
-    """Serves on a port of its own until the `with` ends; `requests` lists (method, path, body) of all it has seen."""
+    """Serves on a port of its own until the `with` ends; `requests` lists (method, path, body) of all it has seen.
+
+    `watch` is asked about each request that no rule takes; when it returns True it has dealt with it.
+    """
 
     def __init__(self, target: str) -> None:
         self.target, self.rules = target, list[Rule]()
         self.requests: list[tuple[str, str, bytes]] = []
         self._lock, self._session = threading.Lock(), requests.Session()
         self._session.trust_env = False
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler_class())
-        self._server.daemon_threads = True
+        self.watch: Callable[[Exchange], bool] = lambda exchange: False
+        self._listen(0)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
-    def on(self, method: str, path: str, fault: Fault, *, skip: int = 0, times: int | None = 1) -> Rule:
-        """Apply a fault to `times` requests (None: all) of this method whose path matches, after the first `skip`."""
-        rule = Rule(method, re.compile(path), fault, skip, times)
+    def on(
+        self, method: str, path: str, fault: Fault, *, skip: int = 0, times: int | None = 1, early: bool = False
+    ) -> Rule:
+        """Apply a fault to `times` requests (None: all) whose method and path match, after the first `skip`.
+
+        With `early` the fault comes before the request's body has been read.
+        """
+        rule = Rule(method, re.compile(path), fault, skip, times, early)
         with self._lock:
             self.rules.append(rule)
         return rule
@@ -155,13 +207,29 @@ class FaultProxy:
         """Return the bodies of the requests of this method whose path matches."""
         return [body for verb, url, body in self.requests if verb == method and re.search(path, url)]
 
+    def refuse_connections(self, seconds: float) -> None:
+        """Stop listening at once, and listen again after a while; connections that are open stay open."""
+        self._close()
+        threading.Timer(seconds, self._reopen).start()
+
+    def _listen(self, port: int) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler_class())
+        self._server.daemon_threads = True
+
+    def _close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _reopen(self) -> None:
+        self._listen(self._server.server_port)
+        self.__enter__()
+
     def __enter__(self) -> FaultProxy:
         threading.Thread(target=self._server.serve_forever, args=[0.02], daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._close()
 
     def _handler_class(proxy) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
@@ -169,15 +237,15 @@ class FaultProxy:
             disable_nagle_algorithm = True  # head and body are two packets
 
             def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                exchange = Exchange(self, proxy.target, proxy._session, body)
+                exchange = Exchange(self, proxy.target, proxy._session)
                 with proxy._lock:
-                    proxy.requests.append((self.command, self.path, body))
                     rule = next((rule for rule in proxy.rules if rule.takes(self.command, self.path)), None)
+                if not (rule and rule.early):
+                    proxy.requests.append((self.command, self.path, exchange.body))
                 if rule:
                     exchange.nth = rule.seen
                     rule.fault(exchange)
-                else:
+                elif not proxy.watch(exchange):
                     exchange.pass_on()
 
             do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any
