@@ -664,7 +664,7 @@ class OpenSearchBaseManager:
         if status == 401:
             return f"; user {user} is not accepted: check user and password"
         if status == 403 and "security" in kind:
-            missing = re.search(r"no permissions for \[(.*?)\]", reason)
+            missing = re.search(r"no permissions for \[(.*?)\](?=\s|$)", reason)
             return f"; the role of user {user} lacks {missing[1] if missing else 'a permission'}"
         if "block" in kind:
             disk = "flood" in reason
@@ -860,6 +860,13 @@ class OpenSearchBaseManager:
         """Return `{started, host, found, set}` of a load or copy that has not finished, or None."""
         note: dict[str, Any] | None = self._get_mapping(index).get("_meta", {}).get(SUITE)
         return note
+
+    def _refuse_unfinished(self, index: str, what_to_do: str) -> None:
+        if note := self.read_note(index):
+            raise Refused(
+                f"index {index} is unfinished: a load on {note.get('host')}, begun {note.get('started')}, has not "
+                f"ended well; {what_to_do}"
+            )
 
     def _write_note(self, index: str, note: Mapping[str, Any] | None) -> None:
         """Put our note into `_meta` beside what others keep there, or take it out; an update replaces all of it."""

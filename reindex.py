@@ -61,6 +61,8 @@ class Reindex(OpenSearchBaseManager):
         self.lock(self.target)
         self.lock(self.source, shared=True)  # so that a task found on it is known to be alive
         self._refuse_live(self.target)
+        # somebody has moved readers to it past the scripts: the target may be the only whole data there is
+        self._refuse_unfinished(self.source, f"load it again, or move readers to {self.target}, before it is copied")
         self._settle_tasks(self.target)
         self._put_right(self.target)
         missing, different = compare_fields(self._get_mapping(self.source), self._get_mapping(self.target))

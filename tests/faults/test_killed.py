@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_proxy import Exchange
@@ -14,9 +16,25 @@ from .driver import World, changes_state
 
 # What a refresh changes, in this order; `primary` and `secondary` stand for the names of the indices.
 CHANGES = """
-TO BE FILLED
+PUT /secondary/_mapping
+PUT /secondary/_settings
+POST /_reindex
+PUT /secondary/_settings
+PUT /secondary/_mapping
+POST /_aliases
+PUT /primary/_mapping
+PUT /primary/_settings
+POST /primary/_delete_by_query
+POST /primary/_bulk
+POST /primary/_bulk
+POST /primary/_bulk
+POST /primary/_bulk
+POST /primary/_bulk
+PUT /primary/_settings
+PUT /primary/_mapping
+POST /_aliases
 """.split("\n")[1:-1]
-SHORT = {1}
+SHORT = {3, 6, 12}  # of each kind one: a task, the alias, a part of the data
 
 
 def named(world: World, exchange: Exchange) -> str:
@@ -25,7 +43,10 @@ def named(world: World, exchange: Exchange) -> str:
 
 
 class Counter:
-    """Counts the requests that change something, and calls `act` at one of them, before or after it is carried out."""
+    """Counts the requests that change something, and calls `act` at one of them.
+
+    Before or after it is carried out, and then the connection is closed; or while it is under way.
+    """
 
     def __init__(self, world: World, at: int = 0, when: str = "", act: Callable[[], None] = lambda: None) -> None:
         self.world, self.at, self.when, self.act = world, at, when, act
@@ -41,7 +62,10 @@ class Counter:
         if self.when == "after":
             exchange.forward()
         self.act()
-        exchange.drop()
+        if self.when == "during":
+            exchange.pass_on()
+        else:
+            exchange.drop()
         return True
 
 
@@ -66,5 +90,49 @@ def test_killed_at_a_change(world, at, when):
     process.append(world.start())
     run = world.finish(process[0])
     assert run.code == -signal.SIGKILL
-    assert len(counter.seen) == at
+    assert len(counter.seen) >= at  # other senders may have been faster than the kill
+    world.heal()
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+PLACES = range(1, len(CHANGES) + 1, 2)
+
+
+def step_of(runner: int) -> int:
+    """Return the process of the step that the runner waits for."""
+    children = Path(f"/proc/{runner}/task/{runner}/children").read_text().split()
+    [step] = [child for child in children if b"--" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return int(step)
+
+
+def send(number: signal.Signals, whom: str, process: list[subprocess.Popen[str]]) -> None:
+    runner = process[0].pid
+    if whom == "group":
+        os.killpg(runner, number)
+    else:
+        os.kill(runner if whom == "runner" else step_of(runner), number)
+
+
+def signal_cases() -> list[Any]:
+    """Every signal to everybody at every place; in the short form each signal and each addressee once."""
+    short = [(signal.SIGTERM, "runner", 5), (signal.SIGINT, "group", 11), (signal.SIGHUP, "step", 13)]
+    return [
+        pytest.param(number, whom, at, marks=() if (number, whom, at) in short else pytest.mark.long)
+        for number in SIGNALS for whom in ("group", "runner", "step") for at in PLACES
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "whom", "at"), signal_cases())
+def test_stopped_by_a_signal_at_a_change(world, number, whom, at):
+    process: list[subprocess.Popen[str]] = []
+    counter = Counter(world, at, "during", lambda: send(number, whom, process))
+    process.append(world.start())
+    run = world.finish(process[0])
+    world.expect(run, code=SIGNALS[number], message=number.name)
+    assert len(counter.seen) >= at
+    assert world.tasks() == []
+    settings = {index: world.state(index)["settings"] for index in (world.primary, world.secondary)}
+    assert settings == {index: before["settings"] for index, before in world.before.items()}
     world.heal()

@@ -1,0 +1,434 @@
+"""A node dies (SIGKILL) and comes back during each step: alone, and as one of three."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import sandbox
+from conftest import TEST_PATTERNS
+from fault_proxy import Exchange, Fault
+
+from .driver import OLD, Reader, Run, World
+
+PATIENCE = {"RETRY_SECONDS": "150", "WAIT_SECONDS": "150"}  # a node is back in 10 s, on a busy machine in 60
+FEW_AT_A_TIME = {"REQUESTS_PER_SECOND": "3"}  # copies 30 documents, then waits 10 s for the other ten
+Nodes = list[sandbox.OpenSearch]
+
+
+def eventually(look: Callable[[], Any], seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := look():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not come about")
+
+
+def add_role(node: sandbox.OpenSearch) -> None:
+    if sandbox.SECURE:
+        node.request("PUT", "/_plugins/_security/api/roles/tests", sandbox.refresh_role(TEST_PATTERNS))
+        node.request("PUT", "/_plugins/_security/api/rolesmapping/tests", {"users": [sandbox.USER]})
+
+
+def revive(nodes: Nodes) -> None:
+    """Start what is down, and wait until every copy of every shard is there."""
+    for node in nodes:
+        if not node.process or node.process.poll() is not None:
+            node.start()
+    for node in nodes:
+        node.wait()
+    status = "green" if len(nodes) > 1 else "yellow"
+    query = f"wait_for_nodes={len(nodes)}&wait_for_status={status}&wait_for_no_relocating_shards=true&timeout=100s"
+    nodes[0].request("GET", f"/_cluster/health?{query}")
+
+
+def finish(world: World, process: subprocess.Popen[str]) -> Run:
+    return world.finish(process, timeout=280)
+
+
+def log_of(world: World) -> str:
+    return "".join(path.read_text() for path in (world.folder / "logs").glob("refresh-*.log"))
+
+
+def throttled(exchange: Exchange) -> None:
+    """Let a delete-by-query wait 10 s after its first 20 documents, as REQUESTS_PER_SECOND does for a copy."""
+    slow = exchange.handler.path.replace("scroll_size=5000", "scroll_size=20&requests_per_second=2")
+    assert slow != exchange.handler.path
+    exchange.handler.path = slow
+    exchange.pass_on()
+
+
+def half_done(world: World, action: str, kind: str) -> int:
+    """Wait until a task on primary has worked on some documents, and return how many."""
+
+    def look() -> int:
+        nodes = world.admin("GET", f"/_tasks?actions=*{action}&detailed=true")["nodes"].values()
+        tasks = [task for node in nodes for task in node["tasks"].values() if world.primary in task["description"]]
+        return sum(task["status"][kind] for task in tasks)
+
+    done: int = eventually(look)
+    assert done < len(OLD)
+    return done
+
+
+# --- one node ---------------------------------------------------------------------------------------------------------
+
+
+class Witness(Reader):
+    """Takes an outage for what it is, but notes it."""
+
+    def __init__(self, endpoint: str, alias: str) -> None:
+        super().__init__(endpoint, alias, outage_is_an_error=False)
+        self.outages: list[str] = []
+
+    def outage(self, text: str) -> None:
+        self.outages.append(text[:300])
+        super().outage(text)
+
+
+@pytest.fixture(scope="module")
+def alone(box: sandbox.Sandbox) -> Iterator[sandbox.OpenSearch]:
+    with sandbox.cluster(1) as [node]:
+        add_role(node)
+        yield node
+
+
+@pytest.fixture
+def node(alone: sandbox.OpenSearch) -> sandbox.OpenSearch:
+    revive([alone])
+    return alone
+
+
+@pytest.fixture
+def world(
+    node: sandbox.OpenSearch, box: sandbox.Sandbox, name: Callable[[str], str], environment: dict[str, str],
+    tmp_path: Path,
+) -> Iterator[World]:  # fmt: skip
+    """A world on a node of its own, since others share that of the session."""
+    made = World(sandbox.Sandbox(node, box.environment), name, environment, tmp_path)
+    made.reader = Witness(node.endpoint, made.alias)
+    made.proxy.watch = closed_while_down
+    with made:
+        yield made
+    revive([node])
+    node.request("DELETE", f"/{made.primary},{made.secondary}")
+
+
+def closed_while_down(exchange: Exchange) -> bool:
+    try:
+        exchange.pass_on()
+    except requests.RequestException:
+        exchange.drop()
+    return True
+
+
+def restarted(node: sandbox.OpenSearch, when: str, answers: list[int]) -> Fault:
+    """Kill the node before or after it has carried the request out, start it again, lose the answer."""
+
+    def fault(exchange: Exchange) -> None:
+        answers.append(exchange.forward().status_code if when == "after" else 0)
+        node.restart()
+        exchange.drop()
+
+    return fault
+
+
+def assert_outage_seen(world: World, run: Run) -> None:
+    """The node was away while the reader asked and the run worked."""
+    assert isinstance(world.reader, Witness)
+    assert world.reader.outages
+    assert "trying again" in run.log
+
+
+def test_a_copy_that_vanished_with_its_node_fails_and_the_next_run_heals(world, node):
+    process = world.start(**FEW_AT_A_TIME, **PATIENCE)
+    copied = half_done(world, "reindex", "created")
+    node.restart()
+    run = finish(world, process)
+    node.wait()
+    message = rf"copying {world.primary} to {world.secondary}: task \S+ vanished with its node.*run it again"
+    world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 1 copy")
+    assert_outage_seen(world, run)
+    assert len(world.documents(world.secondary)) == copied
+    world.heal()
+
+
+@pytest.mark.long
+def test_an_emptying_that_vanished_with_its_node_fails_and_the_next_run_heals(world, node):
+    world.proxy.on("POST", "/_delete_by_query", throttled)
+    process = world.start(**PATIENCE)
+    deleted = half_done(world, "byquery", "deleted")
+    node.restart()
+    run = finish(world, process)
+    node.wait()
+    message = rf"emptying {world.primary}: task \S+ vanished with its node.*run it again"
+    world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 3 load")
+    assert_outage_seen(world, run)
+    assert len(world.documents(world.primary)) == len(OLD) - deleted
+    assert list(world.admin("GET", f"/_alias/{world.alias}")) == [world.secondary]
+    world.heal()
+
+
+POINTS = {
+    "note": ("PUT", "secondary/_mapping", 0), "settings": ("PUT", "secondary/_settings", 0),
+    "copy": ("POST", "/_reindex", 0), "switch": ("POST", "/_aliases", 0), "empty": ("POST", "/_delete_by_query", 0),
+    "load": ("POST", "/_bulk", 2), "put back": ("PUT", "primary/_settings", 1), "switch back": ("POST", "/_aliases", 1),
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("point", POINTS)
+def test_goes_on_when_the_node_is_back(world, node, point, when):
+    method, path, skip = POINTS[point]
+    answers: list[int] = []
+    world.proxy.on(method, path, restarted(node, when, answers), skip=skip)
+    run = finish(world, world.start(**PATIENCE))
+    world.expect(run, code=0)
+    assert answers == [0 if when == "before" else 200]
+    assert_outage_seen(world, run)
+    # only what was not carried out is sent again; a copy and a load are repeated, their documents have the same ids
+    assert len(world.proxy.seen("POST", "/_aliases")) == 2 + ("switch" in point and when == "before")
+    if point == "load":
+        bodies = world.proxy.seen("POST", "/_bulk")
+        assert len(set(bodies)) < len(bodies)
+    world.assert_done()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("step", "following"), [("1 copy", "2 switch"), ("2 switch", "3 load"), ("3 load", "4 switch")]
+)
+def test_node_away_between_steps(world, node, step, following):
+    process = world.start(STEP_DELAY_SECONDS="8", OPENSEARCH_ENDPOINT=node.endpoint)
+    eventually(lambda: f"<== {step}" in log_of(world))
+    node.kill()
+    assert f"==> {following}" not in log_of(world)
+    run = finish(world, process)
+    revive([node])
+    message = rf"GET /\S+ at {re.escape(node.endpoint)}: .*refused"
+    world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: {following}")
+    assert_outage_seen(world, run)
+    world.heal()
+
+
+# --- one of three -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three(box: sandbox.Sandbox) -> Iterator[Nodes]:
+    with sandbox.cluster(3) as nodes:
+        add_role(nodes[0])
+        yield nodes
+
+
+@pytest.fixture
+def wide(
+    three: Nodes, box: sandbox.Sandbox, name: Callable[[str], str], environment: dict[str, str], tmp_path: Path
+) -> Iterator[Wide]:
+    revive(three)
+    with Wide(three, sandbox.Sandbox(three[0], box.environment), name, environment, tmp_path) as made:
+        made.spread()
+        yield made
+    revive(three)
+    three[0].request("DELETE", f"/{made.primary},{made.secondary}")
+
+
+class Wide(World):
+    """A world on three nodes: one holds the primary copy of primary alone, one a copy of secondary alone,
+    one a copy of both.
+
+    The reader and the scripts talk to a node that stays; `moves` are the indices that readers were moved to, each with
+    the copies that its shard had at that moment.
+    """
+
+    def __init__(self, nodes: Nodes, *args: Any) -> None:
+        super().__init__(*args)
+        self.nodes = {node.name: node for node in nodes}
+        self.moves: list[tuple[str, int]] = []
+        self.proxy.watch = self.note_move
+
+    def note_move(self, exchange: Exchange) -> bool:
+        if exchange.handler.command == "POST" and exchange.handler.path.startswith("/_aliases"):
+            actions = json.loads(exchange.body)["actions"]
+            [index] = [action["add"]["index"] for action in actions if "add" in action]
+            self.moves.append((index, len(self.copies(index))))
+        return False
+
+    def copies(self, index: str) -> dict[str, str]:
+        """Return the names of the nodes that hold a started copy, by `p` and `r`."""
+        shards = self.admin("GET", f"/_cat/shards/{index}?format=json")
+        return {shard["prirep"]: shard["node"] for shard in shards if shard["state"] == "STARTED"}
+
+    def holder(self, index: str) -> str:
+        """Return the node that holds a copy of this index and none of the other."""
+        other = self.secondary if index == self.primary else self.primary
+        [name] = set(self.copies(index).values()) - set(self.copies(other).values())
+        return name
+
+    def spread(self) -> None:
+        self.settle()
+        victim, held = self.copies(self.primary)["p"], set(self.copies(self.secondary).values())
+        if victim in held:
+            [free] = set(self.nodes) - held
+            move = {"index": self.secondary, "shard": 0, "from_node": victim, "to_node": free}
+            self.admin("POST", "/_cluster/reroute", {"commands": [{"move": move}]})
+            self.settle()
+        assert self.holder(self.primary) == victim
+
+    def settle(self) -> None:
+        query = "wait_for_status=green&wait_for_no_relocating_shards=true&wait_for_no_initializing_shards=true"
+        self.admin("GET", f"/_cluster/health?{query}&timeout=100s")
+
+    def talk_to(self, name: str) -> None:
+        """Let the scripts, the reader and the test talk to this node."""
+        self.assert_reader_saw_nothing_odd()
+        node = self.nodes[name]
+        self.proxy.target, self.admin = node.endpoint, node.request
+        self.reader = Reader(node.endpoint, self.alias)
+        self.reader.start()
+
+    def lose(self, name: str) -> None:
+        """Kill a node, and wait until the others have noticed."""
+        self.nodes[name].kill()
+
+        def noticed() -> bool:
+            with contextlib.suppress(RuntimeError):  # the others may be electing another manager
+                return bool(self.admin("GET", "/_cluster/health")["number_of_nodes"] == len(self.nodes) - 1)
+            return False
+
+        eventually(noticed)
+
+    def scrolled(self) -> str:
+        """Return the node whose copy the running task reads from."""
+        stats = self.admin("GET", "/_nodes/stats/indices/search")["nodes"].values()
+        [name] = [node["name"] for node in stats if node["indices"]["search"]["scroll_current"]]
+        return name
+
+    def revive(self) -> None:
+        revive(list(self.nodes.values()))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_one_of_three_away_during_the_copy(wide):
+    wide.talk_to(wide.holder(wide.secondary))
+    process = wide.start(**FEW_AT_A_TIME, **PATIENCE)
+    half_done(wide, "reindex", "created")
+    wide.lose(wide.scrolled())
+    run = finish(wide, process)
+    message = rf"copying {wide.primary} to {wide.secondary}: .*"
+    wide.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 1 copy")
+    assert wide.moves == []
+    wide.revive()
+    wide.heal()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_one_of_three_away_during_the_emptying(wide):
+    wide.talk_to(wide.holder(wide.secondary))
+    wide.proxy.on("POST", "/_delete_by_query", throttled)
+    process = wide.start(**PATIENCE)
+    half_done(wide, "byquery", "deleted")
+    wide.lose(wide.scrolled())
+    run = finish(wide, process)
+    wide.expect(run, code=1, message=rf"(?s)emptying {wide.primary}: .*FAILED at: 3 load")
+    assert wide.moves == [(wide.secondary, 2)]
+    wide.revive()
+    wide.heal()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_one_of_three_restarts_during_the_load(wide):
+    victim = wide.holder(wide.primary)
+    wide.talk_to(wide.holder(wide.secondary))
+
+    def fault(exchange: Exchange) -> None:
+        wide.nodes[victim].restart()
+        exchange.pass_on()
+
+    rule = wide.proxy.on("POST", "/_bulk", fault, skip=2)
+    run = finish(wide, wide.start(**PATIENCE))
+    wide.expect(run, code=0)
+    assert rule.seen > 2
+    assert wide.copies(wide.primary)["p"] != victim
+    assert wide.moves == [(wide.secondary, 2), (wide.primary, 2)]
+    wide.assert_done()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_one_of_three_away_since_the_load(wide):
+    victim = wide.holder(wide.primary)
+    wide.talk_to(wide.holder(wide.secondary))
+
+    def fault(exchange: Exchange) -> None:
+        wide.nodes[victim].kill()
+        exchange.pass_on()
+
+    wide.proxy.on("POST", "/_bulk", fault, skip=2)
+    run = finish(wide, wide.start(RETRY_SECONDS="150", WAIT_SECONDS="3"))
+    message = rf"index {wide.primary}: 1 of 1 shards have fewer than 2 started copies after 3 s.*run again"
+    wide.expect(run, code=4, message=rf"(?s){message}.*FAILED at: 4 switch")
+    assert wide.moves == [(wide.secondary, 2)]
+    wide.revive()
+    wide.heal()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("nth", [0, 1], ids=["switch", "switch back"])
+def test_a_switch_waits_for_the_copies_of_a_node_that_restarts(wide, nth):
+    target, other = [(wide.secondary, wide.primary), (wide.primary, wide.secondary)][nth]
+    victim = wide.holder(target)
+    wide.talk_to(wide.holder(other))
+
+    def fault(exchange: Exchange) -> None:
+        wide.lose(victim)
+        exchange.pass_on()
+
+    rule = wide.proxy.on("GET", "/_cluster/health", fault, skip=nth)
+    process = wide.start(**PATIENCE)
+    eventually(lambda: rule.seen >= nth + 3, 240)
+    assert len(wide.moves) == nth
+    wide.nodes[victim].start()
+    run = finish(wide, process)
+    wide.expect(run, code=0)
+    assert wide.moves == [(wide.secondary, 2), (wide.primary, 2)]
+    wide.assert_done()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("nth", [0, 1], ids=["switch", "switch back"])
+def test_the_cluster_manager_restarts_during_a_switch(wide, nth):
+    [manager] = [row["node"] for row in wide.admin("GET", "/_cat/cluster_manager?format=json")]
+    wide.talk_to(next(name for name in wide.nodes if name != manager))
+
+    def fault(exchange: Exchange) -> None:
+        wide.note_move(exchange)
+        wide.nodes[manager].restart()
+        exchange.pass_on()
+
+    rule = wide.proxy.on("POST", "/_aliases", fault, skip=nth)
+    run = finish(wide, wide.start(**PATIENCE))
+    assert rule.seen > nth
+    assert [row["node"] for row in wide.admin("GET", "/_cat/cluster_manager?format=json")] != [manager]
+    assert [copies for _, copies in wide.moves[: nth + 1]] == [2] * (nth + 1)
+    if run.code:  # moved, but the manager that died was among those asked to say so
+        wide.expect(run, code=1, message="not every node acknowledged the switch")
+        wide.revive()
+        wide.heal()
+    else:
+        wide.assert_done()

@@ -1,0 +1,283 @@
+"""S3 fails, slows down or changes while a whole refresh reads from it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sandbox
+from fault_proxy import Exchange, Fault, after, answer, reset_in_answer
+
+from .driver import NEW_ROWS, READ_ONLY, World
+
+LISTING = "list-type=2"
+LOOKS = 2  # each object is looked at twice before it is read: in step 0, and by the load
+READ_BYTES = 256 * 1024  # at once
+LARGE_CELL_BYTES = 22_500  # 30,000 characters: an object of 15 rows takes two reads of 256 KiB, packed too
+ONE_MORE = {"d.csv": b"n,half,word\n200,100.0,more\n"}
+
+
+def s3_error(status: int, code: str, text: str) -> Fault:
+    body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{text}</Message></Error>'
+    return answer(status, body)
+
+
+SLOW_DOWN = s3_error(503, "SlowDown", "Please reduce your request rate.")
+EXPIRED = "The provided token has expired."
+
+
+def large(first: int, count: int) -> bytes:
+    """Rows that do not compress well, with a quoted newline each."""
+    cells = random.Random(first)
+    numbers = range(first, first + count)
+    rows = [f'{n},{n / 2},"{n}\n{base64.b64encode(cells.randbytes(LARGE_CELL_BYTES)).decode()}"\n' for n in numbers]
+    return ("n,half,word\n" + "".join(rows)).encode()
+
+
+def put_large(world: World) -> None:
+    last = NEW_ROWS - 30
+    world.objects = {"a.csv": large(100, 15), "b.csv.gz": gzip.compress(large(115, 15)), "c.csv": large(130, last)}
+    world.put(world.objects)
+
+
+def changed(world: World) -> list[str]:
+    """Return the requests of all runs so far that change something in the cluster."""
+    return [
+        f"{method} {path}" for method, path, _ in world.proxy.requests
+        if method in ("PUT", "DELETE") or (method == "POST" and not READ_ONLY.search(path.split("?")[0]))
+    ]  # fmt: skip
+
+
+def before(action: Callable[[], Any]) -> Fault:
+    """Run `action`, then pass the request on."""
+
+    def fault(exchange: Exchange) -> None:
+        action()
+        exchange.pass_on()
+
+    return fault
+
+
+def closed_in_answer(upto: int) -> Fault:
+    """Close the connection in an orderly way after some bytes of the answer."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange.pass_on(upto)
+        exchange.drop()
+
+    return fault
+
+
+def watch_reads(world: World, key: str) -> list[tuple[int, str]]:
+    """Return a list that fills up with first byte and `If-Match` of each read of an object that no rule takes."""
+    reads: list[tuple[int, str]] = []
+
+    def note(exchange: Exchange) -> bool:
+        if exchange.handler.path.endswith(key):
+            headers = exchange.handler.headers
+            reads.append((int(re.match(r"bytes=(\d+)-", headers["Range"])[1]), headers["If-Match"]))
+        return False
+
+    world.s3_proxy.watch = note
+    return reads
+
+
+def replace_by(world: World, key: str, body: bytes) -> None:
+    world.objects[key] = body
+    world.put({key: body})
+
+
+def delete(world: World, key: str) -> None:
+    world.objects.pop(key)
+    world.s3.delete_object(Bucket=sandbox.BUCKET, Key=world.prefix + key)
+
+
+# --- a connection that breaks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "offset", "kind"),
+    [
+        ("b.csv.gz", 300_000, "reset"),
+        *[
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                ("a.csv", 0, "reset"), ("a.csv", 100_000, "reset"), ("a.csv", -1, "closed"), ("b.csv.gz", 1, "reset"),
+                ("b.csv.gz", 300_000, "closed"), ("b.csv.gz", -1, "closed"),
+            ]
+        ],
+    ],
+)  # fmt: skip
+def test_an_object_whose_connection_breaks_is_read_on_from_there(world, key, offset, kind):
+    put_large(world)
+    reads = watch_reads(world, key)
+    fault = {"reset": reset_in_answer, "closed": closed_in_answer}[kind](offset)
+    rule = world.s3_proxy.on("GET", re.escape(key), fault, skip=LOOKS)
+    run = world.refresh()
+    world.expect(run, code=0)
+    assert rule.seen == LOOKS + 2
+    assert re.search(rf"{re.escape(key)}, byte [\d,]+: .*; reading on from there", run.log)
+    first, tag = reads[-1]
+    whole_reads = offset % len(world.objects[key]) // READ_BYTES * READ_BYTES
+    assert first == whole_reads or (kind == "reset" and first < whole_reads)  # a reset may overtake what was sent
+    assert [tag] * len(reads) == [tag for _, tag in reads]
+    world.assert_done()
+
+
+@pytest.mark.long
+def test_an_object_whose_connection_breaks_while_it_is_looked_at_is_looked_at_again(world):
+    put_large(world)
+    rule = world.s3_proxy.on("GET", r"a\.csv", reset_in_answer(30_000), skip=1)
+    run = world.refresh()
+    world.expect(run, code=0)
+    assert rule.seen == LOOKS + 2
+    assert "reading on from there" in run.log
+    world.assert_done()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("listing", [0, 2], ids=["of step 0", "after the load"])
+def test_a_listing_whose_connection_breaks_is_asked_for_again(world, listing):
+    rule = world.s3_proxy.on("GET", LISTING, reset_in_answer(100), skip=listing)
+    world.expect(world.refresh(), code=0)
+    assert rule.seen == 4
+    world.assert_done()
+
+
+@pytest.mark.long
+def test_an_object_that_breaks_off_again_and_again_fails_the_load(world):
+    put_large(world)
+    rule = world.s3_proxy.on("GET", r"c\.csv", reset_in_answer(100_000), skip=LOOKS, times=None)
+    run = world.refresh(RETRY_SECONDS="3")
+    world.expect(run, code=1, message=r"s3://\S+c\.csv, byte 0: cannot be read on: .*(broken|reset)")
+    assert "FAILED at: 3 load" in run.err
+    assert rule.seen > LOOKS + 2
+    world.heal()
+
+
+# --- objects that change ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_an_object_that_is_replaced_while_it_is_read_fails_the_load(world):
+    put_large(world)
+
+    def replaced(exchange: Exchange) -> None:
+        exchange.pass_on(300_000)
+        replace_by(world, "a.csv", large(300, 15))
+        exchange.reset()
+
+    world.s3_proxy.on("GET", r"a\.csv", replaced, skip=LOOKS)
+    run = world.refresh()
+    world.expect(run, code=1, message=r"a\.csv was replaced since it was listed; run again")
+    assert "FAILED at: 3 load" in run.err
+    world.heal()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("change", "key"), [("replace", "a.csv"), ("add", "d.csv"), ("delete", "d.csv")]
+)  # fmt: skip
+def test_an_object_that_changes_after_it_was_read_fails_the_load(world, change, key):
+    """The rows are in the index by then; the listing at the end tells."""
+    if change == "delete":
+        replace_by(world, key, ONE_MORE[key])
+    act = {
+        "replace": lambda: replace_by(world, key, world.objects[key].replace(b"new", b"own")),
+        "add": lambda: replace_by(world, key, ONE_MORE[key]),
+        "delete": lambda: delete(world, key),
+    }[change]
+    rule = world.s3_proxy.on("GET", LISTING, before(act), skip=2)
+    run = world.refresh()
+    world.expect(run, code=1, message=rf"changed during the load \({world.prefix}{key}\): .*run again when it has fini")
+    assert rule.seen == 3
+    assert "FAILED at: 3 load" in run.err
+    world.heal()
+
+
+@pytest.mark.long
+def test_an_object_that_appears_between_step_0_and_the_load_is_loaded(world):
+    rule = world.s3_proxy.on("GET", LISTING, after(lambda: replace_by(world, "d.csv", ONE_MORE["d.csv"])))
+    run = world.refresh()
+    world.expect(run, code=0)
+    assert rule.seen == 3
+    assert "4 objects" in run.log
+    world.assert_done()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("path", "skip", "step"),
+    [(LISTING, 0, "check the load"), (LISTING, 1, "3 load"), (r"d\.csv", 1, "3 load")],
+    ids=["listed in step 0", "listed by the load", "looked at by the load"],
+)
+def test_an_object_that_vanishes_before_it_is_read_fails_the_run(world, path, skip, step):
+    replace_by(world, "d.csv", ONE_MORE["d.csv"])
+    world.s3_proxy.on("GET", path, after(lambda: delete(world, "d.csv")), skip=skip)
+    run = world.refresh()
+    world.expect(run, code=1, message=r"d\.csv was deleted since it was listed; run again")
+    assert f"FAILED at: {step}" in run.err
+    assert bool(changed(world)) == (step == "3 load")
+    world.heal()
+
+
+# --- refused by S3 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("path", "skip"), [(LISTING, 2), (r"c\.csv", LOOKS)])
+def test_an_s3_that_asks_for_time_gets_it(world, path, skip):
+    rule = world.s3_proxy.on("GET", path, SLOW_DOWN, skip=skip, times=2)
+    world.expect(world.refresh(), code=0)
+    assert rule.seen >= skip + 3
+    world.assert_done()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("path", "skip", "step"), [(LISTING, 0, "check the load"), (r"c\.csv", LOOKS, "3 load")]
+)  # fmt: skip
+def test_an_s3_that_stays_too_busy_fails_the_run(world, path, skip, step):
+    rule = world.s3_proxy.on("GET", path, SLOW_DOWN, skip=skip, times=None)
+    run = world.refresh(RETRY_SECONDS="3")
+    place = f"s3://{sandbox.BUCKET}/{world.prefix}{'' if path == LISTING else 'c.csv'}"
+    world.expect(run, code=1, message=rf"{place}.*SlowDown.*Please reduce your request rate")
+    assert f"FAILED at: {step}" in run.err
+    assert rule.seen > skip + 3
+    assert bool(changed(world)) == (step == "3 load")
+    world.heal()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("status", "path", "skip", "step"),
+    [
+        (400, LISTING, 0, "check the load"), (400, r"b\.csv", 1, "3 load"), (403, r"c\.csv", LOOKS, "3 load"),
+        (400, LISTING, 2, "3 load"),
+    ],
+)  # fmt: skip
+def test_credentials_that_expire_fail_the_run(world, status, path, skip, step):
+    world.s3_proxy.on("GET", path, s3_error(status, "ExpiredToken", EXPIRED), skip=skip, times=None)
+    run = world.refresh()
+    key = {LISTING: "", r"b\.csv": r"b\.csv\.gz", r"c\.csv": r"c\.csv"}[path]
+    world.expect(run, code=1, message=rf"s3://{sandbox.BUCKET}/{world.prefix}{key}: ExpiredToken: {EXPIRED}")
+    assert f"FAILED at: {step}" in run.err
+    assert bool(changed(world)) == (step == "3 load")
+    world.heal()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [(s3_error(400, "ExpiredToken", EXPIRED), "credentials"), (SLOW_DOWN, "again|later|fewer")], ids=["expired", "busy"]
+)  # fmt: skip
+def test_what_to_do_about_a_refusal_of_s3_is_said(world, fault, advice):
+    world.s3_proxy.on("GET", LISTING, fault, times=None)
+    run = world.refresh()
+    world.expect(run, code=1, message=advice)
+    assert "check its name and the region" not in run.err

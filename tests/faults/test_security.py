@@ -1,0 +1,432 @@
+"""The role is the smallest, nobody but the right server is talked to, no log line can be forged, files are private."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import socket
+import ssl
+import stat
+import sys
+import threading
+
+import opensearch_base_manager as base
+import pytest
+import sandbox
+from conftest import fill
+from fault_proxy import HOP_BY_HOP, FaultProxy, answer
+
+from .driver import OLD, TOP, World
+
+secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
+long = pytest.mark.long
+SECURITY = "/_plugins/_security/api"
+OWN_PASSWORD = "of-the-Test-only-2026!"
+
+
+# --- the role ---------------------------------------------------------------------------------------------------------
+
+# What a refresh does not fail without, and the script or state that does need it (a test of its own each, below).
+OTHERWISE = """
+cluster:admin/tasks/cancel indices:admin/mapping/put indices:admin/settings/update
+indices:admin/flush* indices:admin/forcemerge indices:monitor/stats
+""".split()
+NEEDED = [(kind, permission) for kind, permissions in
+          (("cluster", sandbox.CLUSTER_PERMISSIONS), ("index", sandbox.INDEX_PERMISSIONS))
+          for permission in permissions if permission not in OTHERWISE]  # fmt: skip
+SHORT = "indices:data/write/delete"  # is missed inside a task on the server, where the answer to its start is 200
+
+
+class Account:
+    """A user of one's own with the role of the README on the indices of one world, less what is taken away."""
+
+    def __init__(self, world: World, user: str) -> None:
+        self.admin, self.user = world.admin, user
+        self.whole = sandbox.refresh_role([world.primary, world.secondary, world.alias])
+        self.login = {"OPENSEARCH_USERNAME": user, "OPENSEARCH_PASSWORD": OWN_PASSWORD}
+        self.admin("PUT", f"{SECURITY}/internalusers/{user}", {"password": OWN_PASSWORD})
+        self.allow_all()
+        self.admin("PUT", f"{SECURITY}/rolesmapping/{user}", {"users": [user]})
+
+    def allow_all(self) -> None:
+        self.admin("PUT", f"{SECURITY}/roles/{self.user}", self.whole)
+
+    def take_away(self, kind: str, permission: str) -> None:
+        role = copy.deepcopy(self.whole)
+        actions = role["cluster_permissions"] if kind == "cluster" else role["index_permissions"][0]["allowed_actions"]
+        actions.remove(permission)
+        self.admin("PUT", f"{SECURITY}/roles/{self.user}", role)
+
+    def lacks(self, permission: str) -> str:
+        """Return what one line has to say: the user, and the action, where the role has a pattern."""
+        action = re.escape(permission).replace(r"\*", r"[\w/]*(\[\w+\])?")
+        return rf"(?m)^(?=.*\b{self.user}\b).*[ \[]{action}($|[\],; ])"
+
+    def delete(self) -> None:
+        for kind in ("rolesmapping", "roles", "internalusers"):
+            self.admin("DELETE", f"{SECURITY}/{kind}/{self.user}")
+
+
+@pytest.fixture
+def account(world, name):
+    made = Account(world, name("user"))
+    yield made
+    made.delete()
+    assert OWN_PASSWORD not in "".join(run.out + run.err + run.log for run in world.runs)
+
+
+def test_each_permission_of_the_role_is_taken_away_by_a_test():
+    everything = [*sandbox.CLUSTER_PERMISSIONS, *sandbox.INDEX_PERMISSIONS]
+    assert sorted([permission for _, permission in NEEDED] + OTHERWISE) == sorted(everything)
+
+
+@secured
+@pytest.mark.parametrize(
+    ("kind", "permission"), [pytest.param(*case, marks=[] if case[1] == SHORT else long) for case in NEEDED]
+)
+def test_a_refresh_without_a_permission_names_it_and_the_next_run_with_it_heals(world, account, kind, permission):
+    account.take_away(kind, permission)
+    run = world.refresh(**account.login)
+    world.expect(run, code=1, message=account.lacks(permission))
+    account.allow_all()
+    world.heal(**account.login)
+
+
+@secured
+@long
+def test_a_refresh_that_may_not_note_itself_goes_on_says_so_and_leaves_the_settings_alone(world, account):
+    account.take_away("index", "indices:admin/mapping/put")
+    run = world.refresh(**account.login)
+    world.expect(run, code=0)
+    assert re.search(account.lacks("indices:admin/mapping/put"), run.log), run.log
+    assert world.proxy.seen("PUT", f"^/{world.primary}/_settings") == []
+    world.assert_done()
+
+
+@secured
+@long
+def test_a_new_column_cannot_be_defined_without_the_permission_for_it(world, account):
+    world.objects["d.csv"] = b"n,half,word,later\n500,,new,x\n"
+    world.put(world.objects)
+    account.take_away("index", "indices:admin/mapping/put")
+    run = world.refresh(**account.login)
+    world.expect(run, code=1, message=account.lacks("indices:admin/mapping/put"))
+    world.objects["d.csv"] = b"n,half,word\n500,,new\n"
+    world.put(world.objects)
+    account.allow_all()
+    world.heal(**account.login)
+
+
+@secured
+@long
+def test_a_refresh_that_may_not_change_settings_goes_on_and_says_so(world, account):
+    account.take_away("index", "indices:admin/settings/update")
+    run = world.refresh(**account.login)
+    world.expect(run, code=0)
+    assert re.search(account.lacks("indices:admin/settings/update"), run.log), run.log
+    world.assert_done()
+
+
+@secured
+@long
+def test_settings_that_a_killed_run_left_cannot_be_put_back_without_the_permission_for_it(world, account):
+    note = {"started": "2026-01-01T00:00:00Z", "host": "elsewhere",
+            "found": {"index.refresh_interval": "7s"}, "set": {"index.refresh_interval": "-1"}}  # fmt: skip
+    world.admin("PUT", f"/{world.secondary}/_mapping", {"_meta": {"owner": "somebody", base.SUITE: note}})
+    world.admin("PUT", f"/{world.secondary}/_settings", {"index.refresh_interval": "-1"})
+    account.take_away("index", "indices:admin/settings/update")
+    run = world.refresh(**account.login)
+    world.expect(run, code=1, message=account.lacks("indices:admin/settings/update"))
+    account.allow_all()
+    world.heal(**account.login)
+
+
+@secured
+@long
+def test_an_orphan_cannot_be_cancelled_without_the_permission_for_it(world, account):
+    body = {"source": {"index": world.primary, "size": 1}, "dest": {"index": world.secondary}}
+    orphan = {"X-Opaque-Id": f"{base.SUITE}/{base.HOST}/orphan"}
+    path = "/_reindex?wait_for_completion=false&requests_per_second=0.2"
+    task = world.admin("POST", path, body, headers=orphan)["task"]
+    account.take_away("cluster", "cluster:admin/tasks/cancel")
+    run = world.refresh(**account.login)
+    world.expect(run, code=1, message=account.lacks("cluster:admin/tasks/cancel"))
+    assert not world.admin("GET", f"/_tasks/{task}")["completed"]
+    account.allow_all()
+    world.heal(**account.login)
+    assert world.admin("GET", f"/_tasks/{task}")["completed"]
+
+
+@secured
+@long
+@pytest.mark.timeout(900)  # the server keeps deleted documents for half a minute
+@pytest.mark.parametrize("permission", ["indices:monitor/stats", "indices:admin/flush*", "indices:admin/forcemerge"])
+def test_a_cleanup_without_a_permission_names_it_and_the_next_run_with_it_succeeds(world, account, permission):
+    fill(world.admin, world.secondary, OLD)
+    command = [sys.executable, str(TOP / "index_cleanup.py"), "--index", world.secondary]
+    account.take_away("index", permission)
+    run = world.finish(world.start(*command, **account.login), timeout=250)
+    world.expect(run, code=1, message=account.lacks(permission))
+    account.allow_all()
+    run = world.finish(world.start(*command, **account.login), timeout=250)
+    world.expect(run, code=0)
+    assert json.loads(run.out)["documents"] == 0
+    world.heal(**account.login)
+
+
+# --- certificates -----------------------------------------------------------------------------------------------------
+
+
+class TlsServer:
+    """Speaks TLS with a certificate of its own, notes what is said after each handshake, and answers 403."""
+
+    def __init__(self, folder, **certificate) -> None:
+        sandbox.write_certificate(folder, **certificate)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(folder / "node.pem", folder / "node.key")
+        self.ca = str(folder / "ca.pem")
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.connections, self.received = 0, b""
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        while True:
+            try:
+                plain, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            plain.settimeout(20)
+            try:
+                with self.context.wrap_socket(plain, server_side=True) as connection:
+                    self.received += connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+            except OSError:  # the client has broken the handshake off
+                plain.close()
+
+
+@pytest.fixture
+def tls(tmp_path_factory):
+    servers = []
+
+    def start(**certificate) -> TlsServer:
+        servers.append(TlsServer(tmp_path_factory.mktemp("tls"), **certificate))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.listener.close()
+
+
+@pytest.mark.parametrize(
+    ("certificate", "variables", "reason"),
+    [
+        pytest.param({}, {"VERIFY_SSL": "true"}, "self-signed certificate", marks=long, id="self-signed"),
+        pytest.param({}, {"CA_BUNDLE": "another"}, "self-signed certificate", marks=long, id="another authority"),
+        pytest.param({}, {"CA_BUNDLE": "another", "VERIFY_SSL": "false"}, "self-signed certificate", marks=long,
+                     id="a bundle goes before VERIFY_SSL"),
+        pytest.param({"names": ("elsewhere.example",)}, {"CA_BUNDLE": "own"}, "not valid for 'localhost'",
+                     id="another host name"),
+        pytest.param({"days": -1}, {"CA_BUNDLE": "own"}, "certificate has expired", marks=long, id="expired"),
+    ],
+)  # fmt: skip
+def test_a_wrong_certificate_is_refused_before_anything_is_sent(world, tls, certificate, variables, reason):
+    server = tls(**certificate)
+    bundles = {"own": server.ca, "another": tls().ca}
+    variables = {name: bundles.get(value, value) for name, value in variables.items()}
+    run = world.refresh(OPENSEARCH_ENDPOINT=f"https://localhost:{server.port}", **variables)
+    world.expect(run, code=1, message=rf"certificate verify failed: .*{reason}")
+    assert server.connections == 1  # and no second try: it will not get better
+    assert server.received == b""
+    assert world.proxy.requests == []
+    world.expect(world.refresh(OPENSEARCH_ENDPOINT=f"https://localhost:{server.port}"), code=1, message="403")
+    assert b"\r\nAuthorization: Basic " in server.received  # unverified, it would have been seen
+    world.heal()
+
+
+@secured
+@long
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_right_certificate_is_accepted_with_its_bundle_for_a_whole_refresh(world, box, host):
+    bundle = str(box.server.run / "config" / "ca.pem")
+    run = world.refresh(OPENSEARCH_ENDPOINT=f"https://{host}:{box.server.port}", CA_BUNDLE=bundle)
+    world.expect(run, code=0)
+    assert "not verified" not in run.log
+    world.assert_done()
+
+
+# --- who is talked to, and as whom ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stranger(box):
+    """A server that nobody should talk to; it notes who does."""
+    with FaultProxy(box.server.endpoint) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/_bulk", 307), ("GET", "/_alias/", 302), ("POST", "/_reindex", 301), ("POST", "^/_aliases", 308),
+    ],
+)  # fmt: skip
+@long
+def test_a_redirect_is_followed_nowhere(world, stranger, method, path, status):
+    rule = world.proxy.on(method, path, answer(status, location=f"{stranger.endpoint}/x"), times=None)
+    world.expect(world.refresh(), code=1, message=rf"{status}.*a redirect is not followed")
+    assert rule.seen
+    assert stranger.requests == []
+    world.heal()
+
+
+@long
+@pytest.mark.parametrize("status", [301, 307])
+def test_a_redirect_of_the_bucket_is_followed_nowhere(world, stranger, status):
+    rule = world.s3_proxy.on("GET", r"a\.csv", answer(status, location=f"{stranger.endpoint}/x"), times=None)
+    world.expect(world.refresh(RETRY_SECONDS="3"), code=1, message=r"s3://\S+a\.csv")
+    assert rule.seen
+    assert stranger.requests == []
+    world.heal()
+
+
+@long
+def test_neither_netrc_nor_a_proxy_of_the_environment_takes_part_in_a_refresh(world, box, stranger, tmp_path):
+    (tmp_path / ".netrc").write_text("default login somebody password else\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    bucket = world.environment["AWS_ENDPOINT_URL"].removeprefix("http://")  # boto3 does go by these variables
+    variables = dict.fromkeys(["http_proxy", "https_proxy", "all_proxy"], stranger.endpoint)
+    variables |= {name.upper(): value for name, value in variables.items()}
+    variables |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / ".netrc"), "no_proxy": bucket, "NO_PROXY": bucket}
+    run = world.refresh(**variables, REQUESTS_CA_BUNDLE="/nonexistent", CURL_CA_BUNDLE="/nonexistent")
+    world.expect(run, code=0)
+    assert world.proxy.seen("POST", "/_bulk")
+    assert stranger.requests == []
+    world.assert_done()
+
+
+# --- log lines --------------------------------------------------------------------------------------------------------
+
+EVIL = "x\n2026-01-01T00:00:00Z INFO bulkupdate: done: forged\r\x1b[2K\x1b]0;title\x07\u2028b\x85c\x9b31m\x7f"
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+LOG_LINE = re.compile(
+    rf"{STAMP} (DEBUG|INFO|WARNING|ERROR) \w+: .*|{STAMP} run_refresh: .*|\$ \w+\.py .*|> .*"
+    r"|(step|total|[1-4] (copy|switch|load) .*) +(seconds|\d+).*"
+)
+TERMINAL_LINE = re.compile(r"(==>|<==) .*|(DEBUG|INFO|WARNING|ERROR) \w+: .*|finished in .*|FAILED at: .*")
+
+
+def assert_no_forged_line(run):
+    """Each line is one that the scripts have written, and what it quotes of others cannot move the cursor."""
+    for text, kind in ((run.log, LOG_LINE), (run.err, TERMINAL_LINE)):
+        assert not CONTROL.search(text), repr(text)
+        assert [line for line in text.rstrip("\n").split("\n") if not kind.fullmatch(line)] == []
+        assert not re.search(rf"(?m)^{STAMP} INFO bulkupdate: done: forged|^INFO bulkupdate: done: forged", text)
+
+
+def quoted(*cells: str) -> str:
+    return ",".join('"' + cell.replace('"', '""') + '"' for cell in cells) + "\n"
+
+
+def newline_in_key(exchange):
+    """S3 takes keys with a newline, but the one at hand does not: there it is NEWLINE."""
+    exchange.handler.path = exchange.handler.path.replace("%0A", "NEWLINE")
+    response = exchange.forward()
+    headers = {name: value for name, value in response.headers.items() if name.lower() not in HOP_BY_HOP}
+    exchange.reply(response.status_code, response.content.replace(b"NEWLINE", b"%0A"), headers)
+    return True
+
+
+@long
+def test_neither_key_nor_cell_forges_a_line_of_the_log(world):
+    key = f"b-{EVIL}.csv".replace("\n", "NEWLINE")
+    world.s3_proxy.watch = newline_in_key
+    text = "n,half,word\n" + quoted(EVIL, "1", EVIL) + quoted("7", EVIL, "w", EVIL)
+    world.s3.put_object(Bucket=sandbox.BUCKET, Key=world.prefix + key, Body=text.encode())
+    run = world.refresh()
+    world.expect(run, code=3)
+    assert re.search(r"rejected: \S+b-x\\n2026.*done: forged\\r\\x1b\[2K.* line 2, column n", run.log), run.log
+    assert_no_forged_line(run)
+    world.s3.delete_object(Bucket=sandbox.BUCKET, Key=world.prefix + key)
+    world.heal()
+
+
+HEADERS = {
+    "doubled": (["n", EVIL, EVIL], [4], "doubled column names: x"),
+    "no field": (["n", f".{EVIL}"], [4], "cannot be fields"),
+    "no column known": ([EVIL], [4], "knows none of the columns x"),
+    "new": (["n", EVIL], [0, 1, 3], ""),  # whether it is a name is for the server to say
+}
+
+
+@long
+@pytest.mark.parametrize(("names", "codes", "message"), HEADERS.values(), ids=HEADERS)
+def test_the_name_of_a_column_forges_no_line_of_the_log(world, names, codes, message):
+    world.put({"d.csv": (quoted(*names) + quoted(*["500", "a", "b"][: len(names)])).encode()})
+    run = world.refresh()
+    assert_no_forged_line(run)
+    assert run.code in codes, run.err
+    assert re.search(message, run.err), run.err
+    if codes != [4]:
+        assert re.search(r"new fields: x\\n2026.*done: forged\\r\\x1b\[2K", run.log), run.log
+    world.assert_on_one_index()
+    world.assert_no_secret()
+
+
+@long
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"type": "strange", "reason": EVIL}}, {"error": {"type": EVIL, "reason": "strange"}},
+        {"error": f"strange {EVIL}"}, f"strange {EVIL}",
+    ],
+    ids=["reason", "type", "text", "no JSON"],
+)  # fmt: skip
+@pytest.mark.parametrize(("method", "path"), [("POST", "/_bulk"), ("GET", "/_tasks")])
+def test_the_reason_of_the_server_forges_no_line_of_the_log(world, method, path, body):
+    rule = world.proxy.on(method, path, answer(400, body), times=None)
+    run = world.refresh()
+    world.expect(run, code=1, message=r"400 .*strange")
+    assert rule.seen
+    assert_no_forged_line(run)
+    world.heal()
+
+
+@long
+def test_a_note_of_somebody_forges_no_line_of_the_log(world):
+    note = {"started": EVIL, "host": EVIL, "found": {}, "set": {}}
+    world.admin("PUT", f"/{world.secondary}/_mapping", {"_meta": {"owner": "somebody", base.SUITE: note}})
+    run = world.refresh()
+    world.expect(run, code=0)
+    assert "is unfinished: a run on x\\n2026" in run.log
+    assert_no_forged_line(run)
+    world.assert_done()
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@long
+@pytest.mark.parametrize("mask", ["000", "022"])
+def test_logs_rejects_and_locks_are_their_owners_alone_whatever_the_umask(world, mask):
+    world.put({"d.csv": b"n,half,word\nx,1,a secret of the data\n"})
+    folders = {"LOG_DIR": str(world.folder / "new" / "logs"), "LOCK_DIR": str(world.folder / "new" / "locks")}
+    script = "umask $0; exec ./run_refresh.sh"
+    run = world.finish(world.start("bash", "-c", script, mask, **folders))
+    world.expect(run, code=3, message="1 rows were rejected")
+    load = [sys.executable, "bulkupdate.py", "--bucket", sandbox.BUCKET, "--prefix", world.prefix,
+            "--index", world.primary]  # fmt: skip
+    script = 'umask $0; exec "$@"'
+    direct = {name: str(world.folder / "direct" / name) for name in folders}
+    run = world.finish(world.start("bash", "-c", script, mask, *load, **direct))
+    world.expect(run, code=3, message="1 rows were rejected")
+    files = [path for name in ("new", "direct") for path in (world.folder / name).rglob("*") if path.is_file()]
+    kinds = {re.sub(r"[-.].*", "", path.name) for path in files}
+    assert {"rejects", "refresh"} <= kinds
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    assert {stat.S_IMODE(path.parent.stat().st_mode) for path in files} == {0o700}
+    world.s3.delete_object(Bucket=sandbox.BUCKET, Key=f"{world.prefix}d.csv")
+    world.heal()
