@@ -25,7 +25,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import partial
+from functools import lru_cache, partial
 from json.encoder import encode_basestring
 from operator import itemgetter
 from pathlib import Path
@@ -546,6 +546,12 @@ def render_all(cells: list[str], columns: Sequence[Column]) -> None:
             cells[place] = cells[place][1:]
 
 
+@lru_cache(maxsize=1)
+def digest_of(place: str) -> str:
+    """Return what the ids of all rows of one object begin with; remembered, since it is asked for with each block."""
+    return hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
 def action_with_id(cell: str, version: int) -> str:
     """Return an action line with the id from a column; by the version a later row wins, in any order of arrival."""
     if not cell or len(cell.encode()) > MAX_ID_BYTES:
@@ -884,10 +890,12 @@ class BulkUpdate(OpenSearchBaseManager):
         lines, texts = [], []
         rows = block.rows or csv.reader(io.StringIO(block.text, newline="\n"), delimiter=self.delimiter, strict=True)
         for at, (line, row) in enumerate(zip(block.lines, rows)):
+            if not row:
+                self.tally.skipped += 1
+                continue
             try:
-                texts += [self._document(item, row, columns, record + at, version + at)] if row else []
-                lines += [line] if row else []
-                self.tally.skipped += not row
+                texts.append(self._document(item, row, columns, record + at, version + at))
+                lines.append(line)
             except Defect as defect:
                 self.rejects.add(item.key, line, defect)
         return Pieces(item.key, lines, texts, 1)
@@ -912,7 +920,7 @@ class BulkUpdate(OpenSearchBaseManager):
         """
         if self.id_column:
             return map(action_with_id, ids, itertools.count(version))
-        digest = hashlib.sha256(f"{self.bucket.name}/{item.key}".encode()).hexdigest()[:16]
+        digest = digest_of(f"{self.bucket.name}/{item.key}")
         action = f'{{"{"index" if self.keep else "create"}":{{"_id":"{digest}-%09d"}}}}'
         return map(f"{DOCUMENT_END}{action}\n{{".__mod__, range(record, record + len(ids)))
 

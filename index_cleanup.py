@@ -29,6 +29,7 @@ def empty_index(manager: OpenSearchBaseManager, index: str) -> int:
     Raises Refused when an alias has come since, RefreshError when documents are left after three rounds. A failure
     leaves the index partly emptied.
     """
+    manager._refuse_live(index)
     began, found = time.monotonic(), manager._get_index_count(index)
     if not found:
         log.info("%s is empty already", index)
@@ -36,7 +37,8 @@ def empty_index(manager: OpenSearchBaseManager, index: str) -> int:
     log.info("deleting %s documents from %s", f"{found:,}", index)
     left, rounds = found, 0
     while left and rounds < MAX_ROUNDS:
-        manager._refuse_live(index)  # before each round: a run on another host may have finished meanwhile
+        if rounds:  # a run on another host may have finished meanwhile, and have moved readers here
+            manager._refuse_live(index)
         manager.run_task(
             f"/{index}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {index}", total=left,
             slices="auto", conflicts="proceed", scroll_size=SCROLL_SIZE,

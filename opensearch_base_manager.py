@@ -923,7 +923,7 @@ class OpenSearchBaseManager:
         except BaseException as failure:
             try:
                 finished_in_any_case(lambda: self._put_back_settings(index, note))
-                if note and isinstance(failure, Refused):  # then nothing was deleted yet
+                if note and isinstance(failure, Refused):  # nothing was deleted yet, or another run has filled it
                     self._write_note(index, former_note)
             except RefreshError as error:
                 log.error("index %s: its settings are not put back yet, the next run does it: %s", index, error)

@@ -490,7 +490,7 @@ def main() -> int:
     parser.add_argument("--chart", type=Path, help="draw the medians as SVG into this file")
     parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--prefix", help=argparse.SUPPRESS)
-    parser.add_argument("--memory", action="store_true", help="only peak memory, up to 3 GB of CSV (half an hour)")
+    parser.add_argument("--memory", action="store_true", help="only peak memory, up to 3 GB of CSV (ten minutes)")
     parser.add_argument("--delay-line", nargs=3, type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     urllib3.disable_warnings()

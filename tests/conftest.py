@@ -7,12 +7,15 @@ import json
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
@@ -139,6 +142,48 @@ def fill(admin: Callable[..., Any], index: str, docs: list[dict[str, Any]]) -> N
         lines = "".join(f'{{"index":{{}}}}\n{json.dumps(doc)}\n' for doc in docs)
         headers = {"Content-Type": "application/x-ndjson"}
         assert not admin("POST", f"/{index}/_bulk?refresh=true", data=lines, headers=headers)["errors"]
+
+
+class Reader(threading.Thread):
+    """Asks the alias for the count and a sum in one search, without a pause, until stopped."""
+
+    def __init__(self, endpoint: str, alias: str, field: str, *, outage_is_an_error: bool = True) -> None:
+        super().__init__(daemon=True)
+        self.url, self.outage_is_an_error = f"{endpoint}/{alias}/_search", outage_is_an_error
+        self.body = {"size": 0, "track_total_hits": True, "aggs": {"sum": {"sum": {"field": field}}}}
+        self.seen: list[tuple[int, float]] = []
+        self.errors: list[str] = []
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        with requests.Session() as session:
+            session.auth, session.verify = (sandbox.ADMIN, sandbox.ADMIN_PASSWORD), False
+            session.trust_env = False
+            while not self.stopped.is_set():
+                try:
+                    answer = session.post(self.url, json=self.body, timeout=30)
+                    parsed = answer.json()
+                except (requests.RequestException, ValueError) as error:
+                    self.outage(str(error))
+                    continue
+                if answer.status_code in (502, 503, 504):
+                    self.outage(answer.text)
+                elif not answer.ok or parsed["_shards"]["failed"]:
+                    self.errors.append(answer.text[:300])
+                else:
+                    found = (parsed["hits"]["total"]["value"], parsed["aggregations"]["sum"]["value"])
+                    if not self.seen or self.seen[-1] != found:
+                        self.seen.append(found)
+
+    def outage(self, text: str) -> None:
+        if self.outage_is_an_error:
+            self.errors.append(text[:300])
+        time.sleep(0.1)
+
+    def finish(self) -> list[tuple[int, float]]:
+        self.stopped.set()
+        self.join(60)
+        return self.seen
 
 
 def sources(admin: Callable[..., Any], index: str) -> list[dict[str, Any]]:

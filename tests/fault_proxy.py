@@ -149,6 +149,16 @@ def delayed(seconds: float) -> Fault:
     return fault
 
 
+def before(action: Callable[[], Any]) -> Fault:
+    """Run `action`, then pass the request on."""
+
+    def fault(exchange: Exchange) -> None:
+        action()
+        exchange.pass_on()
+
+    return fault
+
+
 def after(action: Callable[[], Any]) -> Fault:
     """Pass the request on, run `action` once the server has answered, then hand the answer back."""
 

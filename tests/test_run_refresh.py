@@ -10,14 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-import requests
 import sandbox
-from conftest import count, sources
+from conftest import Reader, count, sources
 
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = ["opensearch_base_manager.py", "reindex.py", "switch_alias.py", "bulkupdate.py", "index_cleanup.py"]
@@ -73,35 +71,6 @@ def copy_task(admin, index):
     return any(index in task["description"] for node in tasks for task in node["tasks"].values())
 
 
-class Reader(threading.Thread):
-    """Asks the alias for the count and a sum in one search, without a pause, until stopped."""
-
-    def __init__(self, box, alias):
-        super().__init__(daemon=True)
-        self.url = f"{box.server.endpoint}/{alias}/_search"
-        self.seen, self.errors, self.stopped = [], [], threading.Event()
-
-    def run(self):
-        body = {"size": 0, "track_total_hits": True, "aggs": {"sum": {"sum": {"field": "distance"}}}}
-        with requests.Session() as session:
-            while not self.stopped.is_set():
-                answer = session.post(
-                    self.url, json=body, auth=(sandbox.ADMIN, sandbox.ADMIN_PASSWORD), verify=False, timeout=30
-                )
-                if not answer.ok or answer.json()["_shards"]["failed"]:
-                    self.errors.append(answer.text[:300])
-                    continue
-                found = (answer.json()["hits"]["total"]["value"], answer.json()["aggregations"]["sum"]["value"])
-                if not self.seen or self.seen[-1] != found:
-                    self.seen.append(found)
-
-    def finish(self):
-        self.stopped.set()
-        self.join(60)
-        assert not self.errors
-        return self.seen
-
-
 def flights(*months):
     return {f"{month:02d}.csv": sandbox.month_files()[month - 1].read_bytes() for month in months}
 
@@ -117,12 +86,12 @@ def test_no_reader_notices_a_whole_refresh(box, pair, refresh, put_csv, admin):
     old, new = flights(1), flights(1, 2)
     scroll = admin("POST", f"/{alias}/_search?scroll=5m", {"size": 5000})
     held = len(scroll["hits"]["hits"])
-    reader = Reader(box, alias)
+    reader = Reader(box.server.endpoint, alias, "distance")
     reader.start()
     process = refresh(put_csv(new), DOCUMENT_COUNT_THRESHOLD="100")
     code, out, err = finish(process)
     time.sleep(0.5)
-    assert (code, reader.finish()) == (0, [totals(old), totals(new)]), err
+    assert (code, reader.finish(), reader.errors) == (0, [totals(old), totals(new)], []), err
     while hits := scroll["hits"]["hits"]:
         scroll = admin("POST", "/_search/scroll", {"scroll": "5m", "scroll_id": scroll["_scroll_id"]})
         held += len(scroll["hits"]["hits"]) if hits else 0

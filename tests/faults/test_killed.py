@@ -54,7 +54,7 @@ class Counter:
         world.proxy.watch = self
 
     def __call__(self, exchange: Exchange) -> bool:
-        if not changes_state(exchange):
+        if not changes_state(exchange.handler.command, exchange.handler.path):
             return False
         self.seen.append(named(self.world, exchange))
         if len(self.seen) != self.at:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import requests
 import sandbox
-from conftest import TEST_PATTERNS
+from conftest import TEST_PATTERNS, Reader
 from fault_proxy import Exchange, Fault
 
-from .driver import OLD, Reader, Run, World
+from .driver import OLD, Run, World
 
 PATIENCE = {"RETRY_SECONDS": "150", "WAIT_SECONDS": "150"}  # a node is back in 10 s, on a busy machine in 60
 FEW_AT_A_TIME = {"REQUESTS_PER_SECOND": "3"}  # copies 30 documents, then waits 10 s for the other ten
@@ -87,7 +87,7 @@ class Witness(Reader):
     """Takes an outage for what it is, but notes it."""
 
     def __init__(self, endpoint: str, alias: str) -> None:
-        super().__init__(endpoint, alias, outage_is_an_error=False)
+        super().__init__(endpoint, alias, "n", outage_is_an_error=False)
         self.outages: list[str] = []
 
     def outage(self, text: str) -> None:
@@ -174,7 +174,7 @@ def test_an_emptying_that_vanished_with_its_node_fails_and_the_next_run_heals(wo
     world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 3 load")
     assert_outage_seen(world, run)
     assert len(world.documents(world.primary)) == len(OLD) - deleted
-    assert list(world.admin("GET", f"/_alias/{world.alias}")) == [world.secondary]
+    assert world.owners() == [world.secondary]
     world.heal()
 
 
@@ -294,7 +294,7 @@ class Wide(World):
         self.assert_reader_saw_nothing_odd()
         node = self.nodes[name]
         self.proxy.target, self.admin = node.endpoint, node.request
-        self.reader = Reader(node.endpoint, self.alias)
+        self.reader = Reader(node.endpoint, self.alias, "n")
         self.reader.start()
 
     def lose(self, name: str) -> None:

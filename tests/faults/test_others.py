@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sandbox
 from conftest import fill
-from fault_proxy import Exchange, Fault, after, answer
+from fault_proxy import after, answer, before
 
 from .driver import MAPPING, OLD, SETTINGS, TOP, Run, World, expected_documents
 
@@ -33,24 +33,10 @@ def settings_back(index: str) -> tuple[str, str]:
     return "PUT", f"/{index}/_settings"
 
 
-def before(action: Callable[[], Any]) -> Fault:
-    """Run `action`, then pass the request on."""
-
-    def fault(exchange: Exchange) -> None:
-        action()
-        exchange.pass_on()
-
-    return fault
-
-
 def move(world: World, source: str, target: str) -> None:
     """Move the alias past the scripts, as an operator would by hand."""
     remove, add = ({"index": index, "alias": world.alias} for index in (source, target))
     world.admin("POST", "/_aliases", {"actions": [{"remove": remove}, {"add": add}]})
-
-
-def alias_on(world: World) -> list[str]:
-    return list(world.admin("GET", f"/_alias/{world.alias}"))
 
 
 def by_hand(world: World, script: str, *arguments: str) -> Run:
@@ -80,7 +66,7 @@ def write(world: World, index: str) -> Callable[[], Any]:
 
 def assert_fresh(world: World) -> None:
     """What has to hold where somebody else changed what readers see meanwhile: no error, and S3 row by row."""
-    assert alias_on(world) == [world.primary]
+    assert world.owners() == [world.primary]
     assert world.documents(world.primary) == expected_documents(world.prefix, world.objects)
     assert {index: world.state(index) for index in world.before} == world.before
     time.sleep(0.5)  # so that the reader sees the end
@@ -199,7 +185,7 @@ def test_a_copy_that_somebody_changes_by_hand_before_the_switch_is_not_switched_
     says = {"emptied": "an empty index is never switched to; load it first", "added to": r"\+107.50 % is more than"}
     world.expect(run, code=4, message=rf"{world.secondary} \d+: {says[deed]}")
     assert "FAILED at: 2 switch" in run.err
-    assert alias_on(world) == [world.primary]
+    assert world.owners() == [world.primary]
     world.heal()
 
 
@@ -234,7 +220,7 @@ def test_readers_are_not_switched_to_an_index_that_somebody_else_copies_into(wor
     run = world.refresh()
     world.expect(run, code=4, message=rf"task \S+ of somebody else works on index {index}; wait for it or cancel it")
     assert f"FAILED at: {step}" in run.err
-    assert alias_on(world) == [world.primary if skip == CHECKED else world.secondary]
+    assert world.owners() == [world.primary if skip == CHECKED else world.secondary]
     stranger.cancel()
     world.heal()
 
@@ -248,7 +234,7 @@ def test_a_document_written_to_the_source_during_the_copy_fails_it(world):
     run = world.refresh()
     assert rule.seen == 2
     world.expect(run, code=1, message=rf"source changed meanwhile: {world.primary} holds 41 .*40 were copied.*again")
-    assert alias_on(world) == [world.primary]
+    assert world.owners() == [world.primary]
     assert undisturbed(world).code == 0
     assert_fresh(world)
 
@@ -258,7 +244,7 @@ def test_a_document_written_to_the_source_after_the_copy_refuses_the_switch(worl
     world.proxy.on("GET", owners(world), after(write(world, world.alias)), skip=CHECKED)
     run = world.refresh()
     world.expect(run, code=4, message=f"{world.primary} holds 41 documents, {world.secondary} 40: -2.44 % is more than")
-    assert alias_on(world) == [world.primary]
+    assert world.owners() == [world.primary]
     assert undisturbed(world).code == 0
     assert_fresh(world)
 
@@ -305,7 +291,7 @@ def test_an_alias_that_somebody_moves_to_a_third_index_right_before_the_switch_s
     run = world.refresh()
     world.expect(run, code=1, message=rf"_aliases: 404 aliases_not_found\S*: alias(es)? \[{world.alias}\] missing")
     assert f"FAILED at: {step}" in run.err
-    assert alias_on(world) == [third]
+    assert world.owners() == [third]
     world.proxy.rules.clear()
     del world.proxy.requests[:]
     again = world.refresh()
@@ -324,7 +310,7 @@ def test_an_alias_that_somebody_moves_to_the_target_right_before_the_switch_stay
     assert rule.seen == nth + 1
     world.expect(run, code=1, message=rf"_aliases: 404 aliases_not_found\S*: alias(es)? \[{world.alias}\] missing")
     assert f"FAILED at: {step}" in run.err
-    assert alias_on(world) == [target]
+    assert world.owners() == [target]
     world.heal()
 
 
@@ -349,7 +335,7 @@ def test_an_alias_that_was_rolled_back_before_the_load_refuses_it(world):
     run = world.refresh()
     world.expect(run, code=4, message=f"index {world.primary} is live: alias {world.alias} points at it")
     assert "FAILED at: 3 load" in run.err
-    assert alias_on(world) == [world.primary]
+    assert world.owners() == [world.primary]
     world.heal()
 
 
@@ -362,7 +348,7 @@ def test_a_half_loaded_index_is_not_switched_to_by_hand(world):
     world.expect(world.refresh(), code=1, message=r"_bulk: 403 security_exception")
     hand = switch_by_hand(world, world.secondary, world.primary)
     world.expect(hand, code=4, message=f"index {world.primary} is unfinished: .*load it again first")
-    assert alias_on(world) == [world.secondary]
+    assert world.owners() == [world.secondary]
     world.heal()
 
 
@@ -433,7 +419,7 @@ def test_an_index_that_is_deleted_while_it_is_filled_fails_until_it_is_there_aga
     reasons = [rf"no such index \[{index}\]", f"index {index} does not exist", r"no permissions for \[\S+create\]"]
     world.expect(run, code=1, message="|".join(reasons))
     assert f"FAILED at: {step}" in run.err
-    assert alias_on(world) == [world.primary if step == "1 copy" else world.secondary]
+    assert world.owners() == [world.primary if step == "1 copy" else world.secondary]
     again = undisturbed(world)
     world.expect(again, code=1, message=f"index {index} does not exist; create it first")
     create(world, index)
@@ -446,5 +432,5 @@ def test_a_copy_that_is_replaced_by_an_empty_index_is_not_switched_to(world):
     world.proxy.on("GET", owners(world), act, skip=CHECKED)
     run = world.refresh()
     world.expect(run, code=4, message=f"{world.secondary} 0: an empty index is never switched to; load it first")
-    assert alias_on(world) == [world.primary]
+    assert world.owners() == [world.primary]
     world.heal()

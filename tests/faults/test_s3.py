@@ -6,14 +6,12 @@ import base64
 import gzip
 import random
 import re
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import sandbox
-from fault_proxy import Exchange, Fault, after, answer, reset_in_answer
+from fault_proxy import Exchange, Fault, after, answer, before, reset_in_answer
 
-from .driver import NEW_ROWS, READ_ONLY, World
+from .driver import NEW_ROWS, World, changes_state
 
 LISTING = "list-type=2"
 LOOKS = 2  # each object is looked at twice before it is read: in step 0, and by the load
@@ -47,20 +45,7 @@ def put_large(world: World) -> None:
 
 def changed(world: World) -> list[str]:
     """Return the requests of all runs so far that change something in the cluster."""
-    return [
-        f"{method} {path}" for method, path, _ in world.proxy.requests
-        if method in ("PUT", "DELETE") or (method == "POST" and not READ_ONLY.search(path.split("?")[0]))
-    ]  # fmt: skip
-
-
-def before(action: Callable[[], Any]) -> Fault:
-    """Run `action`, then pass the request on."""
-
-    def fault(exchange: Exchange) -> None:
-        action()
-        exchange.pass_on()
-
-    return fault
+    return [f"{method} {path}" for method, path, _ in world.proxy.requests if changes_state(method, path)]
 
 
 def closed_in_answer(upto: int) -> Fault:
