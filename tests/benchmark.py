@@ -336,10 +336,16 @@ def stages(bench: Bench, data: DataSet) -> None:
     import bulkupdate as b
 
     bench.fresh_index(data)
-    load = b.BulkUpdate(b.build_parser().parse_args(bulkupdate_command(data.prefix)[2:]))
-    load._check_index()
-    items = load._list()
-    load._look(items)
+    with b.BulkUpdate(b.build_parser().parse_args(bulkupdate_command(data.prefix)[2:])) as load:
+        load._check_index()
+        items = load._list()
+        load._look(items)
+        print(f"\n{data.name}: seconds of the main thread in each stage")
+        print_stages(load, items, data.rows)
+
+
+def print_stages(load: Any, items: list[Any], rows: int) -> None:
+    import bulkupdate as b
 
     def blocks() -> Iterator[Any]:
         for item in items:
@@ -363,11 +369,10 @@ def stages(bench: Bench, data: DataSet) -> None:
         load._load(items)
 
     before = 0.0
-    print(f"\n{data.name}: seconds of the main thread in each stage")
     for name, stage, times in (("S3 read", read, 3), ("CSV", parse, 3), ("types and JSON", render, 3),
                                ("waiting for the server", whole, 1)):  # fmt: skip
         seconds = min(timed(stage) for _ in range(times))
-        print(f"  {name}: {seconds - before:.2f} s, {(seconds - before) / data.rows * 1e6:.2f} us a row")
+        print(f"  {name}: {seconds - before:.2f} s, {(seconds - before) / rows * 1e6:.2f} us a row")
         before = seconds
 
 
