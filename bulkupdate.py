@@ -33,8 +33,8 @@ from typing import Any, BinaryIO
 
 from index_cleanup import empty_index
 from opensearch_base_manager import (
-    Answer, OpenSearchBaseManager, Progress, RefreshError, Refused, TooManyRejects, add_common_args,
-    add_replicas_arg, aws_client, aws_errors, backoff_s, field_definitions, index_name, interrupted, log, per_second,
+    Answer, Aws, OpenSearchBaseManager, Progress, RefreshError, Refused, TooManyRejects, add_common_args,
+    add_replicas_arg, aws_errors, backoff_s, field_definitions, index_name, interrupted, log, per_second,
     positive_int, run_cli, seconds_since, setting, wants_no_replicas, whole_number,
 )  # fmt: skip
 
@@ -48,6 +48,7 @@ MAX_LINE_BYTES = 16 * MIB  # and a record's
 MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes refuse requests above 10 MiB
 BATCH_SIZE = 5000  # documents a request
 WORKERS = 3  # requests at the same time
+REFRESH_EVERY = 100_000  # documents; 2 to 4 % faster than one refresh at the end
 CACHED_CELLS = 4000  # remembered values a column, and no longer than this many characters each
 CACHED_CELL_CHARS = 32
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
@@ -80,10 +81,10 @@ class S3Object:
 class Bucket:
     """The objects of one bucket, read through one client; failures are RefreshError and name the object."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, aws: Aws) -> None:
         self.name = name
         with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
-            self.client = aws_client("s3")
+            self.client = aws.client("s3")
 
     def list_csv(self, prefix: str) -> list[S3Object]:
         """Return all .csv and .csv.gz objects under a prefix, in the order of their keys."""
@@ -195,6 +196,14 @@ def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
         mapping = mapping.get("properties", {}).get(part, {})
         dynamic = str(mapping.get("dynamic", dynamic)).lower()
     return dynamic
+
+
+def inside_values(mapping: Mapping[str, Any], added: Mapping[str, Any]) -> list[str]:
+    """Return the new fields that would be part of one that holds a value itself, as a.b would beside a number a."""
+    objects = (None, "object", "nested")
+    values = {name for name, definition in field_definitions(mapping) if definition.get("type") not in objects}
+    parents = {name: set(itertools.accumulate(name.split(".")[:-1], "{}.{}".format)) for name in added}
+    return [name for name in added if parents[name] & {*values, *added}]
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
@@ -703,7 +712,9 @@ class Rejects:
                 self._file.write(json.dumps(entry) + "\n")
                 self._file.flush()
             except OSError as error:
-                raise RefreshError(f"rejects file {self.path}: {error.strerror}") from None
+                raise RefreshError(
+                    f"rejects file {self.path}: {error.strerror}; make room, or set LOG_DIR to another folder"
+                ) from None
             if self.count > self.limit:
                 raise RefreshError(f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}")
 
@@ -732,10 +743,12 @@ class BulkUpdate(OpenSearchBaseManager):
         self.keep: bool = args.no_cleanup
         self.without_replicas = wants_no_replicas(args)
         self.batch_size, self.workers, self.max_rejects = args.batch_size, args.workers, args.max_rejects
-        self.bucket = Bucket(args.bucket)
+        self.bucket = Bucket(args.bucket, self.aws)
         self.rejects = Rejects(self.settings.log_dir, self.index, self.max_rejects)
         self.tally, self._tally_lock = Tally(), threading.Lock()
         self.max_bytes = MAX_BATCH_BYTES
+        self.refreshes = 0
+        self.last_refusal = ""  # why documents had to be sent again, of whichever sender
         self.columns: dict[str, Column] = {}
         self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
 
@@ -817,6 +830,8 @@ class BulkUpdate(OpenSearchBaseManager):
         if ignored := [name for name in kinds if dynamic[name] == "false"]:
             log.warning("not searchable, since the mapping does not know them (dynamic: false): %s", ", ".join(ignored))
         added = {name: new_field(kinds[name]) for name in kinds if dynamic[name] != "false"}
+        if torn := inside_values(mapping, added):
+            raise Refused(f"columns inside of another that is no object: {', '.join(torn)}; rename one of the two")
         if added:
             log.info("new fields: %s", ", ".join(f"{name} ({value['type']})" for name, value in added.items()))
         return added
@@ -849,7 +864,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _load(self, objects: list[S3Object]) -> None:
         began = time.monotonic()
-        self.senders = Senders(self._store, self.workers)
+        self.senders = Senders(self._store_and_refresh, self.workers)
         try:
             for batch in batches(self._documents(objects), self.batch_size):
                 self.senders.put(batch)
@@ -924,6 +939,14 @@ class BulkUpdate(OpenSearchBaseManager):
         action = f'{{"{"index" if self.keep else "create"}":{{"_id":"{digest}-%09d"}}}}'
         return map(f"{DOCUMENT_END}{action}\n{{".__mod__, range(record, record + len(ids)))
 
+    def _store_and_refresh(self, batch: Batch) -> None:
+        """Store a batch; refresh now and then, or the last refresh keeps one core busy while all others wait for it."""
+        self._store(batch)
+        due = self.tally.stored // REFRESH_EVERY
+        if due > self.refreshes and not self.keep:
+            self.refreshes = due
+            self.request("POST", f"/{self.index}/_refresh")
+
     def _store(self, batch: Batch, resent: bool = False) -> None:
         """Store a batch: each document is stored once or rejected when this returns.
 
@@ -945,8 +968,8 @@ class BulkUpdate(OpenSearchBaseManager):
                 began, attempt = time.monotonic(), 0
             elif time.monotonic() - began > self.settings.retry_seconds:
                 raise RefreshError(
-                    f"{self.index}: {left.count():,} documents were not taken for {self.settings.retry_seconds:g} s "
-                    "(429 or 5xx, see above); look at the cluster's load and run again"
+                    f"{self.index}: {left.count():,} documents were not taken for {self.settings.retry_seconds:g} s, "
+                    f"at last: {self.last_refusal}; look at the cluster's load and run again"
                 )
             if left.origins:
                 time.sleep(backoff_s(attempt))
@@ -976,7 +999,8 @@ class BulkUpdate(OpenSearchBaseManager):
             return Batch()
         items = [next(iter(item.values())) for item in answer.data.get("items", [])]
         if len(items) != count:
-            log.warning("%s answers to %s documents; sending them again", len(items), count)
+            self.last_refusal = f"{len(items)} answers to {count} documents"
+            log.warning("%s; sending them again", self.last_refusal)
             return batch
         left = [document for document, item in zip(batch.documents(), items)
                 if not self._settled(document, item["status"], item.get("error", {}), resent)]  # fmt: skip
@@ -993,6 +1017,7 @@ class BulkUpdate(OpenSearchBaseManager):
         elif "block" in kind or status in (401, 403, 404):  # would be the same for all the others
             raise self._failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
         elif status == 429 or status >= 500:
+            self.last_refusal = f"{status} {kind}: {reason}"
             return False
         else:
             cause = error.get("caused_by", {}).get("reason", "")

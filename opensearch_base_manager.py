@@ -15,6 +15,7 @@ A script subclasses `OpenSearchBaseManager` once and hands its work to `run_cli`
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import contextlib
 import fcntl
@@ -36,8 +37,9 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 try:
@@ -226,7 +228,7 @@ class Settings:
     log_dir: Path
 
     @classmethod
-    def load(cls) -> Settings:
+    def load(cls, aws: Aws) -> Settings:
         """Read variables, then the credentials. Raises ConfigurationError, or RefreshError when the store refuses."""
         if setting("OPENSEARCH_AUTH", "basic") != "basic":
             raise ConfigurationError("OPENSEARCH_AUTH: must be basic")
@@ -237,13 +239,13 @@ class Settings:
             "lock_dir": own_folder("LOCK_DIR", ".locks"),
             "log_dir": own_folder("LOG_DIR", "logs"),
         }
-        endpoint, username, password = credentials()
+        endpoint, username, password = credentials(aws)
         if ":" in username:
             raise ConfigurationError("a user name with a colon cannot be sent by Basic authentication")
         return cls(endpoint=endpoint_url(endpoint), username=username, password=password, **checked)
 
 
-def credentials() -> tuple[str, str, str]:
+def credentials(aws: Aws) -> tuple[str, str, str]:
     """Return endpoint, user and password from the environment, or else from Parameter Store."""
     names = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
     given = [setting(name) for name in names]
@@ -252,14 +254,14 @@ def credentials() -> tuple[str, str, str]:
     if any(given):
         unset = [name for name, value in zip(names, given) if not value]
         raise ConfigurationError(f"{' and '.join(unset)}: not set; set all three, or none to use Parameter Store")
-    return stored_credentials(setting("OPENSEARCH_PARAMETER_PREFIX", "/opensearch").rstrip("/"))
+    return stored_credentials(aws, setting("OPENSEARCH_PARAMETER_PREFIX", "/opensearch").rstrip("/"))
 
 
-def stored_credentials(prefix: str) -> tuple[str, str, str]:
+def stored_credentials(aws: Aws, prefix: str) -> tuple[str, str, str]:
     """Read `<prefix>/endpoint`, `/username` and `/password`, SecureString or not, in one call."""
     names = [f"{prefix}/{name}" for name in ("endpoint", "username", "password")]
     with aws_errors(f"Parameter Store, {prefix}/*", "ssm:GetParameters (and kms:Decrypt for a key of your own)"):
-        answer = aws_client("ssm").get_parameters(Names=names, WithDecryption=True)
+        answer = aws.client("ssm").get_parameters(Names=names, WithDecryption=True)
     if missing := answer["InvalidParameters"]:
         raise RefreshError(f"Parameter Store: {', '.join(missing)}: no such parameter in this region; create it")
     values = {parameter["Name"]: parameter["Value"] for parameter in answer["Parameters"]}
@@ -269,17 +271,25 @@ def stored_credentials(prefix: str) -> tuple[str, str, str]:
 # --- AWS --------------------------------------------------------------------------------------------------------------
 
 
-def aws_client(service: str) -> Any:
-    """Return a boto3 client; AWS_REGION is handed on, since boto3 reads only AWS_DEFAULT_REGION."""
-    import boto3  # slow to import: --help and runs without AWS do without it
-    from botocore.config import Config
+class Aws:
+    """The boto3 clients of one run, made when they are needed; a session of each one's own costs 35 ms more."""
 
-    session = boto3.session.Session(region_name=setting("AWS_REGION") or None)
-    if not session.region_name:
-        raise ConfigurationError("no AWS region: set AWS_REGION")
-    retries: Any = {"mode": "standard", "total_max_attempts": 5}
-    config = Config(connect_timeout=CONNECT_TIMEOUT_S, read_timeout=60, retries=retries, max_pool_connections=16)
-    return session.client(cast(Any, service), config=config)
+    @cached_property
+    def session(self) -> Any:
+        """Return the session; AWS_REGION is handed on, since boto3 reads only AWS_DEFAULT_REGION."""
+        import boto3  # slow to import: --help and runs without AWS do without it
+
+        session = boto3.session.Session(region_name=setting("AWS_REGION") or None)
+        if not session.region_name:
+            raise ConfigurationError("no AWS region: set AWS_REGION")
+        return session
+
+    def client(self, service: str) -> Any:
+        from botocore.config import Config
+
+        retries: Any = {"mode": "standard", "total_max_attempts": 5}
+        config = Config(connect_timeout=CONNECT_TIMEOUT_S, read_timeout=60, retries=retries, max_pool_connections=16)
+        return self.session.client(service, config=config)
 
 
 @contextlib.contextmanager
@@ -295,11 +305,19 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
         raise ConfigurationError(f"{what}: {error}; give the AWS credentials by role, profile or variables") from None
     except ClientError as error:
         code, text = error.response["Error"].get("Code", "?"), error.response["Error"].get("Message", "")
-        denied = code in ("AccessDenied", "AccessDeniedException", "403")
-        advice = f"; the IAM policy has to allow {permission}" if denied else "; check its name and the region"
-        raise RefreshError(f"{what}: {code}: {text}{advice}") from None
+        raise RefreshError(f"{what}: {code}: {text}; {aws_advice(code, permission)}") from None
     except BotoCoreError as error:
         raise RefreshError(f"{what}: {error}") from None
+
+
+def aws_advice(code: str, permission: str) -> str:
+    if code in ("AccessDenied", "AccessDeniedException", "403"):
+        return f"the IAM policy has to allow {permission}"
+    if "Expired" in code or code in ("InvalidAccessKeyId", "InvalidToken", "UnrecognizedClientException"):
+        return "renew the AWS credentials and run again"
+    if code in ("SlowDown", "ServiceUnavailable", "InternalError", "InternalServerError") or "Throttl" in code:
+        return "AWS is busy: run again later"
+    return "check its name and the region"
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -448,6 +466,7 @@ def run_cli(
     except SystemExit as stop:  # argparse has printed usage or help
         return int(stop.code or 0)
     gc.set_threshold(GC_THRESHOLD)
+    atexit.register(gc.freeze)  # or Python ends with a search for garbage among them: 90 ms
     try:
         set_up_logging(parser.prog.removesuffix(".py"))
         with signals_as_exceptions():
@@ -538,7 +557,8 @@ class OpenSearchBaseManager:
 
     def __init__(self, *, dry_run: bool = False) -> None:
         self.dry_run = dry_run
-        self.settings = Settings.load()
+        self.aws = Aws()
+        self.settings = Settings.load(self.aws)
         self.opaque_id = f"{SUITE}/{HOST}/{uuid.uuid4().hex[:12]}"
         self._session = self._open_session()
         self._answered = False
@@ -631,6 +651,7 @@ class OpenSearchBaseManager:
                 raise failure
             delay = backoff_s(attempt, retry_after)
             if time.monotonic() + delay > self._deadline(began):
+                failure.args = (f"{failure}{self._after_giving_up(began)}",)
                 raise failure
             attempt += 1
             log.warning("%s; trying again in %.1f s", failure, delay)
@@ -652,6 +673,10 @@ class OpenSearchBaseManager:
         if interrupted.is_set():
             return _cleanup_deadline
         return began + (self.settings.retry_seconds if self._answered else FIRST_CONTACT_S)
+
+    def _after_giving_up(self, began: float) -> str:
+        what_to_do = "look at GET _cluster/health and run again" if self._answered else "check the endpoint"
+        return f"; given up after {seconds_since(began):.0f} s: {what_to_do}"
 
     def _failure(self, what: str, status: int, body: bytes) -> RequestFailed:
         kind, reason = error_of(body)
@@ -830,20 +855,22 @@ class OpenSearchBaseManager:
             parts += [part for part in status["slices"] if part]
         return sum(part.get(kind, 0) for part in parts for kind in ("created", "updated", "deleted"))
 
-    @staticmethod
-    def _task_response(label: str, document: Mapping[str, Any]) -> dict[str, Any]:
+    def _task_response(self, label: str, document: Mapping[str, Any]) -> dict[str, Any]:
         if error := document.get("error"):
-            raise RefreshError(f"{label}: {error.get('type')}: {error.get('reason')}")
+            raise RefreshError(f"{label}: {self._reason_of(error)}")
         response: dict[str, Any] = document["response"]
         if failures := response.get("failures"):
             cause = failures[0].get("cause") or failures[0].get("reason") or failures[0]
-            reason = f"{cause.get('type')}: {cause.get('reason')}"
-            raise RefreshError(f"{label}: {len(failures)} failure(s), the first: {reason}")
+            raise RefreshError(f"{label}: {len(failures)} failure(s), the first: {self._reason_of(cause)}")
         if response.get("canceled"):
             raise RefreshError(f"{label}: cancelled ({response['canceled']}); run it again")
         if response.get("timed_out"):
             raise RefreshError(f"{label}: timed out on the server; run it again")
         return response
+
+    def _reason_of(self, error: Mapping[str, Any]) -> str:
+        kind, reason = str(error.get("type")), str(error.get("reason"))
+        return f"{kind}: {reason}{self._advice(0, kind, reason) or '; run it again'}"
 
     def _cancel_own_tasks(self) -> None:
         """Cancel what this run started and wait until it is gone, 20 s at most."""

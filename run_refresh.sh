@@ -16,7 +16,7 @@ step="preparing" result="" began=$SECONDS log_file=/dev/null
 table=()
 
 say() { # say TEXT: on the terminal and in the log
-  printf '%s\n' "$1" >&2 || true # a terminal that has gone must not stop a refresh
+  printf '%s\n' "$1" >&2 || true # nobody may be listening, see main
   printf '%s run_refresh: %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$1" >>"$log_file"
 }
 
@@ -121,6 +121,7 @@ pause() {
 check() { # step 0, before readers are moved: whatever can be known beforehand
   run_step "check where readers are" switch_alias.py --alias "$ALIAS" --show
   live=$(<"$result")
+  [[ -n $live ]] || die "where readers are could not be noted: $(tail -n 1 "$log_file")" 1
   case "$live" in
     "$PRIMARY") ;;
     "$SECONDARY")
@@ -173,6 +174,7 @@ main() {
   load=(--bucket "$BUCKET" --prefix="$PREFIX" --index "$PRIMARY" --batch-size "$BATCH")
   open_log
   trap on_exit EXIT
+  trap '' PIPE # a terminal or a `head` that has gone must not stop a refresh
   trap 'on_signal HUP 129' HUP
   trap 'on_signal INT 130' INT
   trap 'on_signal TERM 143' TERM

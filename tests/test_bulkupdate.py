@@ -272,6 +272,8 @@ UNLOADABLE = {
     "no-rows": ({"a.csv": b"k,t\n", "b.csv": b"k,t\n\n\r\n", "c.csv": b""}, "row"),
     "no-rows-packed": ({"a.csv.gz": gzip.compress(b"k,t\n")}, "row"),
     "doubled": ({"a.csv": PLAIN, "b.csv": b"k,t,k\na,b,c\n"}, "b.csv"),
+    "inside-a-field": ({"b.csv": b"k,t.x\na,b\n"}, "t.x"),
+    "inside-another-column": ({"a.csv": b"k,new\na,1\n", "b.csv": b"k,new.x\na,b\n"}, "new.x"),
     "doubled-after-spaces": ({"b.csv": b"k, k\na,b\n"}, "b.csv"),
     "empty-name": ({"a.csv": PLAIN, "b.csv": b"k,,t\na,b,c\n"}, "b.csv"),
     "blank-name": ({"b.csv": b'k," "\na,b\n'}, "b.csv"),

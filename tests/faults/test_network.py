@@ -281,7 +281,6 @@ def test_answers_that_stay_short_of_items_end_the_run(world):
 
 
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="a request that is given up after RETRY_SECONDS names no next step")
 @pytest.mark.parametrize("fault", ["503", "reset before the request"])
 def test_a_fault_that_stays_ends_the_run_with_a_next_step(world, fault):
     disturb(world, "a bulk request", fault, times=None)
@@ -292,7 +291,6 @@ def test_a_fault_that_stays_ends_the_run_with_a_next_step(world, fault):
 
 
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="the last line speaks of 429 or 5xx and of load, neither of which there was")
 def test_answers_that_stay_short_of_items_are_the_reason_that_is_told(world):
     world.proxy.on("POST", "/_bulk", SHORT_ITEMS, times=None)
     run = world.refresh(RETRY_SECONDS="2")

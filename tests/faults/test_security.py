@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -10,14 +11,15 @@ import ssl
 import stat
 import sys
 import threading
+from pathlib import Path
 
 import opensearch_base_manager as base
 import pytest
 import sandbox
 from conftest import fill
-from fault_proxy import HOP_BY_HOP, FaultProxy, answer
+from fault_proxy import HOP_BY_HOP, Exchange, FaultProxy, answer
 
-from .driver import OLD, TOP, World
+from .driver import OLD, SECRETS, TOP, World
 
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 long = pytest.mark.long
@@ -407,6 +409,23 @@ def test_a_note_of_somebody_forges_no_line_of_the_log(world):
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+@long
+def test_no_secret_is_in_the_list_of_processes(world):
+    lines: set[bytes] = set()
+
+    def look(_: Exchange) -> bool:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                lines.add(path.read_bytes())
+        return False
+
+    world.proxy.watch = look
+    world.expect(world.refresh(), code=0)
+    for script in (b"reindex.py", b"switch_alias.py", b"bulkupdate.py"):
+        assert any(script in line for line in lines)
+    assert [line for line in lines if any(secret.encode() in line for secret in SECRETS)] == []
 
 
 @long
