@@ -47,6 +47,7 @@ try:
     import urllib3
     from dotenv import load_dotenv
     from requests.adapters import HTTPAdapter
+    from requests.auth import AuthBase
     from urllib3.util.ssl_ import create_urllib3_context
 except ImportError as missing:
     print(f"{missing.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
@@ -184,6 +185,12 @@ def wants_no_replicas(args: argparse.Namespace) -> bool:
     return args.no_replicas or parsed_setting("LOAD_WITHOUT_REPLICAS", "false", boolean)
 
 
+def authentication(text: str) -> str:
+    if text not in ("basic", "sigv4"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither basic nor sigv4")
+    return text
+
+
 def endpoint_url(text: str) -> str:
     """Return the endpoint with a scheme and without a trailing slash. Raises ConfigurationError, never quoting it."""
     url = text.strip().rstrip("/")
@@ -219,7 +226,7 @@ class Settings:
     """What all scripts need to know, resolved once; the password is in no repr."""
 
     endpoint: str
-    username: str
+    username: str  # empty where requests are signed instead
     password: str = field(repr=False)
     verify: bool | str
     retry_seconds: float
@@ -230,8 +237,7 @@ class Settings:
     @classmethod
     def load(cls, aws: Aws) -> Settings:
         """Read variables, then the credentials. Raises ConfigurationError, or RefreshError when the store refuses."""
-        if setting("OPENSEARCH_AUTH", "basic") != "basic":
-            raise ConfigurationError("OPENSEARCH_AUTH: must be basic")
+        signed = parsed_setting("OPENSEARCH_AUTH", "basic", authentication) == "sigv4"
         checked: dict[str, Any] = {
             "verify": certificate_check(),
             "retry_seconds": parsed_setting("RETRY_SECONDS", "300", number),
@@ -239,7 +245,7 @@ class Settings:
             "lock_dir": own_folder("LOCK_DIR", ".locks"),
             "log_dir": own_folder("LOG_DIR", "logs"),
         }
-        endpoint, username, password = credentials(aws)
+        endpoint, username, password = (signed_endpoint(aws), "", "") if signed else credentials(aws)
         if ":" in username:
             raise ConfigurationError("a user name with a colon cannot be sent by Basic authentication")
         return cls(endpoint=endpoint_url(endpoint), username=username, password=password, **checked)
@@ -254,18 +260,25 @@ def credentials(aws: Aws) -> tuple[str, str, str]:
     if any(given):
         unset = [name for name, value in zip(names, given) if not value]
         raise ConfigurationError(f"{' and '.join(unset)}: not set; set all three, or none to use Parameter Store")
-    return stored_credentials(aws, setting("OPENSEARCH_PARAMETER_PREFIX", "/opensearch").rstrip("/"))
+    endpoint, username, password = stored(aws, "endpoint", "username", "password")
+    return endpoint, username, password
 
 
-def stored_credentials(aws: Aws, prefix: str) -> tuple[str, str, str]:
-    """Read `<prefix>/endpoint`, `/username` and `/password`, SecureString or not, in one call."""
-    names = [f"{prefix}/{name}" for name in ("endpoint", "username", "password")]
+def signed_endpoint(aws: Aws) -> str:
+    """Return the endpoint alone, from the environment or else from Parameter Store."""
+    return setting("OPENSEARCH_ENDPOINT") or stored(aws, "endpoint")[0]
+
+
+def stored(aws: Aws, *parameters: str) -> list[str]:
+    """Return the values below OPENSEARCH_PARAMETER_PREFIX, SecureString or not, read in one call."""
+    prefix = setting("OPENSEARCH_PARAMETER_PREFIX", "/opensearch").rstrip("/")
+    names = [f"{prefix}/{name}" for name in parameters]
     with aws_errors(f"Parameter Store, {prefix}/*", "ssm:GetParameters (and kms:Decrypt for a key of your own)"):
         answer = aws.client("ssm").get_parameters(Names=names, WithDecryption=True)
     if missing := answer["InvalidParameters"]:
         raise RefreshError(f"Parameter Store: {', '.join(missing)}: no such parameter in this region; create it")
     values = {parameter["Name"]: parameter["Value"] for parameter in answer["Parameters"]}
-    return values[names[0]], values[names[1]], values[names[2]]
+    return [values[name] for name in names]
 
 
 # --- AWS --------------------------------------------------------------------------------------------------------------
@@ -292,6 +305,28 @@ class Aws:
         return self.session.client(service, config=config)
 
 
+class SignedAuth(AuthBase):
+    """Signs each request as it is sent; botocore renews credentials that come from a role before they expire."""
+
+    def __init__(self, aws: Aws) -> None:
+        with aws_errors("AWS credentials", "sts:AssumeRole"):
+            self.credentials, self.region = aws.session.get_credentials(), aws.session.region_name
+        if self.credentials is None:
+            raise ConfigurationError("OPENSEARCH_AUTH: no AWS credentials; give them by role, profile or variables")
+
+    def __call__(self, sent: requests.PreparedRequest) -> requests.PreparedRequest:
+        from botocore.auth import SigV4Auth
+        from botocore.awsrequest import AWSRequest
+
+        content_type = {"Content-Type": sent.headers["Content-Type"]}
+        request = AWSRequest(method=sent.method, url=sent.url, data=sent.body, headers=content_type)
+        with aws_errors("AWS credentials", "sts:AssumeRole"):
+            current = self.credentials.get_frozen_credentials()
+        SigV4Auth(current, "es", self.region).add_auth(request)
+        sent.headers.update(dict(request.headers))
+        return sent
+
+
 @contextlib.contextmanager
 def aws_errors(what: str, permission: str) -> Iterator[None]:
     """Translate botocore's exceptions; `permission` is the IAM action that `what` needs."""
@@ -306,7 +341,7 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
     except ClientError as error:
         code, text = error.response["Error"].get("Code", "?"), error.response["Error"].get("Message", "")
         raise RefreshError(f"{what}: {code}: {text}; {aws_advice(code, permission)}") from None
-    except BotoCoreError as error:
+    except (BotoCoreError, RuntimeError) as error:  # RuntimeError: renewed credentials that have expired again
         raise RefreshError(f"{what}: {error}") from None
 
 
@@ -411,7 +446,7 @@ def _on_signal(number: int, _frame: object) -> None:
         raise Interrupted(number)
 
 
-def finished_in_any_case(action: Callable[[], None]) -> None:
+def finished_in_any_case(action: Callable[[], object]) -> None:
     """Run a clean-up after a failure; a first signal that breaks it off makes it run again, in the 20 s then left."""
     try:
         action()
@@ -567,8 +602,8 @@ class OpenSearchBaseManager:
         self._locks: list[int] = []
         self._task_started = False
         source = "the environment" if setting("OPENSEARCH_PASSWORD") else "Parameter Store"
-        log.info("cluster %s, user %s (from %s)%s", self.settings.endpoint, self.settings.username, source,
-                 ", dry run: nothing is changed" if dry_run else "")  # fmt: skip
+        who = f"user {self.settings.username} (from {source})" if self.settings.username else "signed AWS requests"
+        log.info("cluster %s, %s%s", self.settings.endpoint, who, ", dry run: nothing is changed" if dry_run else "")
 
     def __enter__(self: Parsed) -> Parsed:
         return self
@@ -588,7 +623,11 @@ class OpenSearchBaseManager:
         session = requests.Session()
         session.trust_env = False  # neither ~/.netrc nor a proxy's variables decide who we log in as
         session.verify = self.settings.verify
-        session.headers.update({**self._create_auth_header(), "X-Opaque-Id": self.opaque_id})
+        session.headers["X-Opaque-Id"] = self.opaque_id
+        if self.settings.username:
+            session.headers.update(self._create_auth_header())
+        else:
+            session.auth = SignedAuth(self.aws)
         adapter = HTTPAdapter()  # without retries: they are in request(), alone
         # without a context each connection reads the system's CA certificates (15 ms), needed or not
         unverified = None if self.settings.verify else create_urllib3_context(cert_reqs=ssl.CERT_NONE)
@@ -615,14 +654,15 @@ class OpenSearchBaseManager:
         *,
         params: Mapping[str, Any] | None = None,
         repeatable: bool = True,
+        patient: bool = True,
         accept: Sequence[int] = (),
     ) -> Answer:
         """Send one request (bytes are sent as NDJSON, anything else as JSON) and return the answer.
 
         Connection errors, 502, 503, 504 and 429 are tried again with growing pauses, for RETRY_SECONDS in all; for 10 s
         before the cluster has answered once, and for 20 s after a signal. A request with `repeatable=False` is only
-        sent again when it was certainly not carried out; otherwise OutcomeUnknown is raised. Statuses in `accept` are
-        returned, every other failure raises RequestFailed.
+        sent again when it was certainly not carried out; otherwise OutcomeUnknown is raised. With `patient=False` it is
+        not sent again at all. Statuses in `accept` are returned, every other failure raises RequestFailed.
         """
         failure: RequestFailed
         began, attempt, resent, throttled = time.monotonic(), 0, False, False
@@ -647,7 +687,7 @@ class OpenSearchBaseManager:
                 never_sent = status == 429
                 throttled = throttled or never_sent
             resent = resent or not never_sent
-            if not repeatable and not never_sent:
+            if not (patient and (repeatable or never_sent)):
                 raise failure
             delay = backoff_s(attempt, retry_after)
             if time.monotonic() + delay > self._deadline(began):
@@ -685,12 +725,14 @@ class OpenSearchBaseManager:
         return (OutcomeUnknown if unknown else RequestFailed)(text, status, kind, reason)
 
     def _advice(self, status: int, kind: str, reason: str) -> str:
-        user = self.settings.username
+        user = f"user {self.settings.username}" if self.settings.username else "the AWS credentials"
+        if not self.settings.username and status in (401, 403) and not kind:  # AWS itself, before the cluster
+            return "; renew the AWS credentials, or let their policy allow es:ESHttp* on the domain"
         if status == 401:
-            return f"; user {user} is not accepted: check user and password"
+            return f"; {user} is not accepted: check user and password"
         if status == 403 and "security" in kind:
             missing = re.search(r"no permissions for \[(.*?)\](?=\s|$)", reason)
-            return f"; the role of user {user} lacks {missing[1] if missing else 'a permission'}"
+            return f"; the role of {user} lacks {missing[1] if missing else 'a permission'}"
         if "block" in kind:
             disk = "flood" in reason
             return f"; {'free disk space on the data nodes' if disk else 'remove the block (index.blocks.*)'} first"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from index_cleanup import empty_index
+from index_cleanup import chosen_method, empty_index, put_index_back
 from opensearch_base_manager import (
     ConfigurationError, OpenSearchBaseManager, RefreshError, Refused, add_common_args, add_replicas_arg,
     field_definitions, index_name, log, number, per_second, run_cli, seconds_since, setting, wants_no_replicas,
@@ -39,6 +39,7 @@ class Reindex(OpenSearchBaseManager):
         super().__init__(dry_run=dry_run)
         self.source, self.target = source, target
         self.requests_per_second, self.without_replicas = requests_per_second, without_replicas
+        self.cleanup_method = chosen_method()
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -48,7 +49,7 @@ class Reindex(OpenSearchBaseManager):
             return {"source": self.source, "target": self.target, "dry_run": True}
         with self.unfinished(self.target, without_replicas=self.without_replicas) as note:
             self._add_missing_fields()
-            empty_index(self, self.target)
+            empty_index(self, self.target, self.cleanup_method)
             total = self._get_index_count(self.source)  # refreshes: a copy sees only what a search would
             response = self._copy(total)
             self._put_back_settings(self.target, note)
@@ -56,10 +57,11 @@ class Reindex(OpenSearchBaseManager):
         return self._report(response, began)
 
     def _check(self) -> None:
-        for index in (self.source, self.target):
-            self._verify_index_exists(index)
         self.lock(self.target)
         self.lock(self.source, shared=True)  # so that a task found on it is known to be alive
+        self.target = put_index_back(self, self.target)
+        for index in (self.source, self.target):
+            self._verify_index_exists(index)
         self._refuse_live(self.target)
         # somebody has moved readers to it past the scripts: the target may be the only whole data there is
         self._refuse_unfinished(self.source, f"load it again, or move readers to {self.target}, before it is copied")

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Replace the data behind an alias: copy, switch readers to the copy, load, switch readers back.
+# Replace the data behind an alias: copy, switch readers to the copy, load, switch readers back (copy-back);
+# or load the index that is not live and switch readers to it (alternate).
 #
 # Usage: run_refresh.sh [--dry-run | --help]
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
 #        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/)  BATCH_SIZE (1000)  STEP_DELAY_SECONDS (5)
+#        REFRESH_STRATEGY (copy-back, or alternate)
 #        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
 # Exit:  0 readers are on the fresh data; otherwise the code of the step that failed (see README), 2 usage, 75 locked
 set -euo pipefail
@@ -12,7 +14,7 @@ cd "$(dirname "$SELF")"
 umask 077
 
 readonly KEEP_DAYS=30
-step="preparing" result="" began=$SECONDS log_file=/dev/null
+step="preparing" last="" result="" began=$SECONDS log_file=/dev/null
 table=()
 
 say() { # say TEXT: on the terminal and in the log
@@ -54,26 +56,30 @@ EOF
   DELAY=${value[6]} STRATEGY=${value[7]} LOG_DIR=${value[8]} LOCK_DIR=${value[9]}
   [[ $DELAY =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "STEP_DELAY_SECONDS: $DELAY is not a number of seconds" 2
   [[ $BATCH =~ ^[1-9][0-9]*$ ]] || die "BATCH_SIZE: $BATCH is not a whole number above 0" 2
-  [[ $STRATEGY == copy-back ]] || die "REFRESH_STRATEGY: $STRATEGY is not copy-back" 2
+  [[ $STRATEGY == copy-back || $STRATEGY == alternate ]] \
+    || die "REFRESH_STRATEGY: $STRATEGY is neither copy-back nor alternate" 2
   [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
 }
 
 open_log() {
-  mkdir -p "$LOG_DIR" "$LOCK_DIR" || die "LOG_DIR and LOCK_DIR have to be folders that can be written to" 1
+  mkdir -p "$LOG_DIR" "$LOCK_DIR" \
+    || die "LOG_DIR ($LOG_DIR) and LOCK_DIR ($LOCK_DIR) have to be folders that can be written to" 1
   find "$LOG_DIR" -maxdepth 1 -type f \( -name 'refresh-*.log' -o -name '.result-*' \) -mtime +"$KEEP_DAYS" \
     -delete || true
   log_file="$LOG_DIR/refresh-$ALIAS-$(date -u +%Y%m%dT%H%M%SZ)-$$.log"
-  result=$(mktemp "$LOG_DIR/.result-XXXXXX")
+  result=$(mktemp "$LOG_DIR/.result-XXXXXX") || die "LOG_DIR ($LOG_DIR) has to be a folder that can be written to" 1
   : >>"$log_file" || die "cannot write $log_file" 1
 }
 
 take_lock() { # the steps inherit it: while one of them lives, no other refresh begins
-  exec 9>"$LOCK_DIR/refresh-$ALIAS.lock"
+  local lock="$LOCK_DIR/refresh-$ALIAS.lock"
+  : >>"$lock" || die "LOCK_DIR ($LOCK_DIR) has to be a folder that can be written to" 1
+  exec 9>>"$lock"
   flock -n 9 || die "another refresh of $ALIAS is running on this host" 75
 }
 
 run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run with its exit code
-  local step_began=$SECONDS rc=0 documents last
+  local step_began=$SECONDS rc=0 documents
   step=$1
   shift
   say "==> $step"
@@ -91,6 +97,7 @@ run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run wit
   [[ $step == check* ]] || table+=("$(printf '%-50s %8d %12s' "$step" "$((SECONDS - step_began))" "${documents:--}")")
 }
 
+# shellcheck disable=SC2329  # called by a trap
 on_signal() { # on_signal NAME CODE: pass it on at once, and wait until the step has put things back
   local child
   trap '' HUP INT TERM
@@ -103,6 +110,7 @@ on_signal() { # on_signal NAME CODE: pass it on at once, and wait until the step
   exit "$2"
 }
 
+# shellcheck disable=SC2329  # called by a trap
 on_exit() {
   local rc=$?
   rm -f "$result"
@@ -121,30 +129,41 @@ pause() {
 check() { # step 0, before readers are moved: whatever can be known beforehand
   run_step "check where readers are" switch_alias.py --alias "$ALIAS" --show
   live=$(<"$result")
-  [[ -n $live ]] || die "where readers are could not be noted: $(tail -n 1 "$log_file")" 1
+  [[ -n $live ]] || die "where readers are could not be noted: ${last#* }" 1
   case "$live" in
-    "$PRIMARY") ;;
-    "$SECONDARY")
-      say "readers are on $SECONDARY already: a former run ended after step 2, or somebody switched by hand; going on"
-      say "with step 3. To leave them on $SECONDARY, stop the schedule of this script."
-      ;;
+    "$PRIMARY") idle=$SECONDARY ;;
+    "$SECONDARY") idle=$PRIMARY ;;
     *) die "alias $ALIAS is on $live, neither on $PRIMARY nor on $SECONDARY; nothing was changed" 4 ;;
   esac
+  both=(--source "$live" --target "$idle")
+  load+=(--index "$([[ $STRATEGY == alternate ]] && echo "$idle" || echo "$PRIMARY")")
   run_step "check the load" bulkupdate.py "${load[@]}" --dry-run
-  if [[ $live == "$PRIMARY" ]]; then run_step "check the copy" reindex.py "${copy[@]}" --dry-run; fi
+  [[ $STRATEGY == copy-back ]] || return 0
+  if [[ $live == "$PRIMARY" ]]; then
+    run_step "check the copy" reindex.py "${both[@]}" --dry-run
+  else
+    say "readers are on $SECONDARY already: a former run ended after step 2, or somebody switched by hand; going on"
+    say "with step 3. To leave them on $SECONDARY, stop the schedule of this script."
+  fi
 }
 
-refresh() {
+copy_back() {
   if [[ $live == "$PRIMARY" ]]; then
-    run_step "1 copy $PRIMARY to $SECONDARY" reindex.py "${copy[@]}"
+    run_step "1 copy $PRIMARY to $SECONDARY" reindex.py "${both[@]}"
     pause
     # threshold 0: the copy was just proved equal
-    run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${copy[@]}" --threshold 0
+    run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" --threshold 0
     pause
   fi
   run_step "3 load $PRIMARY from S3" bulkupdate.py "${load[@]}"
   pause
   run_step "4 switch readers to $PRIMARY" switch_alias.py --alias "$ALIAS" --source "$SECONDARY" --target "$PRIMARY"
+}
+
+alternate() {
+  run_step "1 load $idle from S3" bulkupdate.py "${load[@]}"
+  pause
+  run_step "2 switch readers to $idle" switch_alias.py --alias "$ALIAS" "${both[@]}"
 }
 
 closing_table() {
@@ -158,7 +177,7 @@ closing_table() {
 }
 
 main() {
-  local dry_run="" live="" copy load
+  local dry_run="" live="" idle="" both load
   case "$*" in
     "") ;;
     --dry-run) dry_run=yes ;;
@@ -170,8 +189,7 @@ main() {
   esac
   choose_python
   read_settings
-  copy=(--source "$PRIMARY" --target "$SECONDARY")
-  load=(--bucket "$BUCKET" --prefix="$PREFIX" --index "$PRIMARY" --batch-size "$BATCH")
+  load=(--bucket "$BUCKET" --prefix="$PREFIX" --batch-size "$BATCH")
   open_log
   trap on_exit EXIT
   trap '' PIPE # a terminal or a `head` that has gone must not stop a refresh
@@ -179,13 +197,15 @@ main() {
   trap 'on_signal INT 130' INT
   trap 'on_signal TERM 143' TERM
   take_lock
+  [[ ! -t 2 ]] || say "progress: tail -f $log_file"
   check
   if [[ -n $dry_run ]]; then
     say "dry run: all checks passed, nothing was changed"
     exit 0
   fi
-  refresh
+  if [[ $STRATEGY == alternate ]]; then alternate; else copy_back; fi
   closing_table
+  exit 0 # here: what follows would be read from the file only now, and that may have been replaced under way
 }
 
 main "$@"

@@ -80,7 +80,8 @@ class SwitchAlias(OpenSearchBaseManager):
         """Return the one index that the alias points at. Raises Refused when there are several."""
         owners = self._owners()
         if len(owners) != 1:
-            raise Refused(f"alias {self.alias} points at {len(owners)} indices: {', '.join(sorted(owners))}")
+            state = ", ".join(sorted(owners))
+            raise Refused(f"alias {self.alias} points at {len(owners)} indices: {state}; take it off all but one")
         return next(iter(owners))
 
     # --- checks ---

@@ -24,6 +24,7 @@ import sandbox
 from fault_proxy import FaultProxy
 
 TEST_PATTERNS = ["t-*"]  # the names that tests may use; the role is the one that the scripts need
+SECURITY = "/_plugins/_security/api"
 counter = itertools.count(1)
 
 
@@ -42,9 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def box() -> Iterator[sandbox.Sandbox]:
     with sandbox.running() as running:
         if sandbox.SECURE:
-            security = "/_plugins/_security/api"
-            running.server.request("PUT", f"{security}/roles/tests", sandbox.refresh_role(TEST_PATTERNS))
-            running.server.request("PUT", f"{security}/rolesmapping/tests", {"users": [sandbox.USER]})
+            running.server.request("PUT", f"{SECURITY}/roles/tests", sandbox.refresh_role(TEST_PATTERNS))
+            running.server.request("PUT", f"{SECURITY}/rolesmapping/tests", {"users": [sandbox.USER]})
         yield running
 
 
@@ -223,6 +223,24 @@ def put_csv(box: sandbox.Sandbox, name: Callable[[str], str]) -> Callable[..., s
         return prefix
 
     return put
+
+
+@pytest.fixture
+def may_recreate(admin: Callable[..., Any]) -> Iterator[Callable[..., None]]:
+    """Let the scripts' user drop and create indices too; with arguments, only what they name."""
+    if not sandbox.SECURE:
+        yield lambda *actions: None
+        return
+
+    def allow(*actions: str) -> None:
+        permissions = [{"index_patterns": TEST_PATTERNS, "allowed_actions": actions}]
+        admin("PUT", f"{SECURITY}/roles/recreate", {"index_permissions": permissions})
+        admin("PUT", f"{SECURITY}/rolesmapping/recreate", {"users": [sandbox.USER]})
+
+    allow(*sandbox.RECREATE_PERMISSIONS)
+    yield allow
+    admin("DELETE", f"{SECURITY}/rolesmapping/recreate")
+    admin("DELETE", f"{SECURITY}/roles/recreate")
 
 
 @pytest.fixture

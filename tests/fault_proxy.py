@@ -26,7 +26,10 @@ from typing import Any
 
 import requests
 
-HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
+# and what the proxy itself undoes: an answer that came packed is handed on unpacked
+HOP_BY_HOP = {
+    "connection", "keep-alive", "transfer-encoding", "content-length", "content-encoding", "host", "accept-encoding",
+}  # fmt: skip
 
 
 @dataclass

@@ -53,6 +53,7 @@ USER, PASSWORD = "refresh", """p@ss: "w'o\\rd" $HOME `#1` %41 {ü€} =;&?/"""
 ADMIN, ADMIN_PASSWORD = "admin", "sandbox-only"
 PRIMARY, SECONDARY, ALIAS = "my_index_primary", "my_index_secondary", "my_index_alias"
 BUCKET, PREFIX, PARAMETERS = "your-bucket", "your/prefix/", "/opensearch"
+FILLED = 2  # counts the kinds of filled data: roles and rows that a server starts with
 LAST_LOADED_MONTH = 11  # primary starts without December, so that a refresh changes what readers see (+9.1 %)
 
 # What the scripts need, and nothing else: each was found by taking it away.
@@ -66,6 +67,8 @@ indices:data/write/delete indices:data/write/delete/byquery indices:admin/mappin
 indices:admin/flush* indices:admin/forcemerge indices:admin/aliases indices:admin/aliases/get indices:admin/get
 indices:admin/mappings/get indices:monitor/settings/get indices:admin/settings/update indices:monitor/stats
 """.split()
+# What the method recreate needs besides, on the indices and on their siblings.
+RECREATE_PERMISSIONS = "indices:admin/create indices:admin/delete indices:admin/get indices:admin/aliases/get".split()
 
 INTEGERS = """year month day dep_time sched_dep_time dep_delay arr_time sched_arr_time arr_delay flight air_time
 distance hour minute""".split()
@@ -240,8 +243,10 @@ def write_security_config(home: Path, config: Path) -> None:
 
     # the other user is created through the server: it hashes what is not ASCII in a way of its own
     write("internal_users", {ADMIN: user(ADMIN_PASSWORD)})
-    write("roles", {"refresh": refresh_role([PRIMARY, SECONDARY, ALIAS])})
-    write("roles_mapping", {"all_access": {"users": [ADMIN]}, "refresh": {"users": [USER]}})
+    both = [PRIMARY, SECONDARY]
+    write("roles", {"refresh": refresh_role([*both, ALIAS]), "refresh-recreate": recreate_role(both)})
+    mine = {"users": [USER]}
+    write("roles_mapping", {"all_access": {"users": [ADMIN]}, "refresh": mine, "refresh-recreate": mine})
 
 
 def refresh_role(patterns: list[str]) -> dict[str, Any]:
@@ -249,6 +254,11 @@ def refresh_role(patterns: list[str]) -> dict[str, Any]:
         "cluster_permissions": CLUSTER_PERMISSIONS,
         "index_permissions": [{"index_patterns": patterns, "allowed_actions": INDEX_PERMISSIONS}],
     }
+
+
+def recreate_role(indices: list[str]) -> dict[str, Any]:
+    patterns = [name for index in indices for name in (index, f"{index}-recreate")]
+    return {"index_permissions": [{"index_patterns": patterns, "allowed_actions": RECREATE_PERMISSIONS}]}
 
 
 class OpenSearch:
@@ -279,7 +289,7 @@ class OpenSearch:
         settings: dict[str, Any] = {
             "cluster.name": "sandbox", "node.name": name, **discovery,
             "network.host": "127.0.0.1", "http.port": self.port, "transport.port": transport_port,
-            "path.data": str(run / "data"), "path.logs": str(run / "logs"),
+            "path.data": str(run / "data"), "path.logs": str(run / "logs"), "path.repo": str(run / "snapshots"),
             "cluster.routing.allocation.disk.threshold_enabled": False,
         }  # fmt: skip
         if SECURE:
@@ -415,7 +425,7 @@ def create_indices(server: OpenSearch) -> None:
 
 def filled_data(home: Path) -> Path:
     """Return the data folder of a server that holds January to November, made on the first call."""
-    template = CACHE / f"data-{VERSION}"
+    template = CACHE / f"data-{VERSION}-{FILLED}"
     if not template.exists():
         say("filling the index with the flights of January to November (once)")
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import sandbox
-from conftest import Reader, count, sources
+from conftest import Reader, count, sources, state_of
 
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = ["opensearch_base_manager.py", "reindex.py", "switch_alias.py", "bulkupdate.py", "index_cleanup.py"]
@@ -101,6 +101,50 @@ def test_no_reader_notices_a_whole_refresh(box, pair, refresh, put_csv, admin):
     table = [line.split() for line in out.splitlines()]
     assert [row[0] for row in table] == ["step", "1", "2", "3", "4", "total"]
     assert [row[-1] for row in table[1:5]] == [str(totals(old)[0])] * 2 + [str(totals(new)[0])] * 2
+
+
+@pytest.mark.parametrize("method", ["delete", "recreate"])
+def test_alternate_loads_the_idle_index_and_moves_readers_there(
+    method, box, pair, refresh, put_csv, admin, may_recreate
+):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    reader = Reader(box.server.endpoint, alias, "n")
+    reader.start()
+    seen = [(3, 3.0)]
+    for night, index, left in (1, secondary, primary), (2, primary, secondary), (3, secondary, primary):
+        rows = range(10 * night, 10 * night + 3)
+        prefix = put_csv({"a.csv": "n\n" + "".join(f"{n}\n" for n in rows)})
+        before = state_of(admin, left)[left]["docs"]
+        process = refresh(prefix, REFRESH_STRATEGY="alternate", CLEANUP_METHOD=method)
+        code, out, err = finish(process)
+        assert code == 0, err
+        assert live(admin, alias) == [index]
+        assert [document["n"] for document in sources(admin, index)] == list(rows)
+        assert state_of(admin, left)[left]["docs"] == before
+        assert [line.split()[0] for line in out.splitlines()] == ["step", "1", "2", "total"]
+        seen.append((3, float(sum(rows))))
+    time.sleep(0.5)
+    assert (reader.finish(), reader.errors) == (seen, [])
+
+
+def test_alternate_goes_on_where_a_former_run_stopped(pair, refresh, put_csv, admin):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    prefix = put_csv({"a.csv": "n\n1\nx\n2\n"})
+    code, _, err = finish(refresh(prefix, REFRESH_STRATEGY="alternate"))
+    assert code == 3, err
+    assert (live(admin, alias), count(admin, primary)) == ([primary], 3)
+    code, _, err = finish(refresh(prefix, REFRESH_STRATEGY="alternate", MAX_REJECTS="1", DOCUMENT_COUNT_THRESHOLD="50"))
+    assert code == 0, err
+    assert (live(admin, alias), count(admin, primary), count(admin, secondary)) == ([secondary], 3, 2)
+
+
+def test_alternate_does_not_stumble_over_a_column_that_the_nights_have_typed_differently(pair, refresh, put_csv, admin):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=2)
+    for cell, live_index in ("1", secondary), ("1.5", primary), ("2", secondary):
+        prefix = put_csv({"a.csv": f"n,x\n1,{cell}\n2,{cell}\n"})
+        code, _, err = finish(refresh(prefix, REFRESH_STRATEGY="alternate"))
+        assert code == 0, err
+        assert live(admin, alias) == [live_index]
 
 
 def test_two_refreshes_in_a_row_carry_a_new_column_to_both_indices(pair, refresh, put_csv, admin):

@@ -34,6 +34,23 @@ PUT /primary/_settings
 PUT /primary/_mapping
 POST /_aliases
 """.split("\n")[1:-1]
+CHEAP_CHANGES = """
+PUT /secondary/_mapping
+PUT /secondary/_settings
+PUT /secondary-recreate
+PUT /secondary
+DELETE /secondary
+PUT /secondary
+DELETE /secondary-recreate
+POST /secondary/_bulk
+POST /secondary/_bulk
+POST /secondary/_bulk
+POST /secondary/_bulk
+POST /secondary/_bulk
+PUT /secondary/_settings
+PUT /secondary/_mapping
+POST /_aliases
+""".split("\n")[1:-1]  # alternate, recreate
 SHORT = {3, 6, 12}  # of each kind one: a task, the alias, a part of the data
 
 
@@ -94,6 +111,37 @@ def test_killed_at_a_change(world, at, when):
     world.heal()
 
 
+# --- the cheap way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cheap(world, may_recreate):
+    world.go_the_cheap_way()
+    return world
+
+
+def test_the_list_of_cheap_changes_is_complete(cheap):
+    counter = Counter(cheap)
+    cheap.expect(cheap.refresh(), code=0)
+    assert cheap.owners() == [cheap.secondary]
+    cheap.assert_done()
+    assert counter.seen == CHEAP_CHANGES
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "at", [pytest.param(at, marks=() if at == 5 else pytest.mark.long) for at in range(1, len(CHEAP_CHANGES) + 1)]
+)
+def test_killed_at_a_cheap_change(cheap, at, when):
+    process: list[subprocess.Popen[str]] = []
+    counter = Counter(cheap, at, when, kill_group(process))
+    process.append(cheap.start())
+    run = cheap.finish(process[0])
+    assert run.code == -signal.SIGKILL
+    assert len(counter.seen) >= at
+    cheap.heal()
+
+
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
@@ -122,6 +170,18 @@ def signal_cases() -> list[Any]:
         pytest.param(number, whom, at, marks=() if (number, whom, at) in short else pytest.mark.long)
         for number in SIGNALS for whom in ("group", "runner", "step") for at in PLACES
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("at", [pytest.param(at, marks=() if at == 5 else pytest.mark.long) for at in range(3, 9)])
+def test_stopped_by_a_signal_while_an_index_is_recreated(cheap, at, number):
+    process: list[subprocess.Popen[str]] = []
+    counter = Counter(cheap, at, "during", lambda: send(number, "group", process))
+    process.append(cheap.start())
+    run = cheap.finish(process[0])
+    cheap.expect(run, code=SIGNALS[number], message=number.name)
+    assert len(counter.seen) >= at
+    cheap.heal()
 
 
 @pytest.mark.parametrize(("number", "whom", "at"), signal_cases())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,10 @@ def eventually(look: Callable[[], Any], seconds: float = 90) -> Any:
 def add_role(node: sandbox.OpenSearch) -> None:
     if sandbox.SECURE:
         node.request("PUT", "/_plugins/_security/api/roles/tests", sandbox.refresh_role(TEST_PATTERNS))
-        node.request("PUT", "/_plugins/_security/api/rolesmapping/tests", {"users": [sandbox.USER]})
+        permissions = [{"index_patterns": TEST_PATTERNS, "allowed_actions": sandbox.RECREATE_PERMISSIONS}]
+        node.request("PUT", "/_plugins/_security/api/roles/recreate", {"index_permissions": permissions})
+        for role in ("tests", "recreate"):
+            node.request("PUT", f"/_plugins/_security/api/rolesmapping/{role}", {"users": [sandbox.USER]})
 
 
 def revive(nodes: Nodes) -> None:
@@ -219,6 +223,23 @@ def test_node_away_between_steps(world, node, step, following):
     world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: {following}")
     assert_outage_seen(world, run)
     world.heal()
+
+
+@pytest.mark.long
+def test_a_standby_that_has_lost_its_data_is_recreated(world, node):
+    world.go_the_cheap_way()
+    uuid = world.admin("GET", f"/{world.secondary}")[world.secondary]["settings"]["index"]["uuid"]
+    node.kill()
+    shutil.rmtree(node.run / "data" / "nodes" / "0" / "indices" / uuid / "0")
+    node.start()
+    node.wait()
+    health = f"/_cluster/health/{world.secondary}"
+    assert world.admin("GET", health)["status"] == "red"
+    run = finish(world, world.start(**PATIENCE))
+    world.expect(run, code=0)
+    assert f"deleting all documents from {world.secondary}" in run.log
+    assert (world.owners(), world.admin("GET", health)["status"]) == ([world.secondary], "yellow")
+    world.assert_done()
 
 
 # --- one of three -----------------------------------------------------------------------------------------------------

@@ -169,6 +169,11 @@ class Breaker:
     def set(self, limit: str | None) -> None:
         self.world.admin("PUT", "/_cluster/settings", {"transient": {BREAKER: limit}})
 
+    def pardon_reader(self) -> None:
+        """Forget what it was refused: the breaker is the server's own, and counts the bytes of all."""
+        errors = self.world.reader.errors
+        errors[:] = [error for error in errors if "circuit_breaking_exception" not in error]
+
     def __call__(self, exchange: Exchange) -> None:
         if exchange.nth == 1:
             self.set("1500b")  # counted twice: ten documents are too much, what readers ask is not
@@ -195,6 +200,7 @@ def test_a_circuit_breaker_that_closes_again_is_waited_for(world, breaker):
     world.expect(run, code=0)
     assert breaker.tripped >= 5
     assert "circuit_breaking_exception" in run.log
+    breaker.pardon_reader()
     world.assert_done()
 
 
@@ -204,6 +210,7 @@ def test_a_circuit_breaker_that_stays_open_ends_the_run_with_its_reason(world, b
     world.expect(world.refresh(RETRY_SECONDS="3"), code=1, message=message)
     assert breaker.tripped > 3
     breaker.set(None)
+    breaker.pardon_reader()
     world.heal()
 
 
@@ -215,7 +222,7 @@ def block(world: World, index: str, value: bool | None = True) -> None:
 
 
 def assert_still_blocked(world: World, index: str) -> None:
-    assert world.state(index)["settings"]["index"]["blocks"] == {"read_only_allow_delete": "true"}
+    assert world.state(index)["settings"]["blocks"] == {"read_only_allow_delete": "true"}
 
 
 def test_a_disk_that_fills_up_during_the_load_ends_the_run_soon(world):

@@ -1,0 +1,357 @@
+"""Emptying an index by dropping and creating it: the same index afterwards, whatever comes in between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+
+import bulkupdate
+import index_cleanup
+import opensearch_base_manager as base
+import pytest
+import reindex
+import sandbox
+from conftest import Reader, count, sources, state_of
+from fault_proxy import Exchange, after, answer, before, lost_answer
+
+NUMBER = {"n": {"type": "long"}}
+SETTINGS = {
+    "number_of_shards": 2, "number_of_replicas": 1, "refresh_interval": "7s",
+    "analysis": {"analyzer": {"own": {"type": "custom", "tokenizer": "standard", "filter": ["lowercase"]}}},
+}  # fmt: skip
+MAPPING = {"dynamic": "strict", "_meta": {"owner": "somebody"}}
+PROPERTIES = {**NUMBER, "text": {"type": "text", "analyzer": "own"}}
+secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
+
+
+@pytest.fixture
+def index(make_index, may_recreate):
+    return make_index("index", PROPERTIES, docs=3, settings=SETTINGS, **MAPPING)
+
+
+@pytest.fixture
+def recreate(run):
+    return lambda index, *more: run(index_cleanup, "--index", index, "--method", "recreate", *more)
+
+
+def definition(admin, index):
+    found = admin("GET", f"/{index}")[index]
+    own = {name: value for name, value in found["settings"]["index"].items()
+           if name not in ("uuid", "creation_date", "provided_name", "version")}  # fmt: skip
+    return {**found, "settings": own}
+
+
+def uuid_of(admin, index):
+    return admin("GET", f"/{index}")[index]["settings"]["index"]["uuid"]
+
+
+def exists(admin, index):
+    return index in admin("GET", f"/{index}*/_settings")
+
+
+def kinds_of(proxy):
+    """Return the requests that change whole indices, with the index called X."""
+    return [(method, path.split("?")[0].rsplit("-index", 1)[-1]) for method, path, _ in proxy.requests
+            if method == "DELETE" or (method == "PUT" and path.count("/") == 1)]  # fmt: skip
+
+
+# --- it is the same index, empty --------------------------------------------------------------------------------------
+
+
+def test_an_index_is_dropped_and_created_with_the_same_definition(index, recreate, admin, proxy):
+    wanted, former = definition(admin, index), uuid_of(admin, index)
+    outcome = recreate(index)
+    assert outcome.code == 0, outcome.err
+    assert (outcome.result["deleted"], outcome.result["documents"]) == (3, 0)
+    assert definition(admin, index) == wanted
+    assert uuid_of(admin, index) != former
+    assert count(admin, index) == 0
+    assert not exists(admin, f"{index}-recreate")
+    assert proxy.seen("POST", "_delete_by_query") == []
+    # the sibling, the try that cannot succeed, the drop, the index, and the sibling goes
+    assert kinds_of(proxy) == [("PUT", "-recreate"), ("PUT", ""), ("DELETE", ""), ("PUT", ""), ("DELETE", "-recreate")]
+
+
+def test_the_variable_makes_loads_and_copies_recreate_the_index(
+    index, make_index, run, put_csv, admin, proxy, monkeypatch
+):
+    monkeypatch.setenv("CLEANUP_METHOD", "recreate")
+    wanted, prefix = definition(admin, index), put_csv({"a.csv": "n\n7\n8\n"})
+    load = ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index]
+    assert run(bulkupdate, *load).code == 0
+    assert sources(admin, index) == [{"n": 7}, {"n": 8}]
+    source = make_index("source", PROPERTIES, docs=5, settings=SETTINGS, **MAPPING)
+    assert run(reindex, "--source", source, "--target", index).code == 0
+    assert count(admin, index) == 5
+    assert definition(admin, index) == wanted
+    assert proxy.seen("POST", "_delete_by_query") == []
+
+
+@pytest.mark.parametrize("script", [index_cleanup, bulkupdate, reindex])
+def test_an_unknown_method_ends_with_2(script, run, monkeypatch, put_csv, make_index, name):
+    monkeypatch.setenv("CLEANUP_METHOD", "burn")
+    arguments = {
+        index_cleanup: ["--index", name()], reindex: ["--source", name("a"), "--target", name("b")],
+        bulkupdate: ["--bucket", sandbox.BUCKET, "--prefix", "x", "--index", name()],
+    }[script]  # fmt: skip
+    outcome = run(script, *arguments)
+    assert outcome.code == 2
+    assert "'burn' is neither delete nor recreate" in outcome.err
+
+
+def test_a_live_index_is_refused_untouched(index, name, recreate, admin):
+    admin("POST", "/_aliases", {"actions": [{"add": {"index": index, "alias": name("alias")}}]})
+    before = state_of(admin, index)
+    outcome = recreate(index)
+    assert outcome.code == 4
+    assert state_of(admin, index) == before
+
+
+def test_an_alias_that_comes_right_before_the_drop_is_seen(index, name, recreate, admin, proxy):
+    add = {"actions": [{"add": {"index": index, "alias": name("alias")}}]}
+    proxy.on("PUT", f"^/{index}-recreate", after(lambda: admin("POST", "/_aliases", add)))
+    outcome = recreate(index)
+    assert outcome.code == 4, outcome.err
+    assert count(admin, index) == 3
+    assert not exists(admin, f"{index}-recreate")
+
+
+# --- what forbids it: the documents are deleted instead ---------------------------------------------------------------
+
+
+def assert_deleted_instead(outcome, admin, index, former, reason):
+    assert outcome.code == 0, outcome.err
+    assert f"index {index} cannot be recreated, its documents are deleted one by one" in outcome.err
+    assert reason in outcome.err
+    assert (uuid_of(admin, index), count(admin, index)) == (former, 0)
+
+
+@secured
+@pytest.mark.parametrize("missing", ["indices:admin/create", "indices:admin/delete"])
+def test_without_a_permission_nothing_is_dropped(missing, index, may_recreate, recreate, admin):
+    may_recreate(*(set(sandbox.RECREATE_PERMISSIONS) - {missing}))
+    former = uuid_of(admin, index)
+    outcome = recreate(index, "--no-force-merge")
+    assert_deleted_instead(outcome, admin, index, former, missing)
+    if missing == "indices:admin/delete":
+        assert f"the empty index {index}-recreate stays" in outcome.err
+
+
+def test_an_index_named_like_the_sibling_is_left_alone(index, make_index, recreate, admin):
+    other = make_index("index-recreate", NUMBER, docs=2, alias=f"{index}-of-somebody")
+    former, before = uuid_of(admin, index), state_of(admin, other)
+    outcome = recreate(index, "--no-force-merge")
+    assert_deleted_instead(outcome, admin, index, former, "resource_already_exists_exception")
+    assert state_of(admin, other) == before
+
+
+def test_a_running_snapshot_forbids_the_drop(index, make_index, recreate, admin, box, name):
+    large = make_index("large", {"text": {"type": "keyword"}})
+    noise = random.Random(1)
+    lines = "".join(f'{{"index":{{}}}}\n{{"text":"{noise.randbytes(200).hex()}"}}\n' for _ in range(2000))
+    admin("POST", f"/{large}/_bulk?refresh=true", data=lines, headers={"Content-Type": "application/x-ndjson"})
+    slow = {"location": str(box.server.run / "snapshots"), "max_snapshot_bytes_per_sec": "20kb"}
+    admin("PUT", f"/_snapshot/{name('repo')}", {"type": "fs", "settings": slow})
+    former = uuid_of(admin, index)
+    try:
+        admin("PUT", f"/_snapshot/{name('repo')}/one", {"indices": f"{index},{large}"})
+        outcome = recreate(index, "--no-force-merge")
+        assert_deleted_instead(outcome, admin, index, former, "snapshot_in_progress_exception")
+        assert not exists(admin, f"{index}-recreate")
+    finally:
+        admin("DELETE", f"/_snapshot/{name('repo')}/one")
+        admin("DELETE", f"/_snapshot/{name('repo')}")
+
+
+@pytest.fixture
+def template(admin, name):
+    """Make an index template for a pattern, with whatever it brings."""
+    admin_of = []
+
+    def make(pattern, **brings):
+        admin("PUT", f"/_index_template/{name('template')}", {"index_patterns": [pattern], "template": brings})
+        admin_of.append(name("template"))
+
+    yield make
+    for made in admin_of:
+        with contextlib.suppress(RuntimeError):  # the test has deleted it
+            admin("DELETE", f"/_index_template/{made}")
+
+
+@pytest.mark.parametrize("brings", ["alias", "setting", "field"])
+def test_a_template_that_would_change_the_new_index_is_found_beforehand(brings, index, template, recreate, admin, name):
+    live = name("alias")
+    template(f"{index}*", **{
+        "alias": {"aliases": {live: {}}}, "setting": {"settings": {"index.codec": "best_compression"}},
+        "field": {"mappings": {"properties": {"more": {"type": "long"}}}},
+    }[brings])  # fmt: skip
+    former = uuid_of(admin, index)
+    outcome = recreate(index, "--no-force-merge")
+    assert_deleted_instead(outcome, admin, index, former, "index template")
+    assert not exists(admin, f"{index}-recreate")
+
+
+@pytest.mark.parametrize("brings", ["alias", "setting"])
+def test_an_index_that_a_template_for_its_name_alone_changes_stays_away_until_the_template_is_changed(
+    brings, index, make_index, template, recreate, admin, name, box
+):
+    live, wanted = name("alias"), definition(admin, index)
+    other = make_index("other", NUMBER, docs=4, alias=live)
+    template(index, **{"alias": {"aliases": {live: {}}}, "setting": {"settings": {"index.codec": "default"}}}[brings])
+    reader = Reader(box.server.endpoint, live, "n")
+    reader.start()
+    for _ in range(2):
+        outcome = recreate(index)
+        assert outcome.code == 1
+        assert f"an index template gives a new index {index}" in outcome.last
+        assert list(admin("GET", f"/_alias/{live}")) == [other]
+        assert list(admin("GET", f"/{index}*")) == [f"{index}-recreate"]
+    assert (reader.finish(), reader.errors) == ([(4, 6.0)], [])
+    admin("DELETE", f"/_index_template/{name('template')}")
+    assert recreate(index).code == 0
+    assert definition(admin, index) == wanted
+    assert list(admin("GET", f"/{index}*")) == [index]
+
+
+# --- lost answers, and runs that died ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", "index-recreate"), ("DELETE", "index"), ("PUT", "index"),
+                                              ("DELETE", "index-recreate")])  # fmt: skip
+@pytest.mark.parametrize("fault", [lost_answer, answer(504, "<html>Gateway Time-out</html>")])
+def test_a_lost_answer_is_got_over_and_no_drop_is_sent_twice(method, path, fault, index, recreate, admin, proxy, name):
+    def lost(exchange: Exchange) -> None:
+        exchange.forward()
+        fault(exchange) if fault is not lost_answer else exchange.drop()
+
+    wanted = definition(admin, index)
+    skip = 1 if (method, path) == ("PUT", "index") else 0  # the first one is the try that cannot succeed
+    rule = proxy.on(method, f"^/{name(path)}$", lost, skip=skip)
+    outcome = recreate(index)
+    assert outcome.code == 0, outcome.err
+    assert rule.seen > skip
+    assert definition(admin, index) == wanted
+    assert len(proxy.seen("DELETE", f"^/{index}$")) == 1
+    assert not exists(admin, f"{index}-recreate")
+
+
+def test_a_drop_that_arrives_late_costs_nothing(index, recreate, admin, proxy, run):
+    """The answer is lost and the index is still there: nobody goes on, and the sibling keeps the definition."""
+    wanted = definition(admin, index)
+    proxy.on("DELETE", f"^/{index}$", Exchange.drop)
+    outcome = recreate(index)
+    assert outcome.code == 1, outcome.err
+    assert f"DELETE /{index}" in outcome.last
+    assert exists(admin, f"{index}-recreate")
+    admin("DELETE", f"/{index}")  # it arrives
+    assert recreate(index).code == 0
+    assert definition(admin, index)["settings"] == wanted["settings"]
+    assert not exists(admin, f"{index}-recreate")
+
+
+@pytest.fixture
+def dropped(index, recreate, proxy, admin):
+    """An index that is missing, since a run died between the drop and the creation; and what it was."""
+    wanted = definition(admin, index)
+    dead = proxy.on("PUT", f"^/{index}$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
+                    skip=1, times=None)  # fmt: skip
+    outcome = recreate(index)
+    assert outcome.code == 1, outcome.err
+    assert f"index {index} is not put back yet, the next run does it" in outcome.err
+    assert not exists(admin, f"{index}") or list(admin("GET", f"/{index}*/_settings")) == [f"{index}-recreate"]
+    proxy.rules.remove(dead)
+    return wanted
+
+
+def commands(index, make_index, put_csv, properties):
+    source = make_index("source", properties, docs=2, settings=SETTINGS, **MAPPING)
+    prefix = put_csv({"a.csv": "n\n7\n8\n"})
+    return {
+        "cleanup": (index_cleanup, "--index", index), "copy": (reindex, "--source", source, "--target", index),
+        "load": (bulkupdate, "--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "documents"), [("cleanup", 0), ("copy", 2), ("load", 2)])
+@pytest.mark.parametrize("method", ["delete", "recreate"])
+def test_the_next_run_puts_the_index_back(
+    script, documents, method, dropped, index, make_index, put_csv, run, admin, monkeypatch
+):
+    monkeypatch.setenv("CLEANUP_METHOD", method)
+    outcome = run(*commands(index, make_index, put_csv, PROPERTIES)[script])
+    assert outcome.code == 0, outcome.err
+    assert f"index {index} is missing: a run died between dropping and creating it" in outcome.err
+    assert definition(admin, index) == dropped
+    assert count(admin, index) == documents
+    assert not exists(admin, f"{index}-recreate")
+
+
+@pytest.mark.parametrize("script", ["cleanup", "copy", "load"])
+def test_a_dry_run_meets_a_missing_index_and_changes_nothing(
+    script, dropped, index, make_index, put_csv, run, admin, proxy
+):
+    command = commands(index, make_index, put_csv, PROPERTIES)[script]
+    proxy.requests.clear()
+    outcome = run(*command, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert f"index {index} is missing" in outcome.err
+    assert {method for method, path, _ in proxy.requests if not path.endswith("_refresh")} == {"GET"}
+
+
+def test_the_sibling_of_a_run_that_died_before_the_drop_is_no_obstacle(index, recreate, admin, proxy):
+    wanted = definition(admin, index)
+    proxy.on("DELETE", f"^/{index}$", Exchange.drop)
+    assert recreate(index).code == 1
+    outcome = recreate(index)
+    assert outcome.code == 0, outcome.err
+    assert definition(admin, index) == wanted
+    assert not exists(admin, f"{index}-recreate")
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", "-recreate"), ("DELETE", "")])
+def test_an_index_that_somebody_drops_meanwhile_is_a_failure_and_put_back(method, path, index, recreate, admin, proxy):
+    """Such as the late drop of a former run."""
+    wanted = definition(admin, index)
+    proxy.on(method, f"^/{index}{path}$", before(lambda: admin("DELETE", f"/{index}")))
+    outcome = recreate(index)
+    assert outcome.code == 1, outcome.err
+    assert recreate(index).code == 0
+    assert definition(admin, index) == wanted
+    assert not exists(admin, f"{index}-recreate")
+
+
+def test_a_drop_that_the_cluster_has_no_time_for_is_not_sent_again(index, recreate, admin, proxy):
+    former = uuid_of(admin, index)
+    proxy.on("DELETE", f"^/{index}$", answer(429, {"error": {"type": "busy", "reason": "too many requests"}}))
+    assert_deleted_instead(recreate(index, "--no-force-merge"), admin, index, former, "too many requests")
+    assert len(proxy.seen("DELETE", f"^/{index}$")) == 1
+
+
+def test_a_stop_before_the_drop_leaves_no_sibling(index, recreate, admin, proxy):
+    wanted = definition(admin, index)
+    stop = after(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    proxy.on("PUT", f"^/{index}-recreate$", stop)
+    outcome = recreate(index)
+    assert outcome.code == 143, outcome.err
+    assert not exists(admin, f"{index}-recreate")
+    assert (definition(admin, index)["settings"], count(admin, index)) == (wanted["settings"], 3)
+
+
+def test_a_note_of_an_unfinished_load_comes_along(index, recreate, admin, run, put_csv, proxy, monkeypatch):
+    """A load that dies between drop and creation leaves the mark of an unfinished index in what is put back."""
+    monkeypatch.setenv("CLEANUP_METHOD", "recreate")
+    prefix = put_csv({"a.csv": "n\n7\n"})
+    dead = proxy.on("PUT", f"^/{index}$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
+                    skip=1, times=None)  # fmt: skip
+    load = ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index]
+    wanted = definition(admin, index)
+    assert run(bulkupdate, *load).code == 1
+    kept = admin("GET", f"/{index}-recreate")[f"{index}-recreate"]
+    assert base.SUITE in kept["mappings"]["_meta"]
+    assert kept["settings"]["index"]["refresh_interval"] == "-1"
+    proxy.rules.remove(dead)
+    assert run(bulkupdate, *load).code == 0
+    assert definition(admin, index) == wanted
+    assert sources(admin, index) == [{"n": 7}]
