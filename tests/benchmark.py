@@ -481,11 +481,39 @@ def copies(bench: Bench, rounds: int) -> None:
     print(f"\nreindex.py {spread(script.seconds)} s, the bare task {spread(bare.seconds)} s, ratio {spread(both)}")
 
 
-def whole_refresh(bench: Bench) -> None:
+def whole_refresh(bench: Bench, rounds: int) -> None:
+    """Compare the two strategies by whole refreshes of the flights, and show the steps of the last ones."""
+    classic, cheap, loads, tables = list[float](), list[float](), list[float](), dict[str, str]()
     bench.fresh_index(flights())
-    done = subprocess.run([str(TOP / "run_refresh.sh")], capture_output=True, text=True)
+    for _ in range(rounds):
+        seconds, tables["copy-back, delete"], results = refresh(bench)
+        classic.append(seconds)
+        loads.append(next(found["seconds"] for found in results if "stored" in found))
+        for _ in range(2):  # there and back: the next round begins with readers on primary
+            seconds, tables["alternate, recreate"], _ = refresh(
+                bench, REFRESH_STRATEGY="alternate", CLEANUP_METHOD="recreate"
+            )
+            cheap.append(seconds)
+    for name, table in tables.items():
+        print(f"\n{name}\n{table}")
+    beyond = [both - load for load, pair in zip(loads, zip(cheap[::2], cheap[1::2])) for both in pair]
+    print(f"copy-back {spread(classic)} s, its load {spread(loads)} s; alternate with recreate {spread(cheap)} s, "
+          f"{spread(beyond)} s more than the load of copy-back")  # fmt: skip
+
+
+def refresh(bench: Bench, **variables: str) -> tuple[float, str, list[dict[str, Any]]]:
+    """Run one refresh without pauses; return its seconds, its closing table, and what the steps have answered."""
+    with tempfile.TemporaryDirectory() as logs:
+        began = time.monotonic()
+        done = subprocess.run(
+            [str(TOP / "run_refresh.sh")], capture_output=True, text=True,
+            env={**os.environ, **variables, "STEP_DELAY_SECONDS": "0", "LOG_DIR": logs},
+        )  # fmt: skip
+        seconds = time.monotonic() - began
+        log = next(Path(logs).glob("refresh-*.log")).read_text()
     bench.wrong |= done.returncode != 0
-    print(f"\n{done.stdout or done.stderr}")
+    results = [json.loads(line[2:]) for line in log.splitlines() if line.startswith("> {")]
+    return seconds, done.stdout or done.stderr, results
 
 
 def main() -> int:
@@ -495,6 +523,7 @@ def main() -> int:
     parser.add_argument("--chart", type=Path, help="draw the medians as SVG into this file")
     parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--prefix", help=argparse.SUPPRESS)
+    parser.add_argument("--refresh", action="store_true", help="only whole refreshes, by both strategies")
     parser.add_argument("--memory", action="store_true", help="only peak memory, up to 3 GB of CSV (ten minutes)")
     parser.add_argument("--delay-line", nargs=3, type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -506,6 +535,9 @@ def main() -> int:
     if args.loader:
         LOADERS[args.loader](bench.s3, bench.endpoint, args.prefix)
         return 0
+    if args.refresh:
+        whole_refresh(bench, args.rounds)
+        return int(bench.wrong)
     if args.memory:
         memory(bench)
         return int(bench.wrong)
@@ -517,7 +549,7 @@ def main() -> int:
         stages(bench, data)
     with_latency(bench, flights(), 3)
     copies(bench, 3)
-    whole_refresh(bench)
+    whole_refresh(bench, 3)
     if args.chart:
         draw(results, args.chart)
     return int(bench.wrong)

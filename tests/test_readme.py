@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import bulkupdate
@@ -41,9 +44,8 @@ def test_each_flag_is_mentioned(script):
 
 
 def test_the_role_is_the_one_that_the_tests_run_with():
-    found = re.search(r"api/roles/refresh.*?-d '\n(\{.*?\n\})'", README, re.S)
-    assert found
-    role = json.loads(found[1])
+    role, recreate = [json.loads(text) for text in re.findall(r"api/roles/refresh.*?-d '\n(\{.*?\n\})'", README, re.S)]
+    assert recreate == sandbox.recreate_role(["my_index_primary", "my_index_secondary"])
     expected = sandbox.refresh_role(["my_index_primary", "my_index_secondary", "my_index_alias"])
     assert sorted(role["cluster_permissions"]) == sorted(expected["cluster_permissions"])
     (mine,), (theirs,) = role["index_permissions"], expected["index_permissions"]
@@ -77,6 +79,29 @@ def test_every_exit_code_of_the_base_manager_is_in_the_table():
 
     codes = {error.exit_code for error in base.RefreshError.__subclasses__()} | {base.RefreshError.exit_code}
     assert all(re.search(rf"^\| {code} \|", README, re.M) for code in codes)
+
+
+# what has tests of its own, or needs an installation and a schedule of its own
+NOT_RUN = ("tests/sandbox.sh ", "tests/run.sh", "python3 -m venv")
+
+
+@pytest.mark.timeout(900)
+def test_each_command_that_can_run_does_one_after_the_other(tmp_path):
+    """In a sandbox of its own, in which the names of the README stand for real indices, alias and objects."""
+    with sandbox.running() as own:
+        variables = {
+            **os.environ, **own.environment, "ENDPOINT": own.server.endpoint,
+            "ADMIN": f"{sandbox.ADMIN}:{sandbox.ADMIN_PASSWORD}",
+            "LOG_DIR": str(tmp_path / "logs"), "LOCK_DIR": str(tmp_path / "locks"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHON": sys.executable,
+        }  # fmt: skip
+        for block in BASH:
+            if not block.startswith(NOT_RUN):
+                done = subprocess.run(
+                    ["bash", "-euc", block], env=variables, cwd=TOP, capture_output=True, text=True, timeout=200
+                )
+                assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+                assert "has failed" not in done.stdout
 
 
 def test_each_output_is_there():

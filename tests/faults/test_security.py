@@ -32,7 +32,7 @@ OWN_PASSWORD = "of-the-Test-only-2026!"
 # What a refresh does not fail without, and the script or state that does need it (a test of its own each, below).
 OTHERWISE = """
 cluster:admin/tasks/cancel indices:admin/mapping/put indices:admin/settings/update
-indices:admin/flush* indices:admin/forcemerge indices:monitor/stats
+indices:admin/flush* indices:admin/forcemerge indices:monitor/stats indices:admin/get
 """.split()
 NEEDED = [(kind, permission) for kind, permissions in
           (("cluster", sandbox.CLUSTER_PERMISSIONS), ("index", sandbox.INDEX_PERMISSIONS))
@@ -141,6 +141,18 @@ def test_settings_that_a_killed_run_left_cannot_be_put_back_without_the_permissi
     run = world.refresh(**account.login)
     world.expect(run, code=1, message=account.lacks("indices:admin/settings/update"))
     account.allow_all()
+    world.heal(**account.login)
+
+
+@secured
+@long
+def test_an_index_in_the_place_of_the_alias_is_not_known_for_one_without_the_permission_for_it(world, account):
+    account.take_away("index", "indices:admin/get")
+    by_name = {**account.login, "INDEX_ALIAS": world.primary}
+    world.expect(world.refresh(**by_name), code=1, message=f"alias {world.primary} does not exist")
+    world.expect(world.refresh(**account.login), code=0)
+    account.allow_all()
+    world.expect(world.refresh(**by_name), code=4, message=f"{world.primary} is the name of an index")
     world.heal(**account.login)
 
 
