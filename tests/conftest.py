@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ import opensearch_base_manager as base
 import sandbox
 from fault_proxy import FaultProxy
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and would be by all that is started here
 TEST_PATTERNS = ["t-*"]  # the names that tests may use; the role is the one that the scripts need
 SECURITY = "/_plugins/_security/api"
 counter = itertools.count(1)
