@@ -24,7 +24,9 @@ import opensearch_base_manager as base
 import sandbox
 from fault_proxy import FaultProxy
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and would be by all that is started here
+# under nohup and `&` they are ignored, and would be by all that is started here
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 TEST_PATTERNS = ["t-*"]  # the names that tests may use; the role is the one that the scripts need
 SECURITY = "/_plugins/_security/api"
 counter = itertools.count(1)
