@@ -194,19 +194,27 @@ def drop_index(manager: OpenSearchBaseManager, index: str) -> None:
 
 
 def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping[str, Any]) -> None:
-    """Create an index, and read it back. Raises RefreshError, and drops it again, when it became another one."""
+    """Create an index, and read it back.
+
+    Raises RefreshError when it is not what was asked for; it is dropped again if it was certainly created here.
+    """
+    exists: RequestFailed | None = None
     try:
         manager.request("PUT", f"/{index}", definition)
-    except RequestFailed as error:  # it may exist by a sending whose answer was lost
-        if error.kind != EXISTS or read_definition(manager, index) != definition:
+    except RequestFailed as error:
+        if error.kind != EXISTS:
             raise
+        exists = error  # by a sending whose answer was lost, or by somebody who may have moved readers to it since
     aliases = manager._check_index_aliases(index)
-    if aliases or read_definition(manager, index) != definition:
-        manager.request("DELETE", f"/{index}", accept=[404])
-        brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
-        raise RefreshError(
-            f"an index template gives a new index {index} {brought}, so it is dropped again; change the template"
-        )
+    if not aliases and read_definition(manager, index) == definition:
+        return
+    if exists:
+        raise exists
+    manager.request("DELETE", f"/{index}", accept=[404])
+    brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
+    raise RefreshError(
+        f"an index template gives a new index {index} {brought}, so it is dropped again; change the template"
+    )
 
 
 def drop_sibling(manager: OpenSearchBaseManager, index: str) -> None:

@@ -28,7 +28,7 @@ from fault_proxy import FaultProxy
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 TEST_PATTERNS = ["t-*"]  # the names that tests may use; the role is the one that the scripts need
-SECURITY = "/_plugins/_security/api"
+secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 counter = itertools.count(1)
 
 
@@ -47,8 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def box() -> Iterator[sandbox.Sandbox]:
     with sandbox.running() as running:
         if sandbox.SECURE:
-            running.server.request("PUT", f"{SECURITY}/roles/tests", sandbox.refresh_role(TEST_PATTERNS))
-            running.server.request("PUT", f"{SECURITY}/rolesmapping/tests", {"users": [sandbox.USER]})
+            running.server.grant("tests", sandbox.refresh_role(TEST_PATTERNS))
         yield running
 
 
@@ -230,21 +229,19 @@ def put_csv(box: sandbox.Sandbox, name: Callable[[str], str]) -> Callable[..., s
 
 
 @pytest.fixture
-def may_recreate(admin: Callable[..., Any]) -> Iterator[Callable[..., None]]:
+def may_recreate(box: sandbox.Sandbox) -> Iterator[Callable[..., None]]:
     """Let the scripts' user drop and create indices too; with arguments, only what they name."""
     if not sandbox.SECURE:
         yield lambda *actions: None
         return
 
     def allow(*actions: str) -> None:
-        permissions = [{"index_patterns": TEST_PATTERNS, "allowed_actions": actions}]
-        admin("PUT", f"{SECURITY}/roles/recreate", {"index_permissions": permissions})
-        admin("PUT", f"{SECURITY}/rolesmapping/recreate", {"users": [sandbox.USER]})
+        box.server.grant("recreate", sandbox.recreate_role(TEST_PATTERNS, actions))
 
     allow(*sandbox.RECREATE_PERMISSIONS)
     yield allow
-    admin("DELETE", f"{SECURITY}/rolesmapping/recreate")
-    admin("DELETE", f"{SECURITY}/roles/recreate")
+    for kind in ("rolesmapping", "roles"):
+        box.server.request("DELETE", f"{sandbox.SECURITY}/{kind}/recreate")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ JAVA = ["-Xms1g", "-Xmx1g"]
 SMALL_JAVA = ["-Xms512m", "-Xmx512m", "-XX:TieredStopAtLevel=1"]  # for nodes that start often and do little
 START_TIMEOUT_S = 180  # a cold disk and a busy machine; usually 8 s
 
+SECURITY = "/_plugins/_security/api"
 USER, PASSWORD = "refresh", """p@ss: "w'o\\rd" $HOME `#1` %41 {ü€} =;&?/"""
 ADMIN, ADMIN_PASSWORD = "admin", "sandbox-only"
 PRIMARY, SECONDARY, ALIAS = "my_index_primary", "my_index_secondary", "my_index_alias"
@@ -256,9 +257,9 @@ def refresh_role(patterns: list[str]) -> dict[str, Any]:
     }
 
 
-def recreate_role(indices: list[str]) -> dict[str, Any]:
+def recreate_role(indices: list[str], actions: Sequence[str] = RECREATE_PERMISSIONS) -> dict[str, Any]:
     patterns = [name for index in indices for name in (index, f"{index}-recreate")]
-    return {"index_permissions": [{"index_patterns": patterns, "allowed_actions": RECREATE_PERMISSIONS}]}
+    return {"index_permissions": [{"index_patterns": patterns, "allowed_actions": list(actions)}]}
 
 
 class OpenSearch:
@@ -332,6 +333,11 @@ class OpenSearch:
             raise RuntimeError(f"{method} {path}: {response.status_code} {response.text[:500]}")
         return response.json() if response.content else None
 
+    def grant(self, name: str, role: Mapping[str, Any], user: str = USER) -> None:
+        """Make a role, or replace it, and give it to a user, the scripts' own by default."""
+        self.request("PUT", f"{SECURITY}/roles/{name}", role)
+        self.request("PUT", f"{SECURITY}/rolesmapping/{name}", {"users": [user]})
+
     def wait(self) -> None:
         """Wait until the server answers its users. Raises RuntimeError, with the end of its log, when it does not."""
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -373,7 +379,7 @@ def cluster(count: int) -> Iterator[list[OpenSearch]]:
             node.wait()
         nodes[0].request("GET", f"/_cluster/health?wait_for_nodes={count}&timeout=100s")
         if SECURE:
-            nodes[0].request("PUT", f"/_plugins/_security/api/internalusers/{USER}", {"password": PASSWORD})
+            nodes[0].request("PUT", f"{SECURITY}/internalusers/{USER}", {"password": PASSWORD})
         yield nodes
 
 
@@ -434,7 +440,7 @@ def filled_data(home: Path) -> Path:
             try:
                 server.wait()
                 if SECURE:
-                    server.request("PUT", f"/_plugins/_security/api/internalusers/{USER}", {"password": PASSWORD})
+                    server.request("PUT", f"{SECURITY}/internalusers/{USER}", {"password": PASSWORD})
                 create_indices(server)
                 load_months(server, PRIMARY, month_files()[:LAST_LOADED_MONTH])
                 server.request("POST", "/_flush")

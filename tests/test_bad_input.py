@@ -15,10 +15,9 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import fill, state_of
+from conftest import TEST_PATTERNS, fill, secured, state_of
 from fault_proxy import FaultProxy, after, answer
 
-secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 OWN_PASSWORD = "of-the-Test-only-2026!"
 
 
@@ -232,16 +231,14 @@ def test_a_wrong_password_names_the_user(pair, run, connect):
         ("empty", "cluster:monitor/tasks/lists"),
     ],
 )  # fmt: skip
-def test_a_missing_permission_is_named_with_the_user(command, permission, pair, run, connect, admin, name):
+def test_a_missing_permission_is_named_with_the_user(command, permission, pair, run, connect, box, name):
     user = name("user")
-    role = copy.deepcopy(sandbox.refresh_role(["t-*"]))
+    role = copy.deepcopy(sandbox.refresh_role(TEST_PATTERNS))
     for actions in (role["cluster_permissions"], role["index_permissions"][0]["allowed_actions"]):
         if permission in actions:
             actions.remove(permission)
-    security = "/_plugins/_security/api"
-    admin("PUT", f"{security}/internalusers/{user}", {"password": OWN_PASSWORD})
-    admin("PUT", f"{security}/roles/{user}", role)
-    admin("PUT", f"{security}/rolesmapping/{user}", {"users": [user]})
+    box.server.request("PUT", f"{sandbox.SECURITY}/internalusers/{user}", {"password": OWN_PASSWORD})
+    box.server.grant(user, role, user)
     connect(user=user, password=OWN_PASSWORD)
     assert_says(run(*getattr(pair, command)), 1, "403", f"the role of user {user} lacks {permission}")
 

@@ -13,7 +13,7 @@ import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
-from conftest import Reader, count, sources, state_of
+from conftest import Reader, count, secured, sources, state_of
 from fault_proxy import Exchange, after, answer, before, lost_answer
 
 NUMBER = {"n": {"type": "long"}}
@@ -23,7 +23,6 @@ SETTINGS = {
 }  # fmt: skip
 MAPPING = {"dynamic": "strict", "_meta": {"owner": "somebody"}}
 PROPERTIES = {**NUMBER, "text": {"type": "text", "analyzer": "own"}}
-secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def exists(admin, index):
 
 
 def kinds_of(proxy):
-    """Return the requests that change whole indices, with the index called X."""
+    """Return the requests that change whole indices: the method, and what follows the name of the index."""
     return [(method, path.split("?")[0].rsplit("-index", 1)[-1]) for method, path, _ in proxy.requests
             if method == "DELETE" or (method == "PUT" and path.count("/") == 1)]  # fmt: skip
 
@@ -249,6 +248,25 @@ def test_a_drop_that_arrives_late_costs_nothing(index, recreate, admin, proxy, r
     assert recreate(index).code == 0
     assert definition(admin, index)["settings"] == wanted["settings"]
     assert not exists(admin, f"{index}-recreate")
+
+
+def test_an_index_that_another_run_has_created_and_made_live_meanwhile_is_not_dropped(
+    index, recreate, admin, proxy, name
+):
+    """The creation is answered by "already exists": it may be the other run's index, with readers on it."""
+    add = {"actions": [{"add": {"index": index, "alias": name("alias")}}]}
+
+    def lost(exchange: Exchange) -> None:
+        exchange.forward()
+        admin("POST", "/_aliases", add)
+        exchange.drop()
+
+    proxy.on("PUT", f"^/{index}$", lost, skip=1)
+    outcome = recreate(index)
+    assert outcome.code == 1, outcome.err
+    assert "resource_already_exists_exception" in outcome.last
+    assert list(admin("GET", f"/_alias/{name('alias')}")) == [index]
+    assert len(proxy.seen("DELETE", f"^/{index}$")) == 1
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fault_proxy import Exchange
 
-from .driver import World, changes_state
+from .driver import Run, World, changes_state
 
 # What a refresh changes, in this order; `primary` and `secondary` stand for the names of the indices.
 CHANGES = """
@@ -86,8 +87,20 @@ class Counter:
         return True
 
 
-def kill_group(process: list[subprocess.Popen[str]]) -> Callable[[], None]:
-    return lambda: os.killpg(process[0].pid, signal.SIGKILL)
+def run_and_act(world: World, at: int, when: str, act: Callable[[int], None]) -> Run:
+    """Run a refresh, and do something to the runner's process at one of its changes."""
+    process: list[subprocess.Popen[str]] = []
+    counter = Counter(world, at, when, lambda: act(process[0].pid))
+    process.append(world.start())
+    run = world.finish(process[0])
+    assert len(counter.seen) >= at  # other senders may have been faster
+    return run
+
+
+def assert_killed_and_healed(world: World, at: int, when: str) -> None:
+    run = run_and_act(world, at, when, lambda runner: os.killpg(runner, signal.SIGKILL))
+    assert run.code == -signal.SIGKILL
+    world.heal()
 
 
 def test_the_list_of_changes_is_complete(world):
@@ -102,13 +115,7 @@ def test_the_list_of_changes_is_complete(world):
     "at", [pytest.param(at, marks=() if at in SHORT else pytest.mark.long) for at in range(1, len(CHANGES) + 1)]
 )
 def test_killed_at_a_change(world, at, when):
-    process: list[subprocess.Popen[str]] = []
-    counter = Counter(world, at, when, kill_group(process))
-    process.append(world.start())
-    run = world.finish(process[0])
-    assert run.code == -signal.SIGKILL
-    assert len(counter.seen) >= at  # other senders may have been faster than the kill
-    world.heal()
+    assert_killed_and_healed(world, at, when)
 
 
 # --- the cheap way ---------------------------------------------------------------------------------------------------
@@ -133,13 +140,7 @@ def test_the_list_of_cheap_changes_is_complete(cheap):
     "at", [pytest.param(at, marks=() if at == 5 else pytest.mark.long) for at in range(1, len(CHEAP_CHANGES) + 1)]
 )
 def test_killed_at_a_cheap_change(cheap, at, when):
-    process: list[subprocess.Popen[str]] = []
-    counter = Counter(cheap, at, when, kill_group(process))
-    process.append(cheap.start())
-    run = cheap.finish(process[0])
-    assert run.code == -signal.SIGKILL
-    assert len(counter.seen) >= at
-    cheap.heal()
+    assert_killed_and_healed(cheap, at, when)
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
@@ -155,8 +156,7 @@ def step_of(runner: int) -> int:
     return int(step)
 
 
-def send(number: signal.Signals, whom: str, process: list[subprocess.Popen[str]]) -> None:
-    runner = process[0].pid
+def send(number: signal.Signals, whom: str, runner: int) -> None:
     if whom == "group":
         os.killpg(runner, number)
     else:
@@ -175,23 +175,15 @@ def signal_cases() -> list[Any]:
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("at", [pytest.param(at, marks=() if at == 5 else pytest.mark.long) for at in range(3, 9)])
 def test_stopped_by_a_signal_while_an_index_is_recreated(cheap, at, number):
-    process: list[subprocess.Popen[str]] = []
-    counter = Counter(cheap, at, "during", lambda: send(number, "group", process))
-    process.append(cheap.start())
-    run = cheap.finish(process[0])
+    run = run_and_act(cheap, at, "during", partial(send, number, "group"))
     cheap.expect(run, code=SIGNALS[number], message=number.name)
-    assert len(counter.seen) >= at
     cheap.heal()
 
 
 @pytest.mark.parametrize(("number", "whom", "at"), signal_cases())
 def test_stopped_by_a_signal_at_a_change(world, number, whom, at):
-    process: list[subprocess.Popen[str]] = []
-    counter = Counter(world, at, "during", lambda: send(number, whom, process))
-    process.append(world.start())
-    run = world.finish(process[0])
+    run = run_and_act(world, at, "during", partial(send, number, whom))
     world.expect(run, code=SIGNALS[number], message=number.name)
-    assert len(counter.seen) >= at
     assert world.tasks() == []
     settings = {index: world.state(index)["settings"] for index in (world.primary, world.secondary)}
     assert settings == {index: before["settings"] for index, before in world.before.items()}

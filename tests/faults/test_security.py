@@ -16,14 +16,12 @@ from pathlib import Path
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from conftest import fill
+from conftest import fill, secured
 from fault_proxy import HOP_BY_HOP, Exchange, FaultProxy, answer
 
 from .driver import OLD, SECRETS, TOP, World
 
-secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 long = pytest.mark.long
-SECURITY = "/_plugins/_security/api"
 OWN_PASSWORD = "of-the-Test-only-2026!"
 
 
@@ -44,21 +42,20 @@ class Account:
     """A user of one's own with the role of the README on the indices of one world, less what is taken away."""
 
     def __init__(self, world: World, user: str) -> None:
-        self.admin, self.user = world.admin, user
+        self.server, self.user = world.box.server, user
         self.whole = sandbox.refresh_role([world.primary, world.secondary, world.alias])
         self.login = {"OPENSEARCH_USERNAME": user, "OPENSEARCH_PASSWORD": OWN_PASSWORD}
-        self.admin("PUT", f"{SECURITY}/internalusers/{user}", {"password": OWN_PASSWORD})
+        self.server.request("PUT", f"{sandbox.SECURITY}/internalusers/{user}", {"password": OWN_PASSWORD})
         self.allow_all()
-        self.admin("PUT", f"{SECURITY}/rolesmapping/{user}", {"users": [user]})
 
     def allow_all(self) -> None:
-        self.admin("PUT", f"{SECURITY}/roles/{self.user}", self.whole)
+        self.server.grant(self.user, self.whole, self.user)
 
     def take_away(self, kind: str, permission: str) -> None:
         role = copy.deepcopy(self.whole)
         actions = role["cluster_permissions"] if kind == "cluster" else role["index_permissions"][0]["allowed_actions"]
         actions.remove(permission)
-        self.admin("PUT", f"{SECURITY}/roles/{self.user}", role)
+        self.server.grant(self.user, role, self.user)
 
     def lacks(self, permission: str) -> str:
         """Return what one line has to say: the user, and the action, where the role has a pattern."""
@@ -67,7 +64,7 @@ class Account:
 
     def delete(self) -> None:
         for kind in ("rolesmapping", "roles", "internalusers"):
-            self.admin("DELETE", f"{SECURITY}/{kind}/{self.user}")
+            self.server.request("DELETE", f"{sandbox.SECURITY}/{kind}/{self.user}")
 
 
 @pytest.fixture
