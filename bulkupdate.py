@@ -160,13 +160,14 @@ def look_at(item: S3Object, data: bytes, delimiter: str, known: Container[str]) 
 def header_of(item: S3Object, block: Block) -> list[str]:
     """Return the column names of an object. Raises Refused when they could not be field names."""
     if not block.rows or not block.rows[0] or isinstance(block.rows[0], Defect):
-        raise Refused(f"{item.key}: the first line is not a CSV header")
+        raise Refused(f"{item.key}: the first line is not a CSV header; add the column names")
     columns = [name.strip() for name in block.rows[0]]
     doubled = sorted({name for name in columns if columns.count(name) > 1 and name})
     if doubled:
-        raise Refused(f"{item.key}: doubled column names: {', '.join(doubled)}")
+        raise Refused(f"{item.key}: doubled column names: {', '.join(doubled)}; rename them")
     if wrong := [name for name in columns if not all(name.split(".")) or name in METADATA_FIELDS]:
-        raise Refused(f"{item.key}: the header has names that cannot be fields: {', '.join(map(repr, wrong))}")
+        names = ", ".join(map(repr, wrong))
+        raise Refused(f"{item.key}: the header has names that cannot be fields: {names}; rename them")
     return columns
 
 
@@ -238,7 +239,7 @@ class S3Body(io.RawIOBase):
                 delay = backoff_s(attempt)
                 place = f"s3://{self.bucket.name}/{self.item.key}, byte {self.position:,}"
                 if interrupted.is_set() or time.monotonic() - began + delay > self.patience_s:
-                    raise RefreshError(f"{place}: cannot be read on: {error}") from None
+                    raise RefreshError(f"{place}: cannot be read on: {error}; run again") from None
                 log.warning("%s: %s; reading on from there in %.1f s", place, error, delay)
                 attempt += 1
                 time.sleep(delay)
@@ -269,7 +270,7 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[str, bool]]:
         end = data.rfind(b"\n") + 1
         rest = data[end:]
         if len(rest) > MAX_LINE_BYTES:
-            raise OverflowError(f"a line does not end within {MAX_LINE_BYTES // MIB} MiB")
+            raise OverflowError(f"a line does not end within {MAX_LINE_BYTES // MIB} MiB; is it a CSV file?")
         if end:
             yield decode(data[:end])
     if rest:
@@ -288,10 +289,10 @@ class Defect(Exception):
 
 
 class OpenQuote(Exception):
-    """A quote that does not close: how many rows it swallowed, nobody knows."""
+    """A quote that does not close, in the record that begins on `line`: how many rows it swallowed, nobody knows."""
 
-    def __init__(self, line: int) -> None:
-        super().__init__(f"line {line}: a quote of the record that begins here is open")
+    def __init__(self, line: int, where: str) -> None:
+        super().__init__(f"line {line}: a quote of the record that begins here is open {where}; mend the file")
 
 
 @dataclass
@@ -328,7 +329,7 @@ def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
             if "end of data" in str(error):
                 return block, "\n".join(physical[start:])
             if "field limit" in str(error) and raw.count('"') % 2:
-                raise OpenQuote(first_line + start) from None
+                raise OpenQuote(first_line + start, f"after {MAX_CELL_CHARS // MIB} MiB") from None
             row, block.clean = Defect(f"not CSV: {error}", raw), False
         block.rows.append(row)
         lines.append(first_line + start)
@@ -375,10 +376,11 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]
             try:
                 block, rest = parse(text, line, delimiter)
             except OpenQuote as error:
-                raise RefreshError(f"{place}, {error} after {MAX_CELL_CHARS // MIB} MiB") from None
+                raise RefreshError(f"{place}, {error}") from None
         if rest and (ended or len(rest) > MAX_LINE_BYTES):
             where = "at the end of the file" if ended else f"after {MAX_LINE_BYTES // MIB} MiB"
-            raise RefreshError(f"{place}, {OpenQuote(line + text.count(NEWLINE) - rest.count(NEWLINE))} {where}")
+            begins = line + text.count(NEWLINE) - rest.count(NEWLINE)
+            raise RefreshError(f"{place}, {OpenQuote(begins, where)}")
         if suspect:
             mark_unreadable(block)
             suspect = bool(rest)
@@ -787,7 +789,7 @@ class BulkUpdate(OpenSearchBaseManager):
         place = f"s3://{self.bucket.name}/{self.prefix}"
         objects = self.bucket.list_csv(self.prefix)
         if not objects:
-            raise Refused(f"{place}: no .csv or .csv.gz object; nothing was changed")
+            raise Refused(f"{place}: no .csv or .csv.gz object, nothing was changed; check bucket and prefix")
         log.info("%s: %s objects, %s bytes, from %s to %s", place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
         return objects
@@ -804,7 +806,10 @@ class BulkUpdate(OpenSearchBaseManager):
         with ThreadPoolExecutor(HEADS_AT_ONCE) as pool:
             heads = list(pool.map(head_of, (item for item in objects if item.size)))
         if not any(head.has_rows for head in heads):
-            raise Refused(f"s3://{self.bucket.name}/{self.prefix}: not one data row; nothing was changed")
+            raise Refused(
+                f"s3://{self.bucket.name}/{self.prefix}: not one data row, nothing was changed; see whether the "
+                "producer of the files has finished"
+            )
         kinds: dict[str, set[str]] = {}
         for head in heads:
             if head.columns:
@@ -824,12 +829,15 @@ class BulkUpdate(OpenSearchBaseManager):
                 f"{', '.join(head.columns)[:200]}; is the delimiter {self.delimiter!r} (--delimiter)?"
             )
         if self.id_column and self.id_column not in head.columns:
-            raise Refused(f"{head.item.key}: has no column {self.id_column} (--id-column)")
+            raise Refused(f"{head.item.key}: has no column {self.id_column}; give another --id-column")
 
     def _new_fields(self, mapping: Mapping[str, Any], kinds: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
         dynamic = {name: dynamic_of(mapping, name) for name in kinds}
         if strict := [name for name in kinds if dynamic[name].startswith("strict")]:
-            raise Refused(f"columns that the strict mapping of {self.index} does not know: {', '.join(strict)}")
+            raise Refused(
+                f"columns that the strict mapping of {self.index} does not know: {', '.join(strict)}; add them to the "
+                "mapping, or take them out of the files"
+            )
         if ignored := [name for name in kinds if dynamic[name] == "false"]:
             log.warning("not searchable, since the mapping does not know them (dynamic: false): %s", ", ".join(ignored))
         added = {name: new_field(kinds[name]) for name in kinds if dynamic[name] != "false"}

@@ -83,7 +83,9 @@ def delete_documents(manager: OpenSearchBaseManager, index: str, found: int) -> 
         )  # fmt: skip
         left, rounds = manager._get_index_count(index), rounds + 1
     if left:
-        raise RefreshError(f"index {index}: {left:,} documents are left after {rounds} rounds: somebody writes to it")
+        raise RefreshError(
+            f"index {index}: {left:,} documents are left after {rounds} rounds: somebody writes to it; run again"
+        )
     log.info("deleted %s documents from %s in %.1f s, %s/s", f"{found:,}", index, time.monotonic() - began,
              f"{per_second(found, began):,}")  # fmt: skip
 
@@ -280,6 +282,7 @@ class IndexCleanup(OpenSearchBaseManager):
 
     def _free_disk_space(self) -> None:
         """Flush, wait until the server may drop what was deleted, merge, refresh: another order frees nothing."""
+        log.info("waiting until the server may drop what was deleted, %s s at most", LEASES_WAIT_S)
         self.request("POST", f"/{self.index}/_flush")
         self._await_leases()
         try:

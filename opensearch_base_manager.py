@@ -37,6 +37,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +67,7 @@ RETRY_AFTER_MAX_S = 60  # some proxies say an hour
 POLL_FIRST_S, POLL_MAX_S = 0.1, 2  # short tasks end fast, long ones are not asked too often
 PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
 PROGRESS_TTY_S = 0.2
+CERTIFICATE_ADVICE = "renew the certificate, use the host name it is for, or set CA_BUNDLE to its CA"
 MAX_CONNECTIONS = 64  # a pool, not a target: connections are opened when needed
 GC_THRESHOLD = 50_000  # new objects; the AWS service models are many small ones, none garbage: 40 ms a run saved
 
@@ -200,11 +202,11 @@ def endpoint_url(text: str) -> str:
     except ValueError:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200") from None
     if "@" in parts.netloc:
-        raise ConfigurationError("the endpoint holds a user or password; they have variables of their own")
+        raise ConfigurationError("the endpoint holds a user or password; give them by variables of their own")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200")
     if parts.hostname.endswith(".aoss.amazonaws.com"):
-        raise ConfigurationError("OpenSearch Serverless is not supported: it has no _reindex, _refresh and _tasks")
+        raise ConfigurationError("OpenSearch Serverless has no _reindex, _refresh and _tasks; give a domain")
     return parts.geturl()
 
 
@@ -212,7 +214,7 @@ def certificate_check() -> bool | str:
     """Return what `requests` takes as `verify`: a CA file, True, or False (the default)."""
     bundle = setting("CA_BUNDLE")
     if bundle and not Path(bundle).is_file():
-        raise ConfigurationError(f"CA_BUNDLE: {bundle} is not a file")
+        raise ConfigurationError(f"CA_BUNDLE: {bundle} is not a file; give that of the CA")
     return bundle or parsed_setting("VERIFY_SSL", "false", boolean)
 
 
@@ -247,7 +249,7 @@ class Settings:
         }
         endpoint, username, password = (signed_endpoint(aws), "", "") if signed else credentials(aws)
         if ":" in username:
-            raise ConfigurationError("a user name with a colon cannot be sent by Basic authentication")
+            raise ConfigurationError("a user name with a colon cannot be sent by Basic authentication; give another")
         return cls(endpoint=endpoint_url(endpoint), username=username, password=password, **checked)
 
 
@@ -342,7 +344,7 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
         code, text = error.response["Error"].get("Code", "?"), error.response["Error"].get("Message", "")
         raise RefreshError(f"{what}: {code}: {text}; {aws_advice(code, permission)}") from None
     except (BotoCoreError, RuntimeError) as error:  # RuntimeError: renewed credentials that have expired again
-        raise RefreshError(f"{what}: {error}") from None
+        raise RefreshError(f"{what}: {error}; check AWS_REGION and the network, and run again") from None
 
 
 def aws_advice(code: str, permission: str) -> str:
@@ -426,10 +428,12 @@ class Progress:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def _line(self, done: int, note: str) -> str:
+        """Return what counts first: a terminal of 80 columns may cut the rest off."""
         rate = done / max(self.shown - self.began, 0.001)
-        share = f" of {self.total:,} {self.unit} ({done * 100 // self.total} %)" if self.total else f" {self.unit}"
-        left = f", {(self.total - done) / rate:,.0f} s left" if self.total and rate else ""
-        return f"{self.label}: {done:,}{share}, {rate:,.0f}/s{left}{note and ', ' + note}"
+        share = f"{done * 100 // self.total} %, " if self.total else ""
+        left = f"{timedelta(seconds=round(max(self.total - done, 0) / rate))} left, " if self.total and rate else ""
+        of_all = f" of {self.total:,}" if self.total else ""
+        return f"{self.label}: {share}{left}{done:,}{of_all} {self.unit}, {rate:,.0f}/s{note and ', ' + note}"
 
 
 # --- the command line: signals, exceptions, exit codes ----------------------------------------------------------------
@@ -488,7 +492,7 @@ def run_cli(
     run: Callable[[argparse.Namespace], Mapping[str, Any] | str | None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse, run, print the result, and return the exit code: the only place where exceptions become one."""
+    """Load .env, parse, carry the command out, and return the exit code."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # started with 2>&-
     try:
         load_dotenv(ENV_FILE, interpolate=False)  # a password may hold a dollar sign
@@ -502,10 +506,15 @@ def run_cli(
         return int(stop.code or 0)
     gc.set_threshold(GC_THRESHOLD)
     atexit.register(gc.freeze)  # or Python ends with a search for garbage among them: 90 ms
+    return carry_out(parser.prog.removesuffix(".py"), lambda: run(args))
+
+
+def carry_out(script: str, work: Callable[[], Mapping[str, Any] | str | None]) -> int:
+    """Do the work, print its result, and return the exit code: the only place where exceptions become one."""
     try:
-        set_up_logging(parser.prog.removesuffix(".py"))
+        set_up_logging(script)
         with signals_as_exceptions():
-            result = run(args)
+            result = work()
     except RefreshError as error:
         log.error("%s", error)
         print_result(error.result)
@@ -671,10 +680,7 @@ class OpenSearchBaseManager:
             try:
                 response = self._send(method, path, body, params)
             except requests.RequestException as error:
-                if isinstance(error, requests.exceptions.SSLError) and "CERTIFICATE" in str(error):
-                    raise RequestFailed(f"{what}: {innermost(error)}; set CA_BUNDLE to the right CA") from None
-                never_sent, retry_after = was_never_sent(error), None
-                failure = OutcomeUnknown(f"{what} at {self.settings.endpoint}: {innermost(error)}")
+                failure, never_sent, retry_after = self._lost(what, error), was_never_sent(error), None
             else:
                 status, retry_after = response.status_code, response.headers.get("Retry-After")
                 self._answered = True
@@ -707,6 +713,12 @@ class OpenSearchBaseManager:
             timeout=(CONNECT_TIMEOUT_S, max(1, self._deadline(now) - now) if hurried else READ_TIMEOUT_S),
             allow_redirects=False,  # credentials go to the endpoint and nowhere else
         )  # fmt: skip
+
+    def _lost(self, what: str, error: requests.RequestException) -> OutcomeUnknown:
+        """Return the failure of a request without an answer. Raises RequestFailed for a certificate that is refused."""
+        if isinstance(error, requests.exceptions.SSLError) and "CERTIFICATE" in str(error):
+            raise RequestFailed(f"{what}: {innermost(error)}; {CERTIFICATE_ADVICE}") from None
+        return OutcomeUnknown(f"{what} at {self.settings.endpoint}: {innermost(error)}")
 
     def _deadline(self, began: float) -> float:
         """Return until when a request may be tried that was first sent at `began` (both of the monotonic clock)."""
@@ -774,7 +786,10 @@ class OpenSearchBaseManager:
 
     def _refuse_live(self, index: str) -> None:
         if aliases := self._check_index_aliases(index):
-            raise Refused(f"index {index} is live: alias {', '.join(aliases)} points at it; nothing was changed")
+            raise Refused(
+                f"index {index} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give the other "
+                "index, or move readers there first (switch_alias.py)"
+            )
 
     def _get_index_count(self, index: str) -> int:
         """Refresh, then count; on the primary copies, since replicas may lag (segment replication)."""
@@ -836,7 +851,7 @@ class OpenSearchBaseManager:
 
         Call it with the lock held: if exclusive, a task of ours from this host is an orphan of a run that died.
         """
-        began = time.monotonic()
+        began, waiting = time.monotonic(), ""
         while named := self._tasks_naming(index):
             for task, opaque_id in named.items():
                 if not opaque_id.startswith(f"{SUITE}/"):
@@ -849,6 +864,8 @@ class OpenSearchBaseManager:
                 return
             if time.monotonic() - began > self.settings.wait_seconds:
                 raise Refused(f"task {', '.join(named)} of another run still works on index {index}; wait for it")
+            if waiting != (waiting := ", ".join(named)):
+                log.info("waiting for task %s of another run on index %s", waiting, index)
             time.sleep(1)
 
     def run_task(self, path: str, body: Any, *, label: str, total: int, **params: Any) -> dict[str, Any]:
@@ -963,7 +980,7 @@ class OpenSearchBaseManager:
             self.request("PUT", f"/{index}/_settings", left)
             now = self._verify_index_exists(index)
             if wrong := [name for name, value in left.items() if now.get(name) != value]:
-                raise RefreshError(f"index {index}: {', '.join(wrong)} could not be put back")
+                raise RefreshError(f"index {index}: {', '.join(wrong)} could not be put back; run again")
             shown = (f"{name}={'default' if value is None else value}" for name, value in left.items())
             log.info("index %s: put back %s", index, ", ".join(shown))
 

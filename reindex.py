@@ -35,7 +35,7 @@ class Reindex(OpenSearchBaseManager):
         self, source: str, target: str, *, requests_per_second: float, without_replicas: bool, dry_run: bool
     ) -> None:
         if source == target:
-            raise ConfigurationError("source and target are the same index")
+            raise ConfigurationError("source and target are the same index; give two")
         super().__init__(dry_run=dry_run)
         self.source, self.target = source, target
         self.requests_per_second, self.without_replicas = requests_per_second, without_replicas
@@ -109,7 +109,8 @@ class Reindex(OpenSearchBaseManager):
             )
         if target != total:
             raise RefreshError(
-                f"{self.target} holds {target:,} documents, {total:,} were copied; somebody else writes to it"
+                f"{self.target} holds {target:,} documents, {total:,} were copied: somebody else writes to it; "
+                "keep it from that and run again"
             )
         for index in (self.source, self.target):
             self._verify_same_index(index)

@@ -228,9 +228,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | str:
     if not args.show and not (args.source and args.target):
-        raise ConfigurationError("--source and --target are needed, or --show")
+        raise ConfigurationError("give --source and --target, or --show")
     if not args.show and args.source == args.target:
-        raise ConfigurationError("source and target are the same index")
+        raise ConfigurationError("source and target are the same index; give two")
     with SwitchAlias(
         args.alias, args.source or "", args.target or "", threshold=args.threshold, wait_seconds=args.wait_seconds,
         dry_run=args.dry_run,

@@ -261,10 +261,10 @@ class FaultProxy:
                 exchange = Exchange(self, proxy.target, proxy._session)
                 with proxy._lock:
                     rule = next((rule for rule in proxy.rules if rule.takes(self.command, self.path)), None)
+                    exchange.nth = rule.seen if rule else 0  # here: the next request counts on
                 if not (rule and rule.early):
                     proxy.requests.append((self.command, self.path, exchange.body))
                 if rule:
-                    exchange.nth = rule.seen
                     rule.fault(exchange)
                 elif not proxy.watch(exchange):
                     exchange.pass_on()

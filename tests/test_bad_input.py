@@ -134,7 +134,7 @@ def test_a_wrong_flag_is_a_usage_error_and_nothing_is_sent(script, argv, says, r
             ({"OPENSEARCH_USERNAME": "a:b"}, "user name with a colon"),
             ({"OPENSEARCH_ENDPOINT": "https://me:hidden@host"}, "the endpoint holds a user or password"),
             ({"OPENSEARCH_ENDPOINT": "me:hidden@host"}, "the endpoint holds a user or password"),
-            ({"OPENSEARCH_ENDPOINT": "https://x.us-east-1.aoss.amazonaws.com"}, "Serverless is not supported"),
+            ({"OPENSEARCH_ENDPOINT": "https://x.us-east-1.aoss.amazonaws.com"}, "Serverless has no _reindex"),
             ({"OPENSEARCH_ENDPOINT": "ftp://host"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://host:port"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://[::1"}, "endpoint is not a URL such as"),

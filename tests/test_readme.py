@@ -54,7 +54,7 @@ def test_the_role_is_the_one_that_the_tests_run_with():
 
 
 def test_each_variable_of_the_example_file_is_in_the_table_and_the_other_way_round():
-    table = README.split("## Settings")[1].split("## The scripts")[0]
+    table = README.split("## Settings")[1].split("## Setting up")[0]
     in_table = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", table)) - {"INFO", "DEBUG"}
     in_example = set(re.findall(r"^#([A-Z0-9_]+)=", (TOP / ".env.example").read_text(), re.M))
     assert in_table - {"PYTHON"} == in_example

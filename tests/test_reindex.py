@@ -385,7 +385,7 @@ def test_a_target_that_somebody_else_writes_to_is_a_failure(pair, copy, admin, p
     proxy.on("POST", START, after(lambda: fill(admin, pair[1], [{"n": 5}])))
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
-    assert f"{pair[1]} holds 4 documents, 3 were copied; somebody else writes to it" in outcome.last
+    assert f"{pair[1]} holds 4 documents, 3 were copied: somebody else writes to it" in outcome.last
     assert note_of(pair[1])
 
 
@@ -515,6 +515,7 @@ def test_a_copy_of_ours_from_another_host_is_awaited_and_then_refuses(foreign_co
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
     assert time.monotonic() - began > 1
+    assert outcome.err.count(f"waiting for task {task} of another run on index {pair[1]}") == 1
     assert f"task {task} of another run still works on index {pair[1]}" in outcome.last
     assert copies_under_way(admin, pair[1]) == [task]
 
@@ -539,4 +540,4 @@ def test_a_copy_that_runs_long_shows_how_far_it_is(pair, copy, monkeypatch):
     monkeypatch.setattr(base, "PROGRESS_EVERY_S", 0.2)
     outcome = copy(*pair, "--requests-per-second", "2")
     assert outcome.code == 0, outcome.err
-    assert re.search(rf"INFO reindex: copying {pair[0]} to {pair[1]}: 3 of 3 documents \(100 %\), \d+/s", outcome.err)
+    assert re.search(rf"copying {pair[0]} to {pair[1]}: 100 %, 0:00:00 left, 3 of 3 documents, \d+/s", outcome.err)
