@@ -34,8 +34,8 @@ from typing import Any, BinaryIO
 from index_cleanup import chosen_method, empty_index, put_index_back
 from opensearch_base_manager import (
     Answer, Aws, OpenSearchBaseManager, Progress, RefreshError, Refused, TooManyRejects, add_common_args,
-    add_replicas_arg, aws_errors, backoff_s, field_definitions, index_name, interrupted, log, per_second,
-    positive_int, run_cli, seconds_since, setting, wants_no_replicas, whole_number,
+    add_replicas_arg, aws_errors, backoff_s, field_definitions, index_name, interrupted, log, per_second, run_cli,
+    seconds_since, setting, wants_no_replicas,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -1102,6 +1102,18 @@ class BulkUpdate(OpenSearchBaseManager):
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
+
+
+def whole_number(text: str) -> int:
+    if not re.fullmatch(r"[0-9]+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
+    return int(text)
+
+
+def positive_int(text: str) -> int:
+    if (value := whole_number(text)) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
 
 
 def one_character(text: str) -> str:

@@ -147,18 +147,6 @@ def number(text: str) -> float:
     return value
 
 
-def whole_number(text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
-    return int(text)
-
-
-def positive_int(text: str) -> int:
-    if (value := whole_number(text)) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")

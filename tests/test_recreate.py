@@ -294,9 +294,11 @@ def commands(index, make_index, put_csv, properties):
 
 @pytest.mark.parametrize(("script", "documents"), [("cleanup", 0), ("copy", 2), ("load", 2)])
 @pytest.mark.parametrize("method", ["delete", "recreate"])
-def test_the_next_run_puts_the_index_back(
-    script, documents, method, dropped, index, make_index, put_csv, run, admin, monkeypatch
+def test_the_next_run_on_whatever_machine_puts_the_index_back(
+    script, documents, method, dropped, index, make_index, put_csv, run, admin, monkeypatch, tmp_path
 ):
+    monkeypatch.setattr(base, "HOST", "another")
+    monkeypatch.setenv("LOCK_DIR", str(tmp_path / "locks of another"))
     monkeypatch.setenv("CLEANUP_METHOD", method)
     outcome = run(*commands(index, make_index, put_csv, PROPERTIES)[script])
     assert outcome.code == 0, outcome.err
