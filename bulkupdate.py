@@ -1013,18 +1013,41 @@ class BulkUpdate(OpenSearchBaseManager):
             self.last_refusal = f"{len(items)} answers to {count} documents"
             log.warning("%s; sending them again", self.last_refusal)
             return batch
-        left = [document for document, item in zip(batch.documents(), items)
-                if not self._settled(document, item["status"], item.get("error", {}), resent)]  # fmt: skip
+        documents = batch.documents()
+        there = set() if resent or self.id_column else self._there(
+            [document for document, item in zip(documents, items) if item["status"] == 409]
+        )  # fmt: skip
+        left = [document for document, item in zip(documents, items)
+                if not self._settled(document, item["status"], item.get("error", {}), resent or document.body in there)]
         return Batch.joined(left)
+
+    def _there(self, documents: list[Batch]) -> set[bytes]:
+        """Return the bodies of those that the index holds as they are.
+
+        When a node dies the cluster sends a request on to the next copy by itself, and may meet its own first sending.
+        """
+        found: set[bytes] = set()
+        for start in range(0, len(documents), BATCH_SIZE):  # a search returns 10,000 at most
+            parsed = [(document.body, *map(json.loads, document.body.splitlines()))
+                      for document in documents[start : start + BATCH_SIZE]]  # fmt: skip
+            wanted = {action["create"]["_id"]: (body, source) for body, action, source in parsed}
+            self.request("POST", f"/{self.index}/_refresh")
+            query = {"size": len(wanted), "query": {"ids": {"values": list(wanted)}}}
+            params = {"allow_partial_search_results": "false", **self._on_primaries()}
+            hits = self.request("POST", f"/{self.index}/_search", query, params=params).data["hits"]["hits"]
+            there = {hit["_id"]: hit.get("_source") for hit in hits}
+            found |= {body for name, (body, source) in wanted.items() if there.get(name) == source}
+        return found
 
     def _settled(self, document: Batch, status: int, error: Mapping[str, Any], resent: bool) -> bool:
         kind, reason = str(error.get("type", "")), str(error.get("reason", ""))
         if status in (200, 201):
             self._count(stored=1, replaced=status == 200)
-        elif status == 409 and self._is_of_this_load(reason):  # a later row, or this one after a lost answer
-            self._count(stored=1, replaced=not resent, unsure=resent)
+        elif status == 409 and self._is_of_this_load(reason):  # a later row, or this one by an earlier sending
+            again = resent or re.search(r"current version \[(\d+)\].*\[\1\]", reason) is not None
+            self._count(stored=1, replaced=not again, unsure=again)
         elif status == 409 and resent and not self.id_column:
-            self._count(stored=1)  # by the first sending
+            self._count(stored=1)  # by the first sending, ours or the cluster's own
         elif "block" in kind or status in (401, 403, 404):  # would be the same for all the others
             raise self._failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
         elif status == 429 or status >= 500:

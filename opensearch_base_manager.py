@@ -779,11 +779,14 @@ class OpenSearchBaseManager:
                 "index, or move readers there first (switch_alias.py)"
             )
 
+    def _on_primaries(self) -> dict[str, str]:
+        """Return what makes a search ask the primary copies, since replicas may lag (segment replication)."""
+        return {"preference": "_primary"} if self.version() >= (2, 8) else {}  # 1.3 refuses it
+
     def _get_index_count(self, index: str) -> int:
-        """Refresh, then count; on the primary copies, since replicas may lag (segment replication)."""
+        """Refresh, then count."""
         self._whole(self.request("POST", f"/{index}/_refresh").data, f"_refresh of {index}")
-        primary = {"preference": "_primary"} if self.version() >= (2, 8) else None  # 1.3 refuses it
-        answer = self.request("GET", f"/{index}/_count", params=primary).data
+        answer = self.request("GET", f"/{index}/_count", params=self._on_primaries()).data
         self._whole(answer, f"_count of {index}")
         if answer["_shards"]["successful"] < answer["_shards"]["total"]:
             raise RefreshError(f"_count of {index}: not every shard answered; see GET _cluster/health/{index}")

@@ -473,6 +473,23 @@ def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, 
     assert len(at_once) > 10
 
 
+@pytest.mark.parametrize("words", [[], ["--id-column", "n"]], ids=["own ids", "id column"])
+def test_a_request_that_the_cluster_itself_carries_out_twice_stores_each_row_once(
+    words, make_index, put_csv, load, proxy, admin
+):
+    """As it does when a node dies that has passed the documents on, but not answered yet."""
+    index = make_index("index", NUMBERS)
+
+    def twice(exchange):
+        exchange.forward()
+        exchange.pass_on()
+
+    proxy.on("POST", "/_bulk", twice, skip=1, times=2)
+    result = load(put_csv({"a.csv": numbers(1, 20)}), index, "--batch-size", "4", *words).result
+    assert (result["stored"], result["rejected"], result["replaced"]) == (20, 0, 0)
+    assert sorted(found["n"] for found in sources(admin, index)) == list(range(1, 21))
+
+
 def test_a_document_that_somebody_else_stored_first_is_a_reject(make_index, put_csv, load, proxy, admin, rejected):
     index = make_index("index", NUMBERS)
     prefix = put_csv({"a.csv": numbers(1, 3)})
