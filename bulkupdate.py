@@ -87,11 +87,22 @@ class Bucket:
         with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
             self.client = aws.client("s3")
 
-    def list_csv(self, prefix: str) -> list[S3Object]:
-        """Return all .csv and .csv.gz objects under a prefix, in the order of their keys."""
-        with aws_errors(f"s3://{self.name}/{prefix}", "s3:ListBucket on the bucket"):
-            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
-            found = [entry for page in pages for entry in page.get("Contents", [])]
+    def list_csv(self, prefix: str, patience_s: float = 0) -> list[S3Object]:
+        """Return all .csv and .csv.gz objects under a prefix, in the order of their keys.
+
+        What may pass is tried again for `patience_s`, beyond the 10 s or so that botocore tries by itself.
+        """
+        place, began = f"s3://{self.name}/{prefix}", time.monotonic()
+        while True:
+            try:
+                pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+                found = [entry for page in pages for entry in page.get("Contents", [])]
+                break
+            except Exception as error:
+                if interrupted.is_set() or time.monotonic() - began > patience_s or not may_pass(error):
+                    with aws_errors(place, "s3:ListBucket on the bucket"):
+                        raise
+                log.warning("%s: %s; listing again", place, error)
         objects = [S3Object(entry["Key"], entry["Size"], entry["ETag"]) for entry in found]
         return [item for item in objects if item.key.lower().endswith((".csv", ".csv.gz"))]
 
@@ -108,14 +119,24 @@ class Bucket:
         try:
             return self.client.get_object(Bucket=self.name, Key=item.key, IfMatch=item.etag, Range=span)["Body"]
         except ClientError as error:
-            code, status = error.response["Error"].get("Code"), error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status >= 500 or code == "SlowDown":
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if may_pass(error):
                 raise
             if status in (404, 412):
                 done = "deleted" if status == 404 else "replaced"
                 raise RefreshError(f"{place} was {done} since it was listed; run again") from None
             with aws_errors(place, "s3:GetObject (and kms:Decrypt for a key of your own)"):
                 raise
+
+
+def may_pass(error: Exception) -> bool:
+    """Say whether a failure of S3 may be over soon: it is busy, or not reached."""
+    from botocore.exceptions import ClientError, HTTPClientError
+
+    if isinstance(error, ClientError):
+        code, status = error.response["Error"].get("Code"), error.response["ResponseMetadata"]["HTTPStatusCode"]
+        return bool(status >= 500 or code == "SlowDown")
+    return isinstance(error, HTTPClientError)
 
 
 # --- look -------------------------------------------------------------------------------------------------------------
@@ -1079,7 +1100,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _verify_objects(self, objects: list[S3Object]) -> None:
         """Raise RefreshError when S3 no longer holds what was loaded."""
-        now = self.bucket.list_csv(self.prefix)
+        now = self.bucket.list_csv(self.prefix, self.settings.retry_seconds)  # all is stored: patience pays
         if changed := sorted({item.key for item in set(now) ^ set(objects)}):
             raise RefreshError(
                 f"s3://{self.bucket.name}/{self.prefix} changed during the load ({', '.join(changed[:5])}): the "

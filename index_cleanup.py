@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opensearch_base_manager import (
-    SUITE, OpenSearchBaseManager, OutcomeUnknown, RefreshError, RequestFailed, add_common_args,
-    finished_in_any_case, index_name, log, parsed_setting, per_second, run_cli, seconds_since, setting,
+    SUITE, OpenSearchBaseManager, OutcomeUnknown, RefreshError, Refused, RequestFailed, add_common_args,
+    field_definitions, finished_in_any_case, index_name, log, parsed_setting, per_second, run_cli, seconds_since,
+    setting,
 )  # fmt: skip
 
 MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more would chase somebody who writes
@@ -49,8 +50,6 @@ def empty_index(manager: OpenSearchBaseManager, index: str, method: str) -> int 
     manager._refuse_live(index)
     found = count_of(manager, index, method)
     if found == 0:
-        if method == "recreate":
-            drop_sibling(manager, index)
         log.info("%s is empty already", index)
         return 0
     log.info("deleting %s documents from %s", "all" if found is None else f"{found:,}", index)
@@ -145,7 +144,7 @@ def recreate_index(manager: OpenSearchBaseManager, index: str) -> bool:
         return False
     except BaseException:
         try:  # a drop that was sent may yet be carried out: then the sibling is all that is left
-            finished_in_any_case(lambda: (put_index_back if dropping else drop_sibling)(manager, index))
+            finished_in_any_case(lambda: (restore if dropping else drop_sibling)(manager, index))
         except RefreshError as error:
             log.error("index %s is not put back yet, the next run does it: %s", index, error)
         raise
@@ -161,13 +160,14 @@ def rehearse(manager: OpenSearchBaseManager, index: str) -> dict[str, Any]:
 
     Raises CannotRecreate when one of them is refused, or would not become the same.
     """
-    drop_sibling(manager, index)  # of a run that died
     if (definition := read_definition(manager, index)) is None:
         raise RefreshError(f"index {index} was deleted by somebody else meanwhile; run again")
     mappings = definition["mappings"]
     marked = {**mappings, "_meta": {**mappings.get("_meta", {}), RECREATES: index}}
+    # with a block it could not be deleted any more
+    settings = {name: value for name, value in definition["settings"].items() if "index.blocks." not in name}
     try:
-        create_index(manager, sibling_of(index), {"settings": definition["settings"], "mappings": marked})
+        create_index(manager, sibling_of(index), {"settings": settings, "mappings": marked})
         # 400, since it is there; 403 without the permission
         manager.request("PUT", f"/{index}", definition, accept=[400])
     except OutcomeUnknown:
@@ -215,7 +215,8 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
     manager.request("DELETE", f"/{index}", accept=[404])
     brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
     raise RefreshError(
-        f"an index template gives a new index {index} {brought}, so it is dropped again; change the template"
+        f"an index template (or another run) gives a new index {index} {brought}, so it is dropped again; change the "
+        "template"
     )
 
 
@@ -230,17 +231,39 @@ def drop_sibling(manager: OpenSearchBaseManager, index: str) -> None:
 def put_index_back(manager: OpenSearchBaseManager, index: str) -> str:
     """Create an index that a run dropped before it died; return the index to go on with.
 
-    Call it with the lock held. In a dry run nothing is created, and the sibling takes its place.
+    Call it with the lock held. In a dry run nothing is created, and the sibling takes its place. Raises Refused when
+    somebody else has created the index since, from guesses: the sibling holds all that is left of its definition.
     """
-    if read_definition(manager, index) or (kept := kept_definition(manager, index)) is None:
+    if (kept := kept_definition(manager, index)) is None:
+        return index
+    if now := read_definition(manager, index):
+        refuse_other_fields(index, kept["mappings"], now["mappings"])
+        if not manager.dry_run:
+            drop_sibling(manager, index)  # of a run that died before it dropped the index, or after it was created
         return index
     log.warning("index %s is missing: a run died between dropping and creating it", index)
     if manager.dry_run:
         return sibling_of(index)
-    create_index(manager, index, kept)
-    drop_sibling(manager, index)
-    log.info("index %s is put back, empty", index)
+    restore(manager, index)
     return index
+
+
+def restore(manager: OpenSearchBaseManager, index: str) -> None:
+    """Create an index that is gone from what its sibling holds; the sibling of one that is there stays."""
+    if (kept := kept_definition(manager, index)) and not read_definition(manager, index):
+        create_index(manager, index, kept)
+        drop_sibling(manager, index)
+        log.info("index %s is put back, empty", index)
+
+
+def refuse_other_fields(index: str, kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    there = dict(field_definitions(now))
+    if other := [name for name, definition in field_definitions(kept) if there.get(name) != definition]:
+        raise Refused(
+            f"index {index} has lost its definition of {', '.join(other)}: a run died between dropping and creating "
+            f"it, and somebody else created it. Delete {index}, so that the next run puts it back from "
+            f"{sibling_of(index)}, or delete {sibling_of(index)} if {index} is right"
+        )
 
 
 class IndexCleanup(OpenSearchBaseManager):

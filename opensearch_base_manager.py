@@ -124,8 +124,18 @@ class Interrupted(BaseException):
 # --- settings: flag before environment before .env before default -----------------------------------------------------
 
 
+def load_env_file() -> None:
+    """Add the variables of .env to those of the environment. Raises ConfigurationError when it cannot be read."""
+    try:
+        load_dotenv(ENV_FILE, interpolate=False)  # a password may hold a dollar sign
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"{ENV_FILE} cannot be read: {type(error).__name__}; give it to this user, as UTF-8"
+        ) from None
+
+
 def setting(name: str, default: str = "") -> str:
-    """Return a variable of the environment (or of .env, which `run_cli` loads); an empty one counts as unset."""
+    """Return a variable of the environment (or of .env, once it is loaded); an empty one counts as unset."""
     return os.environ.get(name) or default
 
 
@@ -321,7 +331,8 @@ class SignedAuth(AuthBase):
 def aws_errors(what: str, permission: str) -> Iterator[None]:
     """Translate botocore's exceptions; `permission` is the IAM action that `what` needs."""
     from botocore.exceptions import (
-        BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound,
+        BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError, PartialCredentialsError,
+        ProfileNotFound,
     )  # fmt: skip
 
     try:
@@ -331,7 +342,9 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
     except ClientError as error:
         code, text = error.response["Error"].get("Code", "?"), error.response["Error"].get("Message", "")
         raise RefreshError(f"{what}: {code}: {text}; {aws_advice(code, permission)}") from None
-    except (BotoCoreError, RuntimeError) as error:  # RuntimeError: renewed credentials that have expired again
+    except (CredentialRetrievalError, RuntimeError) as error:  # RuntimeError: renewed ones that have expired again
+        raise RefreshError(f"{what}: {error}; renew the AWS credentials and run again") from None
+    except BotoCoreError as error:
         raise RefreshError(f"{what}: {error}; check AWS_REGION and the network, and run again") from None
 
 
@@ -483,10 +496,10 @@ def run_cli(
     """Load .env, parse, carry the command out, and return the exit code."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # started with 2>&-
     try:
-        load_dotenv(ENV_FILE, interpolate=False)  # a password may hold a dollar sign
-    except (OSError, UnicodeDecodeError) as error:
-        print(f"{ENV_FILE} cannot be read: {type(error).__name__}; it has to be UTF-8, and yours", file=sys.stderr)
-        return 2
+        load_env_file()
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     try:
         parser = build_parser()
         args = parser.parse_args(argv)
@@ -766,7 +779,10 @@ class OpenSearchBaseManager:
     def _verify_same_index(self, index: str) -> None:
         """Raise RefreshError when an index of this name is no longer the one that was seen first."""
         if self._verify_index_exists(index)["index.uuid"] != self._uuids[index]:
-            raise RefreshError(f"index {index} was deleted and created anew by somebody else meanwhile; run again")
+            raise RefreshError(
+                f"index {index} was deleted and created anew by somebody else meanwhile; see that its mapping is "
+                "right, and run again"
+            )
 
     def _check_index_aliases(self, index: str) -> list[str]:
         """Return the aliases that point at an index; any one makes it live."""

@@ -38,15 +38,20 @@ choose_python() {
 read_settings() { # the runner's own variables, from the environment or .env, by the code that the scripts use
   local values
   values=$("$PYTHON" - <<'EOF'
-from dotenv import load_dotenv
-from opensearch_base_manager import ENV_FILE, own_folder, setting
-load_dotenv(ENV_FILE, interpolate=False)
+from opensearch_base_manager import ConfigurationError, load_env_file, own_folder, setting
+try:
+    load_env_file()
+except ConfigurationError as error:
+    raise SystemExit(str(error))
 for name, default in {
     "PRIMARY_INDEX": "my_index_primary", "SECONDARY_INDEX": "my_index_secondary", "INDEX_ALIAS": "my_index_alias",
     "S3_BUCKET": "your-bucket", "S3_PREFIX": "your/prefix/", "BATCH_SIZE": "1000", "STEP_DELAY_SECONDS": "5",
     "REFRESH_STRATEGY": "copy-back",
 }.items():
-    print(setting(name, default))
+    value = setting(name, default)
+    if "\n" in value:
+        raise SystemExit(f"{name}: a line break in its value; take it out")
+    print(value)
 print(own_folder("LOG_DIR", "logs"), own_folder("LOCK_DIR", ".locks"), sep="\n")
 EOF
   ) || exit 2
@@ -72,7 +77,7 @@ open_log() {
 }
 
 take_lock() { # the steps inherit it: while one of them lives, no other refresh begins
-  local lock="$LOCK_DIR/refresh-$ALIAS.lock"
+  local lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
   : >>"$lock" || die "LOCK_DIR ($LOCK_DIR) has to be a folder that can be written to" 1
   exec 9>>"$lock"
   flock -n 9 || die "another refresh of $ALIAS is running on this host" 75

@@ -27,7 +27,8 @@ from fault_proxy import FaultProxy
 # under nohup and `&` they are ignored, and would be by all that is started here
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-TEST_PATTERNS = ["t-*"]  # the names that tests may use; the role is the one that the scripts need
+# the names that tests may use, but for the siblings of recreate, by the role that the scripts need
+TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 counter = itertools.count(1)
 
@@ -236,7 +237,7 @@ def may_recreate(box: sandbox.Sandbox) -> Iterator[Callable[..., None]]:
         return
 
     def allow(*actions: str) -> None:
-        box.server.grant("recreate", sandbox.recreate_role(TEST_PATTERNS, actions))
+        box.server.grant("recreate", sandbox.recreate_role(["t-*"], actions))
 
     allow(*sandbox.RECREATE_PERMISSIONS)
     yield allow

@@ -204,7 +204,7 @@ def test_an_index_that_a_template_for_its_name_alone_changes_stays_away_until_th
     for _ in range(2):
         outcome = recreate(index)
         assert outcome.code == 1
-        assert f"an index template gives a new index {index}" in outcome.last
+        assert f"an index template (or another run) gives a new index {index}" in outcome.last
         assert list(admin("GET", f"/_alias/{live}")) == [other]
         assert list(admin("GET", f"/{index}*")) == [f"{index}-recreate"]
     assert (reader.finish(), reader.errors) == ([(4, 6.0)], [])
@@ -320,11 +320,36 @@ def test_a_dry_run_meets_a_missing_index_and_changes_nothing(
     assert {method for method, path, _ in proxy.requests if not path.endswith("_refresh")} == {"GET"}
 
 
-def test_the_sibling_of_a_run_that_died_before_the_drop_is_no_obstacle(index, recreate, admin, proxy):
+def test_an_index_that_somebody_creates_from_guesses_is_refused_while_the_sibling_knows_better(
+    dropped, index, recreate, admin
+):
+    admin("POST", f"/{index}/_doc?refresh=true", {"n": 1, "text": "a stray write creates the index"})
+    for more in ([], ["--dry-run"]):
+        outcome = recreate(index, *more)
+        assert outcome.code == 4, outcome.err
+        assert f"index {index} has lost its definition of text" in outcome.last
+    assert exists(admin, f"{index}-recreate")
+    admin("DELETE", f"/{index}")
+    assert recreate(index).code == 0
+    assert definition(admin, index) == dropped
+
+
+def test_an_index_that_is_blocked_fails_and_its_sibling_goes(index, recreate, admin):
+    admin("PUT", f"/{index}/_settings", {"index.blocks.read_only": True})
+    outcome = recreate(index)
+    assert outcome.code == 1
+    assert "remove the block" in outcome.last
+    assert not exists(admin, f"{index}-recreate")
+    admin("PUT", f"/{index}/_settings", {"index.blocks.read_only": None})
+    assert count(admin, index) == 3
+
+
+@pytest.mark.parametrize("method", ["delete", "recreate"])
+def test_the_sibling_of_a_run_that_died_before_the_drop_is_no_obstacle(method, index, recreate, admin, proxy):
     wanted = definition(admin, index)
     proxy.on("DELETE", f"^/{index}$", Exchange.drop)
     assert recreate(index).code == 1
-    outcome = recreate(index)
+    outcome = recreate(index, "--method", method, "--no-force-merge")
     assert outcome.code == 0, outcome.err
     assert definition(admin, index) == wanted
     assert not exists(admin, f"{index}-recreate")

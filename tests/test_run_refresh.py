@@ -320,13 +320,21 @@ def test_it_works_under_crons_bare_environment_from_another_directory(
     ("arguments", "variables"),
     [(["--foo"], {}), (["--dry-run", "x"], {}), ([], {"STEP_DELAY_SECONDS": "soon"}), ([], {"BATCH_SIZE": "0"}),
      ([], {"REFRESH_STRATEGY": "sideways"}), ([], {"PYTHON": "no-such-python"}), ([], {"SECONDARY_INDEX": "t-same",
-     "PRIMARY_INDEX": "t-same"}), ([], {"AWS_REGION": ""})],
+     "PRIMARY_INDEX": "t-same"}), ([], {"AWS_REGION": ""}), ([], {"S3_BUCKET": "your-bucket\n"})],
 )  # fmt: skip
 def test_wrong_usage_ends_with_2_and_says_what(refresh, arguments, variables):
     code, out, err = finish(refresh("x/", *arguments, **variables))
     assert (code, out) == (2, "")
     named = next(iter(variables), "argument")
     assert any(word in err for word in (named, named.removesuffix("_INDEX"), "PYTHON"))
+
+
+def test_a_python_without_the_packages_ends_with_2_and_says_what(refresh, tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    code, out, err = finish(refresh("x/", PYTHON=str(bare)))
+    assert (code, out, err) == (2, "", "requests is not installed: pip install -r requirements.txt\n")
 
 
 def test_help_is_printed_without_any_configuration(tmp_path):

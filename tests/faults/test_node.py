@@ -37,7 +37,7 @@ def eventually(look: Callable[[], Any], seconds: float = 90) -> Any:
 def add_roles(node: sandbox.OpenSearch) -> None:
     if sandbox.SECURE:
         node.grant("tests", sandbox.refresh_role(TEST_PATTERNS))
-        node.grant("recreate", sandbox.recreate_role(TEST_PATTERNS))
+        node.grant("recreate", sandbox.recreate_role(["t-*"]))
 
 
 def revive(nodes: Nodes) -> None:

@@ -185,6 +185,17 @@ def test_an_object_that_changes_after_it_was_read_fails_the_load(world, change, 
 
 
 @pytest.mark.long
+def test_a_busy_s3_is_waited_for_when_all_is_stored(world):
+    """Or the whole load would be repeated, for a listing that failed."""
+    rule = world.s3_proxy.on("GET", LISTING, SLOW_DOWN, skip=2, times=6)  # one more than botocore tries
+    run = world.refresh()
+    world.expect(run, code=0)
+    assert rule.seen == 9
+    assert "listing again" in run.log
+    world.assert_done()
+
+
+@pytest.mark.long
 def test_an_object_that_appears_between_step_0_and_the_load_is_loaded(world):
     rule = world.s3_proxy.on("GET", LISTING, after(lambda: replace_by(world, "d.csv", ONE_MORE["d.csv"])))
     run = world.refresh()
