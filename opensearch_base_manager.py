@@ -728,7 +728,9 @@ class OpenSearchBaseManager:
         return began + (self.settings.retry_seconds if self._answered else FIRST_CONTACT_S)
 
     def _after_giving_up(self, began: float) -> str:
-        what_to_do = "look at GET _cluster/health and run again" if self._answered else "check the endpoint"
+        what_to_do = "check the endpoint, and whether the cluster is up"
+        if self._answered:
+            what_to_do = "look at GET _cluster/health and run again"
         return f"; given up after {seconds_since(began):.0f} s: {what_to_do}"
 
     def _failure(self, what: str, status: int, body: bytes) -> RequestFailed:
