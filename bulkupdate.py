@@ -1051,7 +1051,7 @@ class BulkUpdate(OpenSearchBaseManager):
         for start in range(0, len(documents), BATCH_SIZE):  # a search returns 10,000 at most
             parsed = [(document.body, *map(json.loads, document.body.splitlines()))
                       for document in documents[start : start + BATCH_SIZE]]  # fmt: skip
-            wanted = {action["create"]["_id"]: (body, source) for body, action, source in parsed}
+            wanted = {next(iter(action.values()))["_id"]: (body, source) for body, action, source in parsed}
             self.request("POST", f"/{self.index}/_refresh")
             query = {"size": len(wanted), "query": {"ids": {"values": list(wanted)}}}
             params = {"allow_partial_search_results": "false", **self._on_primaries()}

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opensearch_base_manager import (
-    SUITE, OpenSearchBaseManager, OutcomeUnknown, RefreshError, Refused, RequestFailed, add_common_args,
+    SUITE, OpenSearchBaseManager, OutcomeUnknown, RefreshError, Refused, RequestFailed, add_common_args, either,
     field_definitions, finished_in_any_case, index_name, log, parsed_setting, per_second, run_cli, seconds_since,
     setting,
 )  # fmt: skip
@@ -23,22 +23,16 @@ MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more wo
 SCROLL_SIZE = 5000  # documents a batch on the server
 LEASES_WAIT_S = 60  # the server moves retention leases every 30 s; until then a merge drops nothing
 STATS_AGE_S = 12  # the server renews the store size every 10 s
-METHODS = ("delete", "recreate")
+METHOD = either("delete", "recreate")
 EXISTS = "resource_already_exists_exception"
 RECREATES = f"{SUITE}/recreates"  # in `_meta` of the sibling: whose definition it holds
 # what the server gives to each index by itself
 GIVEN = re.compile(r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*)")
 
 
-def cleanup_method(text: str) -> str:
-    if text not in METHODS:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither {' nor '.join(METHODS)}")
-    return text
-
-
 def chosen_method() -> str:
     """Return how scripts that fill an index empty it first (CLEANUP_METHOD)."""
-    return parsed_setting("CLEANUP_METHOD", "delete", cleanup_method)
+    return parsed_setting("CLEANUP_METHOD", "delete", METHOD)
 
 
 def empty_index(manager: OpenSearchBaseManager, index: str, method: str) -> int | None:
@@ -339,7 +333,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="index_cleanup.py", description="Delete all documents of an index.")
     parser.add_argument("--index", required=True, type=index_name, help="the index to empty; no alias may point at it")
     parser.add_argument(
-        "--method", type=cleanup_method, default=setting("CLEANUP_METHOD", "delete"),
+        "--method", type=METHOD, default=setting("CLEANUP_METHOD", "delete"),
         help="delete the documents, or recreate the index, which takes no time and frees the disk at once "
         "(default: %(default)s; env: CLEANUP_METHOD)",
     )  # fmt: skip

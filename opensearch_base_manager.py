@@ -163,6 +163,17 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
+def either(*allowed: str) -> Callable[[str], str]:
+    """Return a parser that accepts these words alone."""
+
+    def word(text: str) -> str:
+        if text not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {' nor '.join(allowed)}")
+        return text
+
+    return word
+
+
 def index_name(text: str) -> str:
     """Accept the name of one index or alias: no pattern, list or date math, which would reach other indices."""
     if not re.fullmatch(r"[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#:%]*", text) or text in (".", ".."):
@@ -183,12 +194,6 @@ def add_replicas_arg(parser: argparse.ArgumentParser) -> None:
 
 def wants_no_replicas(args: argparse.Namespace) -> bool:
     return args.no_replicas or parsed_setting("LOAD_WITHOUT_REPLICAS", "false", boolean)
-
-
-def authentication(text: str) -> str:
-    if text not in ("basic", "sigv4"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither basic nor sigv4")
-    return text
 
 
 def endpoint_url(text: str) -> str:
@@ -237,7 +242,7 @@ class Settings:
     @classmethod
     def load(cls, aws: Aws) -> Settings:
         """Read variables, then the credentials. Raises ConfigurationError, or RefreshError when the store refuses."""
-        signed = parsed_setting("OPENSEARCH_AUTH", "basic", authentication) == "sigv4"
+        signed = parsed_setting("OPENSEARCH_AUTH", "basic", either("basic", "sigv4")) == "sigv4"
         checked: dict[str, Any] = {
             "verify": certificate_check(),
             "retry_seconds": parsed_setting("RETRY_SECONDS", "300", number),
@@ -451,7 +456,7 @@ def _on_signal(number: int, _frame: object) -> None:
         raise Interrupted(number)
 
 
-def finished_in_any_case(action: Callable[[], object]) -> None:
+def finished_in_any_case(action: Callable[[], None]) -> None:
     """Run a clean-up after a failure; a first signal that breaks it off makes it run again, in the 20 s then left."""
     try:
         action()

@@ -54,7 +54,7 @@ USER, PASSWORD = "refresh", """p@ss: "w'o\\rd" $HOME `#1` %41 {ü€} =;&?/"""
 ADMIN, ADMIN_PASSWORD = "admin", "sandbox-only"
 PRIMARY, SECONDARY, ALIAS = "my_index_primary", "my_index_secondary", "my_index_alias"
 BUCKET, PREFIX, PARAMETERS = "your-bucket", "your/prefix/", "/opensearch"
-FILLED = 2  # counts the kinds of filled data: roles and rows that a server starts with
+FILLED = 3  # counts the kinds of filled data: roles and rows that a server starts with
 LAST_LOADED_MONTH = 11  # primary starts without December, so that a refresh changes what readers see (+9.1 %)
 
 # What the scripts need, and nothing else: each was found by taking it away.
@@ -336,6 +336,9 @@ class OpenSearch:
             raise RuntimeError(f"{method} {path}: {response.status_code} {response.text[:500]}")
         return response.json() if response.content else None
 
+    def add_user(self, name: str, password: str) -> None:
+        self.request("PUT", f"{SECURITY}/internalusers/{name}", {"password": password})
+
     def grant(self, name: str, role: Mapping[str, Any], user: str = USER) -> None:
         """Make a role, or replace it, and give it to a user, the scripts' own by default."""
         self.request("PUT", f"{SECURITY}/roles/{name}", role)
@@ -382,7 +385,7 @@ def cluster(count: int) -> Iterator[list[OpenSearch]]:
             node.wait()
         nodes[0].request("GET", f"/_cluster/health?wait_for_nodes={count}&timeout=100s")
         if SECURE:
-            nodes[0].request("PUT", f"{SECURITY}/internalusers/{USER}", {"password": PASSWORD})
+            nodes[0].add_user(USER, PASSWORD)
         yield nodes
 
 
@@ -443,7 +446,7 @@ def filled_data(home: Path) -> Path:
             try:
                 server.wait()
                 if SECURE:
-                    server.request("PUT", f"{SECURITY}/internalusers/{USER}", {"password": PASSWORD})
+                    server.add_user(USER, PASSWORD)
                 create_indices(server)
                 load_months(server, PRIMARY, month_files()[:LAST_LOADED_MONTH])
                 server.request("POST", "/_flush")

@@ -237,7 +237,7 @@ def test_a_missing_permission_is_named_with_the_user(command, permission, pair, 
     for actions in (role["cluster_permissions"], role["index_permissions"][0]["allowed_actions"]):
         if permission in actions:
             actions.remove(permission)
-    box.server.request("PUT", f"{sandbox.SECURITY}/internalusers/{user}", {"password": OWN_PASSWORD})
+    box.server.add_user(user, OWN_PASSWORD)
     box.server.grant(user, role, user)
     connect(user=user, password=OWN_PASSWORD)
     assert_says(run(*getattr(pair, command)), 1, "403", f"the role of user {user} lacks {permission}")

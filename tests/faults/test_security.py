@@ -45,7 +45,7 @@ class Account:
         self.server, self.user = world.box.server, user
         self.whole = sandbox.refresh_role([world.primary, world.secondary, world.alias])
         self.login = {"OPENSEARCH_USERNAME": user, "OPENSEARCH_PASSWORD": OWN_PASSWORD}
-        self.server.request("PUT", f"{sandbox.SECURITY}/internalusers/{user}", {"password": OWN_PASSWORD})
+        self.server.add_user(user, OWN_PASSWORD)
         self.allow_all()
 
     def allow_all(self) -> None:
