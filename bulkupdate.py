@@ -31,11 +31,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from index_cleanup import chosen_method, empty_index, put_index_back
+from index_cleanup import TargetIndex
 from opensearch_base_manager import (
-    Answer, Aws, OpenSearchBaseManager, Progress, RefreshError, Refused, TooManyRejects, add_common_args,
-    add_replicas_arg, aws_errors, backoff_s, field_definitions, index_name, interrupted, log, per_second, run_cli,
-    seconds_since, setting, wants_no_replicas,
+    Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, TooManyRejects, add_settings, aws_errors,
+    backoff_s, field_definitions, index_name, interrupted, log, per_second, run_cli, seconds_since,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -80,7 +79,7 @@ class S3Object:
 
 
 class Bucket:
-    """The objects of one bucket, read through one client; failures are RefreshError and name the object."""
+    """The objects of one bucket, read through one client; failures are OperationFailed and name the object."""
 
     def __init__(self, name: str, aws: Aws) -> None:
         self.name = name
@@ -109,7 +108,7 @@ class Bucket:
     def get(self, item: S3Object, first: int, last: int) -> Any:
         """Return some bytes of an object as it was listed, as a stream.
 
-        Raises RefreshError when it was replaced or deleted since, or may not be read; what may pass (5xx, connection
+        Raises OperationFailed when it was replaced or deleted since, or may not be read; what may pass (5xx, connection
         errors) is raised as it is, once botocore has given up.
         """
         from botocore.exceptions import ClientError
@@ -124,7 +123,7 @@ class Bucket:
                 raise
             if status in (404, 412):
                 done = "deleted" if status == 404 else "replaced"
-                raise RefreshError(f"{place} was {done} since it was listed; run again") from None
+                raise OperationFailed(f"{place} was {done} since it was listed; run again") from None
             with aws_errors(place, "s3:GetObject (and kms:Decrypt for a key of your own)"):
                 raise
 
@@ -160,7 +159,7 @@ def look_at(item: S3Object, data: bytes, delimiter: str, known: Container[str]) 
         try:
             data = unpacker.decompress(data, HEAD_BYTES)
         except zlib.error as error:
-            raise RefreshError(f"{item.key}: broken gzip: {error}; write the object again") from None
+            raise OperationFailed(f"{item.key}: broken gzip: {error}; write the object again") from None
         whole = whole and unpacker.eof and not unpacker.unused_data
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4 > 0:
         raise Refused(f"{item.key}: UTF-16; save it as UTF-8")
@@ -253,14 +252,14 @@ class S3Body(io.RawIOBase):
                     self.position += len(data)
                     return len(data)
                 raise OSError("it ended early")
-            except RefreshError:
+            except OperationFailed:
                 raise
             except Exception as error:  # urllib3, botocore, http.client and ssl each have their own for a broken read
                 self._body = None
                 delay = backoff_s(attempt)
                 place = f"s3://{self.bucket.name}/{self.item.key}, byte {self.position:,}"
                 if interrupted.is_set() or time.monotonic() - began + delay > self.patience_s:
-                    raise RefreshError(f"{place}: cannot be read on: {error}; run again") from None
+                    raise OperationFailed(f"{place}: cannot be read on: {error}; run again") from None
                 log.warning("%s: %s; reading on from there in %.1f s", place, error, delay)
                 attempt += 1
                 time.sleep(delay)
@@ -378,7 +377,7 @@ def mark_unreadable(block: Block) -> None:
 def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]:
     """Yield the records of one object in blocks, the header first.
 
-    Raises RefreshError when the object is broken gzip, when a line does not end, or when a quote is left open.
+    Raises OperationFailed when the object is broken gzip, when a line does not end, or when a quote is left open.
     """
     rest, line, suspect = "", 1, False
     pieces = read_lines(stream)
@@ -386,9 +385,9 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]
         try:
             text, bad, ended = gather(pieces, len(rest))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise RefreshError(f"{place}: broken gzip: {error}; write the object again") from None
+            raise OperationFailed(f"{place}: broken gzip: {error}; write the object again") from None
         except OverflowError as error:
-            raise RefreshError(f"{place}, after line {line + rest.count(NEWLINE) - 1}: {error}") from None
+            raise OperationFailed(f"{place}, after line {line + rest.count(NEWLINE) - 1}: {error}") from None
         text, suspect = rest + (text.removeprefix("\ufeff") if line == 1 and not rest else text), suspect or bad
         if not text:
             return
@@ -397,11 +396,11 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]
             try:
                 block, rest = parse(text, line, delimiter)
             except OpenQuote as error:
-                raise RefreshError(f"{place}, {error}") from None
+                raise OperationFailed(f"{place}, {error}") from None
         if rest and (ended or len(rest) > MAX_LINE_BYTES):
             where = "at the end of the file" if ended else f"after {MAX_LINE_BYTES // MIB} MiB"
             begins = line + text.count(NEWLINE) - rest.count(NEWLINE)
-            raise RefreshError(f"{place}, {OpenQuote(begins, where)}")
+            raise OperationFailed(f"{place}, {OpenQuote(begins, where)}")
         if suspect:
             mark_unreadable(block)
             suspect = bool(rest)
@@ -712,7 +711,7 @@ class Rejects:
         self._file: Any = None
 
     def prepare(self) -> None:
-        """Make the folder and drop files older than 30 days. Raises RefreshError when it cannot be written to."""
+        """Make the folder and drop files older than 30 days. Raises OperationFailed when it cannot be written to."""
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             for old in self.path.parent.glob("rejects-*.ndjson"):
@@ -722,7 +721,7 @@ class Rejects:
             if not os.access(self.path.parent, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
-            raise RefreshError(f"{self.path.parent}: {error.strerror}; set LOG_DIR to a folder of your own") from None
+            raise OperationFailed(f"{self.path.parent}: {error.strerror}; set LOG_DIR to a folder of your own") from None
 
     def add(self, key: str, line: int, defect: Defect) -> None:
         entry = {"object": key, "line": line, "column": defect.column, "reason": defect.reason, "row": defect.row}
@@ -736,11 +735,11 @@ class Rejects:
                 self._file.write(json.dumps(entry) + "\n")
                 self._file.flush()
             except OSError as error:
-                raise RefreshError(
+                raise OperationFailed(
                     f"rejects file {self.path}: {error.strerror}; make room, or set LOG_DIR to another folder"
                 ) from None
             if self.count > self.limit:
-                raise RefreshError(f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}")
+                raise OperationFailed(f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}")
 
     def _open(self) -> Any:
         if self.path.exists():  # of another load that began in the same second
@@ -761,11 +760,11 @@ class Tally:
 
 class BulkUpdate(OpenSearchBaseManager):
     def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(dry_run=args.dry_run)
-        self.index: str = args.index
+        super().__init__(args)
         self.prefix, self.delimiter, self.id_column = args.prefix, args.delimiter, args.id_column
         self.keep: bool = args.no_cleanup
-        self.without_replicas, self.cleanup_method = wants_no_replicas(args), chosen_method()
+        self.target = TargetIndex(self, args.index, method=args.method, shared=self.keep)
+        self.index: str = args.index
         self.batch_size, self.max_rejects = args.batch_size, args.max_rejects
         self.workers = args.workers or (WORKERS_FOR_SMALL if args.batch_size < BATCH_SIZE // 2 else WORKERS)
         self.bucket = Bucket(args.bucket, self.aws)
@@ -786,7 +785,6 @@ class BulkUpdate(OpenSearchBaseManager):
             log.info("dry run: %s would be %s", self.index, "added to" if self.keep else "emptied and filled")
             return {"index": self.index, "objects": len(objects), "dry_run": True}
         if self.keep:
-            self._put_right(self.index)
             self._add_columns(added)
             self._load(objects)
             self._verify_objects(objects)
@@ -796,14 +794,8 @@ class BulkUpdate(OpenSearchBaseManager):
         return self._report(objects, began)
 
     def _check_index(self) -> None:
-        self.lock(self.index, shared=self.keep)
-        self.index = put_index_back(self, self.index)
-        self._verify_index_exists(self.index)
-        if not (self.keep or self.dry_run):
-            self._refuse_live(self.index)
-        elif aliases := self._check_index_aliases(self.index):
-            log.info("index %s is live: alias %s points at it", self.index, ", ".join(aliases))
-        self._settle_tasks(self.index, exclusive=not self.keep)
+        self.target.claim(may_be_live=self.keep or self.dry_run)
+        self.index = self.target.name
         self.rejects.prepare()
 
     def _list(self) -> list[S3Object]:
@@ -882,12 +874,11 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _replace(self, objects: list[S3Object], added: Mapping[str, Any]) -> None:
         """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
-        self._put_right(self.index)
-        with self.unfinished(self.index, without_replicas=self.without_replicas) as note:
+        with self.target.fill(without_replicas=self.settings.no_replicas):
             self._add_columns(added)
-            empty_index(self, self.index, self.cleanup_method)
+            self.target.empty()
             self._load(objects)
-            self._put_back_settings(self.index, note)
+            self.target.restore_settings()
             self._verify_objects(objects)
             self._verify_sums()
             self._verify_count()
@@ -999,7 +990,7 @@ class BulkUpdate(OpenSearchBaseManager):
             if left.count() < count:
                 began, attempt = time.monotonic(), 0
             elif time.monotonic() - began > self.settings.retry_seconds:
-                raise RefreshError(
+                raise OperationFailed(
                     f"{self.index}: {left.count():,} documents were not taken for {self.settings.retry_seconds:g} s, "
                     f"at last: {self.last_refusal}; look at the cluster's load and run again"
                 )
@@ -1022,7 +1013,7 @@ class BulkUpdate(OpenSearchBaseManager):
         else:
             self._reject(batch, f"larger than the cluster accepts ({size:,} bytes)")
 
-    def _settle(self, batch: Batch, answer: Answer, resent: bool) -> Batch:
+    def _settle(self, batch: Batch, answer: Response, resent: bool) -> Batch:
         """Count what an answer says of each document; return those that have to be sent again."""
         body, count = answer.body, batch.count()
         created, updated = body.count(b'"status":201'), body.count(b'"status":200')
@@ -1099,27 +1090,27 @@ class BulkUpdate(OpenSearchBaseManager):
     # --- does it add up? ---
 
     def _verify_objects(self, objects: list[S3Object]) -> None:
-        """Raise RefreshError when S3 no longer holds what was loaded."""
+        """Raise OperationFailed when S3 no longer holds what was loaded."""
         now = self.bucket.list_csv(self.prefix, self.settings.retry_seconds)  # all is stored: patience pays
         if changed := sorted({item.key for item in set(now) ^ set(objects)}):
-            raise RefreshError(
+            raise OperationFailed(
                 f"s3://{self.bucket.name}/{self.prefix} changed during the load ({', '.join(changed[:5])}): the "
                 "producer was still writing; run again when it has finished"
             )
 
     def _verify_sums(self) -> None:
-        """Raise RefreshError unless each row read was stored, rejected or skipped, and in the index seen first."""
-        self._verify_same_index(self.index)
+        """Raise OperationFailed unless each row read was stored, rejected or skipped, and in the index seen first."""
+        self.target.verify_same()
         tally, rejected = self.tally, self.rejects.count
         if tally.read != tally.stored + rejected + tally.skipped:
-            raise RefreshError(f"the rows do not add up: {rejected} rejected, {tally}; run again")
+            raise OperationFailed(f"the rows do not add up: {rejected} rejected, {tally}; run again")
 
     def _verify_count(self) -> None:
-        """Raise RefreshError unless the index holds what the answers said was stored."""
+        """Raise OperationFailed unless the index holds what the answers said was stored."""
         count, tally = self._get_index_count(self.index), self.tally
         most = tally.stored - tally.replaced
         if not most - tally.unsure <= count <= most:
-            raise RefreshError(
+            raise OperationFailed(
                 f"{self.index} holds {count:,} documents, {most:,} were stored: somebody else writes to it; run again"
             )
         tally.replaced = tally.stored - count
@@ -1148,25 +1139,6 @@ class BulkUpdate(OpenSearchBaseManager):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def whole_number(text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
-    return int(text)
-
-
-def positive_int(text: str) -> int:
-    if (value := whole_number(text)) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def one_character(text: str) -> str:
-    text = "\t" if text == r"\t" else text
-    if len(text) != 1 or text in '"\r\n':
-        raise argparse.ArgumentTypeError(f"{text!r} is not one character (\\t for a tab)")
-    return text
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bulkupdate.py",
@@ -1175,29 +1147,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bucket", required=True, help="the S3 bucket")
     parser.add_argument("--prefix", required=True, help="the prefix of the keys; .csv and .csv.gz are taken")
     parser.add_argument("--index", required=True, type=index_name, help="the index to fill; no alias may point at it")
-    parser.add_argument(
-        "--batch-size", type=positive_int, default=BATCH_SIZE, help="documents per request (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--workers", type=positive_int,
-        help=f"requests at the same time (default: {WORKERS}, {WORKERS_FOR_SMALL} for small batches)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--id-column", default="", help="the column that holds the id; a later row replaces an earlier one"
-    )
-    parser.add_argument(
-        "--delimiter", type=one_character, default=",", help="the character between cells (default: %(default)r)"
-    )
-    parser.add_argument(
-        "--max-rejects", type=whole_number, default=setting("MAX_REJECTS", "0"),
-        help="rejected rows that are accepted (default: %(default)s; env: MAX_REJECTS)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-cleanup", action="store_true", help="add to what the index holds, replacing documents of the same id"
-    )
-    add_replicas_arg(parser)
-    add_common_args(parser)
-    return parser
+    return add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

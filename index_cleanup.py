@@ -3,196 +3,431 @@
 Example:    python index_cleanup.py --index my_index_secondary --method recreate
 Exit codes: 0 empty, and counted; 1 failed; 2 usage; 4 refused (an alias points at it); 75 locked; 129, 130, 143
             signals.
+
+`TargetIndex` is the life of an index that is emptied or filled, for reindex.py and bulkupdate.py as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from opensearch_base_manager import (
-    SUITE, OpenSearchBaseManager, OutcomeUnknown, RefreshError, Refused, RequestFailed, add_common_args, either,
-    field_definitions, finished_in_any_case, index_name, log, parsed_setting, per_second, run_cli, seconds_since,
-    setting,
+    SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Refused, RequestFailed, add_settings,
+    field_definitions, finished_in_any_case, index_name, log, per_second, run_cli, seconds_since,
 )  # fmt: skip
 
 MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more would chase somebody who writes
 SCROLL_SIZE = 5000  # documents a batch on the server
 LEASES_WAIT_S = 60  # the server moves retention leases every 30 s; until then a merge drops nothing
 STATS_AGE_S = 12  # the server renews the store size every 10 s
-METHOD = either("delete", "recreate")
 EXISTS = "resource_already_exists_exception"
-RECREATES = f"{SUITE}/recreates"  # in `_meta` of the sibling: whose definition it holds
+BACKUP_OF = f"{SUITE}/recreates"  # in `_meta` of a backup index: {index, uuid, blocks} of the one it stands for
 # what the server gives to each index by itself
-GIVEN = re.compile(r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*)")
+SERVER_SETTINGS = re.compile(
+    r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*)"
+)
 
 
-def chosen_method() -> str:
-    """Return how scripts that fill an index empty it first (CLEANUP_METHOD)."""
-    return parsed_setting("CLEANUP_METHOD", "delete", METHOD)
+class TargetIndex:
+    """An index that is about to be emptied or filled, from the lock to the last count.
 
+        target = TargetIndex(manager, "my_index_primary")
+        target.claim()                      # nobody else works on it, and what a run that died left is recovered
+        with target.fill():                 # marked as unfinished, settings of a load
+            target.empty()
+            ...                             # documents come in
+            target.restore_settings()
+            ...                             # counted
+                                            # the marker is gone: only here is the index finished
 
-def empty_index(manager: OpenSearchBaseManager, index: str, method: str) -> int | None:
-    """Empty an index that no alias points at; return how many documents there were, None when nobody could tell.
+    What a kill leaves on the server, after each request that changes something, and who heals it:
 
-    Raises Refused when an alias has come since, RefreshError when it could not be emptied. A failure leaves the index
-    partly emptied, or (recreate) missing, with a sibling that holds its definition for `put_index_back`.
+        sent last                 what stands there                       healed by
+        the marker                marker, all documents                   claim() of the next load or copy: its own
+        settings of the load      marker, refresh_interval -1             marker replaces this one, and goes at its
+        a deletion, documents     marker, -1, a part of the documents     end; settings that still have the value of
+        settings restored         marker, documents not counted           the load are restored at once. Until then
+                                                                          switch_alias.py refuses the index.
+        task started              the task runs on                        claim(): cancelled, being ours and of
+                                                                          this host; awaited if of another host
+      empty() by recreate, in a fill() as above:
+        creation of the backup    index and backup index                  claim(): the index has the UUID that the
+                                                                          backup names, so the backup is deleted
+        deletion of the index     backup index alone, with the marker     claim(): the index is created from it
+        creation of the index     both, the index empty                   claim(): the same definition, so the
+                                                                          backup is deleted
+        deletion of the backup    the index, empty, with the marker       as above
+      somebody creates the missing index from guesses (a stray write): claim() refuses where mapping or settings
+      differ from the backup, and says which of the two to delete.
     """
-    manager._refuse_live(index)
-    found = count_of(manager, index, method)
-    if found == 0:
-        log.info("%s is empty already", index)
-        return 0
-    log.info("deleting %s documents from %s", "all" if found is None else f"{found:,}", index)
-    if method == "recreate" and recreate_index(manager, index):
+
+    def __init__(self, manager: OpenSearchBaseManager, name: str, *, method: str, shared: bool = False) -> None:
+        self.manager, self.name, self.method, self.shared = manager, name, method, shared
+        self.backup = BackupIndex(manager, name)
+        self.uuid = ""
+        self._marker: dict[str, Any] | None = None  # ours, while it stands
+
+    # --- claim ---
+
+    def claim(self, *, may_be_live: bool = False) -> None:
+        """Lock the index and recover it; in a dry run nothing is changed, and a backup stands in for a missing index.
+
+        Raises Locked, Refused when it is live or others work on it, OperationFailed when it is missing.
+        """
+        self.manager.lock(self.name, shared=self.shared)
+        self._recover_index()
+        self.uuid = self.manager._uuid(self.name)
+        if not may_be_live:
+            self.refuse_live()
+        elif aliases := self.manager._check_index_aliases(self.name):
+            log.info("index %s is live: alias %s points at it", self.name, ", ".join(aliases))
+        self.manager._await_tasks(self.name, exclusive=not self.shared)
+        self._recover_settings()
+
+    def refuse_live(self) -> None:
+        if aliases := self.manager._check_index_aliases(self.name):
+            raise Refused(
+                f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give the "
+                "other index, or move readers there first (switch_alias.py)"
+            )
+
+    def verify_same(self) -> None:
+        self.manager._verify_same_index(self.name, self.uuid)
+
+    def _recover_index(self) -> None:
+        """Create an index that a run deleted before it died; delete a backup that is needed no more."""
+        try:
+            kept = self.backup.read()
+        except RequestFailed as error:
+            if error.status != 403:
+                raise
+            return self._go_on_without_backup(error)
+        if kept is None:
+            return
+        if now := read_index(self.manager, self.name):
+            self.backup.refuse_another_index(kept, now)
+            if not self.manager.dry_run:
+                self.backup.delete()
+            return
+        log.warning("index %s is missing: a run died between deleting and creating it", self.name)
+        if self.manager.dry_run:
+            self.name = self.backup.name
+        else:
+            self.backup.restore()
+
+    def _go_on_without_backup(self, forbidden: RequestFailed) -> None:
+        """Whoever never recreates needs no right to read backups; only where one may be needed its lack is told."""
+        if self.manager.request("HEAD", f"/{self.name}", accept=[404]).status == 404:
+            raise OperationFailed(
+                f"index {self.name} does not exist, and whether {self.backup.name} holds its definition cannot be "
+                f"seen: {forbidden}. Give that permission and run again, or create the index"
+            )
+        if self.method == "recreate":
+            log.warning("whether a run died while it recreated %s cannot be seen: %s", self.name, forbidden)
+
+    def _recover_settings(self) -> None:
+        """Restore what a load that died left changed; its marker stays until a fill has replaced it and ended well."""
+        if (marker := self.manager._read_marker(self.name)) is None:
+            return
+        who = marker.get("host"), marker.get("started")
+        log.warning("index %s is unfinished: a run on %s, begun %s, died", self.name, *who)
+        if not self.manager.dry_run:
+            self._restore_settings(marker)
+
+    # --- fill ---
+
+    @contextlib.contextmanager
+    def fill(self, *, loading: bool = True, without_replicas: bool = False) -> Iterator[None]:
+        """Mark the index as unfinished until the body has ended well.
+
+        With `loading`, its refresh interval is -1 meanwhile (and replicas are 0, if asked), unless the marker cannot be
+        written: the body calls `restore_settings` before it counts. When it fails they are restored here and the marker
+        stays; where even that fails, or the process is killed, `claim` of the next run does it.
+        """
+        self.refuse_live()
+        found, former = self.manager._verify_index_exists(self.name), self.manager._read_marker(self.name)
+        wanted = load_settings(found, without_replicas) if loading else {}
+        self._marker = {  # before it is written: a signal may come in between
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": self.manager.host,
+            "found": {name: found.get(name) for name in wanted}, "set": wanted,
+        }  # fmt: skip
+        try:
+            if self._mark():
+                self._change_settings(wanted)
+            yield
+        except BaseException as failure:
+            try:
+                finished_in_any_case(self.restore_settings)
+                if self._marker and isinstance(failure, Refused):  # nothing was deleted, or another run has filled it
+                    self._write_marker(former)
+            except OperationFailed as error:
+                log.error("index %s: its settings are not restored yet, the next run does it: %s", self.name, error)
+            raise
+        if self._marker:
+            self._write_marker(None)
+
+    def restore_settings(self) -> None:
+        """Restore what `fill` has changed, and read it back."""
+        if self._marker:
+            self._restore_settings(self._marker)
+
+    def _mark(self) -> bool:
+        """Write the marker; say whether the cluster has accepted it."""
+        try:
+            self._write_marker(self._marker)
+            return True
+        except OutcomeUnknown:
+            raise
+        except RequestFailed as error:
+            log.warning("index %s: no marker can be written, so its settings stay as they are: %s", self.name, error)
+            self._marker = None
+            return False
+
+    def _write_marker(self, marker: Mapping[str, Any] | None) -> None:
+        """Put our marker into `_meta` beside what others keep there, or take it out; an update replaces all of it."""
+        meta = dict(self.manager._get_mapping(self.name).get("_meta", {}))
+        meta.pop(SUITE, None)
+        self.manager.request("PUT", f"/{self.name}/_mapping", {"_meta": {**meta, SUITE: marker} if marker else meta})
+
+    def _change_settings(self, wanted: Mapping[str, str]) -> None:
+        for name, value in wanted.items():
+            try:
+                self.manager.request("PUT", f"/{self.name}/_settings", {name: value})
+            except OutcomeUnknown:
+                raise
+            except RequestFailed as error:  # Multi-AZ with Standby fixes replicas, some domains a minimum interval
+                log.warning("index %s: going on without %s=%s: %s", self.name, name, value, error)
+
+    def _restore_settings(self, marker: Mapping[str, Any]) -> None:
+        """Restore each setting that still has the value of the load; one that somebody changed since stays."""
+        current = self.manager._verify_index_exists(self.name)
+        left = {name: value for name, value in marker["found"].items() if current.get(name) == marker["set"].get(name)}
+        if not left:
+            return
+        self.manager.request("PUT", f"/{self.name}/_settings", left)
+        now = self.manager._verify_index_exists(self.name)
+        if wrong := [name for name, value in left.items() if now.get(name) != value]:
+            raise OperationFailed(f"index {self.name}: {', '.join(wrong)} could not be restored; run again")
+        shown = (f"{name}={'default' if value is None else value}" for name, value in left.items())
+        log.info("index %s: restored %s", self.name, ", ".join(shown))
+
+    # --- empty ---
+
+    def empty(self) -> int | None:
+        """Empty the index; return how many documents there were, None when nobody could tell.
+
+        Raises Refused when an alias has come since, OperationFailed when it could not be emptied. A failure leaves the
+        index partly emptied, or (recreate) missing, with a backup that `claim` restores it from.
+        """
+        self.refuse_live()
+        found = self.count_unless_red()
+        if found == 0:
+            log.info("%s is empty already", self.name)
+            return 0
+        log.info("deleting %s documents from %s", "all" if found is None else f"{found:,}", self.name)
+        if self.method == "recreate" and self._recreate():
+            return found
+        found = self.manager._get_index_count(self.name) if found is None else found
+        self._delete_documents(found)
         return found
-    found = manager._get_index_count(index) if found is None else found
-    delete_documents(manager, index, found)
+
+    def count_unless_red(self) -> int | None:
+        """Count the documents; return None when a shard has no copy at all, which only recreate can heal."""
+        health = f"/_cluster/health/{self.name}"
+        if self.method == "recreate" and self.manager.request("GET", health).data["status"] == "red":
+            return None
+        return self.manager._get_index_count(self.name)
+
+    def _delete_documents(self, found: int) -> None:
+        """Delete all documents. Raises OperationFailed when some are left after three rounds."""
+        began, left, rounds = time.monotonic(), found, 0
+        while left and rounds < MAX_ROUNDS:
+            if rounds:  # a run on another host may have finished meanwhile, and have moved readers here
+                self.refuse_live()
+            self.manager.run_task(
+                f"/{self.name}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {self.name}",
+                total=left, slices="auto", conflicts="proceed", scroll_size=SCROLL_SIZE,
+            )  # fmt: skip
+            left, rounds = self.manager._get_index_count(self.name), rounds + 1
+        if left:
+            raise OperationFailed(
+                f"index {self.name}: {left:,} documents are left after {rounds} rounds: somebody writes to it; "
+                "run again"
+            )
+        log.info("deleted %s documents from %s in %.1f s, %s/s", f"{found:,}", self.name, time.monotonic() - began,
+                 f"{per_second(found, began):,}")  # fmt: skip
+
+    # --- empty by recreate ---
+
+    def _recreate(self) -> bool:
+        """Delete the index and create it anew; say whether it was done, or is forbidden and everything is as it was."""
+        began, deleting = time.monotonic(), False
+        try:
+            definition = self._validate_definition()
+            self.refuse_live()
+            self.verify_same()
+            deleting = True
+            self._delete_index()
+            create_index(self.manager, self.name, definition)
+        except CannotRecreate as error:
+            self.backup.delete()
+            log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, error)
+            return False
+        except BaseException as failure:
+            self._after_failed_recreate(deleting, failure)
+            raise
+        self.backup.delete()
+        self.uuid = self.manager._uuid(self.name)  # the new one is ours from here on
+        log.info("recreated %s in %.1f s", self.name, time.monotonic() - began)
+        return True
+
+    def _validate_definition(self) -> dict[str, Any]:
+        """Create the backup, and see that the index could be created as well; return the definition of both.
+
+        Raises CannotRecreate when one of them is refused, or would not become the same.
+        """
+        if (found := read_index(self.manager, self.name)) is None:
+            raise OperationFailed(f"index {self.name} was deleted by somebody else meanwhile; run again")
+        definition = definition_of(found)
+        try:
+            self.backup.create(definition, self.uuid)
+            # 400, since it is there; 403 without the permission
+            self.manager.request("PUT", f"/{self.name}", definition, accept=[400])
+        except OutcomeUnknown:
+            raise
+        except OperationFailed as error:
+            raise CannotRecreate(str(error)) from None
+        return definition
+
+    def _delete_index(self) -> None:
+        """Delete the index by one request, which is never sent again: it could meet the new index, or a live one.
+
+        Raises CannotRecreate when the cluster refuses, OutcomeUnknown when no response came and it is still there.
+        """
+        try:
+            self.manager.request("DELETE", f"/{self.name}", idempotent=False, retry=False)
+        except OutcomeUnknown as unknown:
+            log.warning("%s; looking whether index %s is gone", unknown, self.name)
+            time.sleep(1)
+            if read_index(self.manager, self.name):
+                raise
+        except RequestFailed as error:
+            if error.status == 404:  # somebody else was faster: the backup holds what it was
+                raise
+            raise CannotRecreate(str(error)) from None
+
+    def _after_failed_recreate(self, deleting: bool, failure: BaseException) -> None:
+        """Clean up; a deletion that was sent may yet be carried out: then the backup is all that is left."""
+        try:
+            finished_in_any_case(self.backup.restore if deleting else self.backup.delete)
+        except OperationFailed as error:
+            log.error("index %s is not restored yet, the next run does it: %s", self.name, error)
+            self._marker = None  # it is in the backup, and comes back with the index
+            failure.args = (
+                f"{failure}; index {self.name} is deleted, {self.backup.name} holds its definition: mend the cause, "
+                "and the next run creates the index from it",
+            )
+
+
+class BackupIndex:
+    """The empty index `<index>-recreate`, which holds the definition of an index while that is deleted and created."""
+
+    def __init__(self, manager: OpenSearchBaseManager, index: str) -> None:
+        self.manager, self.index, self.name = manager, index, f"{index}-recreate"
+
+    def create(self, definition: Mapping[str, Any], uuid: str) -> None:
+        """Create it; blocks are kept in `_meta`, since with a block it could not be deleted any more."""
+        settings, mappings = dict(definition["settings"]), definition["mappings"]
+        blocks = {name: settings.pop(name) for name in list(settings) if name.startswith("index.blocks.")}
+        meta = {**mappings.get("_meta", {}), BACKUP_OF: {"index": self.index, "uuid": uuid, "blocks": blocks}}
+        create_index(self.manager, self.name, {"settings": settings, "mappings": {**mappings, "_meta": meta}})
+
+    def read(self) -> tuple[dict[str, Any], str] | None:
+        """Return the definition that it holds and the UUID of the index that had it.
+
+        None when there is no such index, or it is somebody else's. Raises RequestFailed (403) when it may not be read.
+        """
+        if (found := read_index(self.manager, self.name)) is None:
+            return None
+        definition = definition_of(found)
+        meta = dict(definition["mappings"].pop("_meta", {}))
+        kept = meta.pop(BACKUP_OF, None)
+        if not isinstance(kept, dict) or kept.get("index") != self.index:
+            return None
+        definition["settings"].update(kept["blocks"])
+        if meta:
+            definition["mappings"]["_meta"] = meta
+        return definition, str(kept["uuid"])
+
+    def restore(self) -> None:
+        """Create the index from its definition, if it is gone; the backup of one that is there stays."""
+        if (kept := self.read()) and not read_index(self.manager, self.index):
+            create_index(self.manager, self.index, kept[0])
+            self.delete()
+            log.info("index %s is restored, empty", self.index)
+
+    def delete(self) -> None:
+        try:
+            if self.read():
+                self.manager.request("DELETE", f"/{self.name}", accept=[404])
+        except RequestFailed as error:
+            log.warning("the empty index %s stays; delete it: %s", self.name, error)
+
+    def refuse_another_index(self, kept: tuple[dict[str, Any], str], now: Mapping[str, Any]) -> None:
+        """Raise Refused when an index was created meanwhile, and not from this definition."""
+        definition, uuid = kept
+        if now["settings"]["index.uuid"] == uuid:  # it was never deleted
+            return
+        if different := differences(definition, definition_of(now)):
+            raise Refused(
+                f"index {self.index} has lost its definition of {', '.join(different)}: a run died between deleting "
+                f"and creating it, and somebody else created it. Delete {self.index}, so that the next run creates it "
+                f"from {self.name}, or delete {self.name} if {self.index} is right"
+            )
+
+
+class CannotRecreate(OperationFailed):
+    """Something forbids it, and nothing has been deleted."""
+
+
+# --- definitions: what makes an index the same once more --------------------------------------------------------------
+
+
+def read_index(manager: OpenSearchBaseManager, index: str) -> dict[str, Any] | None:
+    """Return the response to a GET of an index; None when there is none of that name (an alias has another)."""
+    response = manager.request("GET", f"/{index}", params={"flat_settings": "true"}, accept=[404])
+    found: dict[str, Any] | None = response.data.get(index) if response.status == 200 else None
     return found
 
 
-def count_of(manager: OpenSearchBaseManager, index: str, method: str) -> int | None:
-    """Count the documents; return None when a shard has no copy at all, which only recreate can heal."""
-    if method == "recreate" and manager.request("GET", f"/_cluster/health/{index}").data["status"] == "red":
-        return None
-    return manager._get_index_count(index)
-
-
-# --- delete: all documents, one by one --------------------------------------------------------------------------------
-
-
-def delete_documents(manager: OpenSearchBaseManager, index: str, found: int) -> None:
-    """Delete all documents. Raises RefreshError when some are left after three rounds."""
-    began, left, rounds = time.monotonic(), found, 0
-    while left and rounds < MAX_ROUNDS:
-        if rounds:  # a run on another host may have finished meanwhile, and have moved readers here
-            manager._refuse_live(index)
-        manager.run_task(
-            f"/{index}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {index}", total=left,
-            slices="auto", conflicts="proceed", scroll_size=SCROLL_SIZE,
-        )  # fmt: skip
-        left, rounds = manager._get_index_count(index), rounds + 1
-    if left:
-        raise RefreshError(
-            f"index {index}: {left:,} documents are left after {rounds} rounds: somebody writes to it; run again"
-        )
-    log.info("deleted %s documents from %s in %.1f s, %s/s", f"{found:,}", index, time.monotonic() - began,
-             f"{per_second(found, began):,}")  # fmt: skip
-
-
-# --- recreate: drop the index, and create it with the same definition -------------------------------------------------
-
-
-def sibling_of(index: str) -> str:
-    return f"{index}-recreate"
-
-
 def definition_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes an index the same once more, from the answer to a GET of it."""
-    settings = {name: value for name, value in found["settings"].items() if not GIVEN.fullmatch(name)}
+    settings = {name: value for name, value in found["settings"].items() if not SERVER_SETTINGS.fullmatch(name)}
     if settings.get("index.auto_expand_replicas", "false") != "false":
         settings.pop("index.number_of_replicas", None)  # follows the number of nodes
-    return {"settings": settings, "mappings": found["mappings"]}
+    return {"settings": settings, "mappings": dict(found["mappings"])}
 
 
-def read_definition(manager: OpenSearchBaseManager, index: str) -> dict[str, Any] | None:
-    """Return the definition of an index; None when there is none of that name, or it may not be read."""
-    answer = manager.request("GET", f"/{index}", params={"flat_settings": "true"}, accept=[403, 404])
-    found = answer.data.get(index) if answer.status == 200 else None  # an alias answers with another name
-    return definition_of(found) if found else None
+def differences(definition: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the fields, parameters of the mapping and settings that are not the same; our marker does not count."""
 
+    def parts(of: Mapping[str, Any]) -> dict[str, Any]:
+        mappings = {name: value for name, value in of["mappings"].items() if name not in ("properties", "_meta")}
+        meta = {name: value for name, value in of["mappings"].get("_meta", {}).items() if name != SUITE}
+        return {**dict(field_definitions(of["mappings"])), **mappings, **of["settings"], "_meta": meta}
 
-def kept_definition(manager: OpenSearchBaseManager, index: str) -> dict[str, Any] | None:
-    """Return what our sibling holds of an index; None when there is no sibling, or it is somebody else's."""
-    kept = read_definition(manager, sibling_of(index))
-    meta = dict(kept["mappings"].get("_meta", {})) if kept else {}
-    if not kept or meta.pop(RECREATES, None) != index:
-        return None
-    mappings = {name: value for name, value in kept["mappings"].items() if name != "_meta"}
-    return {"settings": kept["settings"], "mappings": {**mappings, "_meta": meta} if meta else mappings}
-
-
-class CannotRecreate(RefreshError):
-    """Something forbids it, and nothing has been dropped."""
-
-
-def recreate_index(manager: OpenSearchBaseManager, index: str) -> bool:
-    """Drop an index and create it anew; say whether it was done, or is forbidden and everything is as it was.
-
-    Until the new one stands, an empty sibling holds its definition: whoever finds no index then puts it back.
-    """
-    began, dropping = time.monotonic(), False
-    try:
-        definition = rehearse(manager, index)
-        manager._refuse_live(index)
-        manager._verify_same_index(index)
-        dropping = True
-        drop_index(manager, index)
-        create_index(manager, index, definition)
-    except CannotRecreate as error:
-        drop_sibling(manager, index)
-        log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", index, error)
-        return False
-    except BaseException:
-        try:  # a drop that was sent may yet be carried out: then the sibling is all that is left
-            finished_in_any_case(lambda: (restore if dropping else drop_sibling)(manager, index))
-        except RefreshError as error:
-            log.error("index %s is not put back yet, the next run does it: %s", index, error)
-        raise
-    drop_sibling(manager, index)
-    manager._uuids.pop(index)  # the new one is ours from here on
-    manager._verify_index_exists(index)
-    log.info("recreated %s in %.1f s", index, time.monotonic() - began)
-    return True
-
-
-def rehearse(manager: OpenSearchBaseManager, index: str) -> dict[str, Any]:
-    """Create the sibling, and see that the index could be created as well; return the definition of both.
-
-    Raises CannotRecreate when one of them is refused, or would not become the same.
-    """
-    if (definition := read_definition(manager, index)) is None:
-        raise RefreshError(f"index {index} was deleted by somebody else meanwhile; run again")
-    mappings = definition["mappings"]
-    marked = {**mappings, "_meta": {**mappings.get("_meta", {}), RECREATES: index}}
-    # with a block it could not be deleted any more
-    settings = {name: value for name, value in definition["settings"].items() if "index.blocks." not in name}
-    try:
-        create_index(manager, sibling_of(index), {"settings": settings, "mappings": marked})
-        # 400, since it is there; 403 without the permission
-        manager.request("PUT", f"/{index}", definition, accept=[400])
-    except OutcomeUnknown:
-        raise
-    except RefreshError as error:
-        raise CannotRecreate(str(error)) from None
-    return definition
-
-
-def drop_index(manager: OpenSearchBaseManager, index: str) -> None:
-    """Drop an index by one request, which is never sent again: it could meet the new index, or one that is live.
-
-    Raises CannotRecreate when the cluster refuses, OutcomeUnknown when the answer was lost and the index still there.
-    """
-    try:
-        manager.request("DELETE", f"/{index}", repeatable=False, patient=False)
-    except OutcomeUnknown as lost:
-        log.warning("%s; looking whether index %s is gone", lost, index)
-        time.sleep(1)
-        if read_definition(manager, index):
-            raise
-    except RequestFailed as error:
-        if error.status == 404:  # somebody else was faster: the sibling holds what it was
-            raise
-        raise CannotRecreate(str(error)) from None
+    ours, theirs = parts(definition), parts(other)
+    return [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
 
 
 def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping[str, Any]) -> None:
     """Create an index, and read it back.
 
-    Raises RefreshError when it is not what was asked for; it is dropped again if it was certainly created here.
+    Raises OperationFailed when it is not what was asked for; it is deleted again if it was certainly created here.
     """
     exists: RequestFailed | None = None
     try:
@@ -200,115 +435,76 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
     except RequestFailed as error:
         if error.kind != EXISTS:
             raise
-        exists = error  # by a sending whose answer was lost, or by somebody who may have moved readers to it since
-    aliases = manager._check_index_aliases(index)
-    if not aliases and read_definition(manager, index) == definition:
+        exists = error  # by an attempt without a response, or by somebody who may have moved readers to it since
+    aliases, found = manager._check_index_aliases(index), read_index(manager, index)
+    if not aliases and found and definition_of(found) == definition:
         return
     if exists:
         raise exists
     manager.request("DELETE", f"/{index}", accept=[404])
     brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
-    raise RefreshError(
-        f"an index template (or another run) gives a new index {index} {brought}, so it is dropped again; change the "
+    raise OperationFailed(
+        f"an index template (or another run) gives a new index {index} {brought}, so it is deleted again; change the "
         "template"
     )
 
 
-def drop_sibling(manager: OpenSearchBaseManager, index: str) -> None:
-    try:
-        if kept_definition(manager, index):
-            manager.request("DELETE", f"/{sibling_of(index)}", accept=[404])
-    except RequestFailed as error:
-        log.warning("the empty index %s stays; delete it: %s", sibling_of(index), error)
+def load_settings(found: Mapping[str, Any], without_replicas: bool) -> dict[str, str]:
+    """Return what is changed for the time of a load, less what has that value already."""
+    wanted = {"index.refresh_interval": "-1"}
+    if without_replicas and found.get("index.auto_expand_replicas", "false") == "false":
+        wanted["index.number_of_replicas"] = "0"
+    return {name: value for name, value in wanted.items() if found.get(name) != value}
 
 
-def put_index_back(manager: OpenSearchBaseManager, index: str) -> str:
-    """Create an index that a run dropped before it died; return the index to go on with.
-
-    Call it with the lock held. In a dry run nothing is created, and the sibling takes its place. Raises Refused when
-    somebody else has created the index since, from guesses: the sibling holds all that is left of its definition.
-    """
-    if (kept := kept_definition(manager, index)) is None:
-        return index
-    if now := read_definition(manager, index):
-        refuse_other_fields(index, kept["mappings"], now["mappings"])
-        if not manager.dry_run:
-            drop_sibling(manager, index)  # of a run that died before it dropped the index, or after it was created
-        return index
-    log.warning("index %s is missing: a run died between dropping and creating it", index)
-    if manager.dry_run:
-        return sibling_of(index)
-    restore(manager, index)
-    return index
-
-
-def restore(manager: OpenSearchBaseManager, index: str) -> None:
-    """Create an index that is gone from what its sibling holds; the sibling of one that is there stays."""
-    if (kept := kept_definition(manager, index)) and not read_definition(manager, index):
-        create_index(manager, index, kept)
-        drop_sibling(manager, index)
-        log.info("index %s is put back, empty", index)
-
-
-def refuse_other_fields(index: str, kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    there = dict(field_definitions(now))
-    if other := [name for name, definition in field_definitions(kept) if there.get(name) != definition]:
-        raise Refused(
-            f"index {index} has lost its definition of {', '.join(other)}: a run died between dropping and creating "
-            f"it, and somebody else created it. Delete {index}, so that the next run puts it back from "
-            f"{sibling_of(index)}, or delete {sibling_of(index)} if {index} is right"
-        )
+# --- the script -------------------------------------------------------------------------------------------------------
 
 
 class IndexCleanup(OpenSearchBaseManager):
-    def __init__(self, index: str, *, method: str, force_merge: bool, dry_run: bool) -> None:
-        super().__init__(dry_run=dry_run)
-        self.index, self.method, self.force_merge = index, method, force_merge
+    def __init__(self, settings: argparse.Namespace) -> None:
+        super().__init__(settings)
+        self.target = TargetIndex(self, settings.index, method=settings.method)
 
     def run(self) -> dict[str, Any]:
-        began = time.monotonic()
-        self.lock(self.index)
-        self.index = put_index_back(self, self.index)
-        self._verify_index_exists(self.index)
-        self._refuse_live(self.index)
-        self._settle_tasks(self.index)
-        self._put_right(self.index)
+        began, target = time.monotonic(), self.target
+        target.claim()
         if self.dry_run:
-            return {"index": self.index, "would_delete": count_of(self, self.index, self.method), "dry_run": True}
+            return {"index": target.name, "would_delete": target.count_unless_red(), "dry_run": True}
         before = self._store_bytes()
-        with self.unfinished(self.index, loading=False):
-            deleted = empty_index(self, self.index, self.method)
-        if self.force_merge and self._has_deleted_documents():
+        with target.fill(loading=False):
+            deleted = target.empty()
+        if not self.settings.no_force_merge and self._has_deleted_documents():
             self._free_disk_space()
-        self._verify_same_index(self.index)
+        target.verify_same()
         result = {
-            "index": self.index, "deleted": deleted, "documents": self._get_index_count(self.index),
+            "index": target.name, "deleted": deleted, "documents": self._get_index_count(target.name),
             "bytes_before": before, "bytes_after": self._store_bytes(), "seconds": seconds_since(began),
         }  # fmt: skip
         log.info("done: index %s deleted=%s documents=%s bytes_before=%s bytes_after=%s seconds=%s", *result.values())
         return result
 
     def _store_bytes(self) -> int:
-        answer = self.request("GET", f"/{self.index}/_stats/store").data
-        return int(answer["_all"]["total"]["store"]["size_in_bytes"])
+        stats = self.request("GET", f"/{self.target.name}/_stats/store").data
+        return int(stats["_all"]["total"]["store"]["size_in_bytes"])
 
     def _has_deleted_documents(self) -> bool:
         """Say whether there is space to free, also when a former run was stopped before it could."""
-        answer = self.request("GET", f"/{self.index}/_stats/docs").data
-        return bool(answer["_all"]["total"]["docs"]["deleted"])
+        stats = self.request("GET", f"/{self.target.name}/_stats/docs").data
+        return bool(stats["_all"]["total"]["docs"]["deleted"])
 
     def _free_disk_space(self) -> None:
         """Flush, wait until the server may drop what was deleted, merge, refresh: another order frees nothing."""
+        index = self.target.name
         log.info("waiting until the server may drop what was deleted, %s s at most", LEASES_WAIT_S)
-        self.request("POST", f"/{self.index}/_flush")
+        self.request("POST", f"/{index}/_flush")
         self._await_leases()
         try:
             params = {"only_expunge_deletes": "true"}
-            answer = self.request("POST", f"/{self.index}/_forcemerge", params=params, repeatable=False).data
-            self._whole(answer, f"_forcemerge of {self.index}")
+            merged = self.request("POST", f"/{index}/_forcemerge", params=params, idempotent=False).data
+            self._verify_all_shards(merged, f"_forcemerge of {index}")
         except OutcomeUnknown as error:
             log.warning("the merge goes on in the background, disk space comes back when it is done: %s", error)
-        self.request("POST", f"/{self.index}/_refresh")  # an idle index keeps the old files open
+        self.request("POST", f"/{index}/_refresh")  # an idle index keeps the old files open
         time.sleep(STATS_AGE_S)
 
     def _await_leases(self) -> None:
@@ -316,13 +512,15 @@ class IndexCleanup(OpenSearchBaseManager):
         deadline = time.monotonic() + LEASES_WAIT_S
         while self._retained():
             if time.monotonic() > deadline:
-                log.warning("%s: the server still retains deleted documents, a later merge drops them", self.index)
+                log.warning("%s: the server still retains deleted documents, a later merge drops them",
+                            self.target.name)  # fmt: skip
                 return
             time.sleep(1)
 
     def _retained(self) -> bool:
-        shards = self.request("GET", f"/{self.index}/_stats", params={"level": "shards"}).data["indices"][self.index]
-        for copy in (copy for copies in shards["shards"].values() for copy in copies):
+        index = self.target.name
+        shards = self.request("GET", f"/{index}/_stats", params={"level": "shards"}).data["indices"][index]["shards"]
+        for copy in (copy for copies in shards.values() for copy in copies):
             leases = copy.get("retention_leases", {}).get("leases", [])
             if any(lease["retaining_seq_no"] <= copy["seq_no"]["max_seq_no"] for lease in leases):
                 return True
@@ -332,23 +530,11 @@ class IndexCleanup(OpenSearchBaseManager):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="index_cleanup.py", description="Delete all documents of an index.")
     parser.add_argument("--index", required=True, type=index_name, help="the index to empty; no alias may point at it")
-    parser.add_argument(
-        "--method", type=METHOD, default=setting("CLEANUP_METHOD", "delete"),
-        help="delete the documents, or recreate the index, which takes no time and frees the disk at once "
-        "(default: %(default)s; env: CLEANUP_METHOD)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-force-merge", action="store_true",
-        help="do not wait for the disk space to come back (half a minute); for an index that is filled right away",
-    )  # fmt: skip
-    add_common_args(parser)
-    return parser
+    return add_settings(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    with IndexCleanup(
-        args.index, method=args.method, force_merge=not args.no_force_merge, dry_run=args.dry_run
-    ) as cleanup:
+def run(settings: argparse.Namespace) -> dict[str, Any]:
+    with IndexCleanup(settings) as cleanup:
         return cleanup.run()
 
 

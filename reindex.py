@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from index_cleanup import chosen_method, empty_index, put_index_back
+from index_cleanup import TargetIndex
 from opensearch_base_manager import (
-    ConfigurationError, OpenSearchBaseManager, RefreshError, Refused, add_common_args, add_replicas_arg,
-    field_definitions, index_name, log, number, per_second, run_cli, seconds_since, setting, wants_no_replicas,
+    ConfigurationError, OpenSearchBaseManager, OperationFailed, Refused, add_settings, field_definitions, index_name,
+    log, per_second, run_cli, seconds_since,
 )  # fmt: skip
 
 BATCH_SIZE = 5000  # documents a scroll batch; copies 8 to 15 % faster than the server's 1000
@@ -31,95 +31,91 @@ def compare_fields(source: Mapping[str, Any], target: Mapping[str, Any]) -> tupl
 
 
 class Reindex(OpenSearchBaseManager):
-    def __init__(
-        self, source: str, target: str, *, requests_per_second: float, without_replicas: bool, dry_run: bool
-    ) -> None:
-        if source == target:
+    def __init__(self, settings: argparse.Namespace) -> None:
+        if settings.source == settings.target:
             raise ConfigurationError("source and target are the same index; give two")
-        super().__init__(dry_run=dry_run)
-        self.source, self.target = source, target
-        self.requests_per_second, self.without_replicas = requests_per_second, without_replicas
-        self.cleanup_method = chosen_method()
+        super().__init__(settings)
+        self.source: str = settings.source
+        self.target = TargetIndex(self, settings.target, method=settings.method)
 
     def run(self) -> dict[str, Any]:
-        began = time.monotonic()
-        self._check()
+        began, target = time.monotonic(), self.target
+        source_uuid = self._check()
         if self.dry_run:
-            log.info("dry run: %s would be emptied and filled from %s", self.target, self.source)
-            return {"source": self.source, "target": self.target, "dry_run": True}
-        with self.unfinished(self.target, without_replicas=self.without_replicas) as note:
+            log.info("dry run: %s would be emptied and filled from %s", target.name, self.source)
+            return {"source": self.source, "target": target.name, "dry_run": True}
+        with target.fill(without_replicas=self.settings.no_replicas):
             self._add_missing_fields()
-            empty_index(self, self.target, self.cleanup_method)
+            target.empty()
             total = self._get_index_count(self.source)  # refreshes: a copy sees only what a search would
             response = self._copy(total)
-            self._put_back_settings(self.target, note)
+            target.restore_settings()
             self._verify_counts(int(response["total"]))
+            self._verify_same_index(self.source, source_uuid)
+            target.verify_same()
         return self._report(response, began)
 
-    def _check(self) -> None:
-        self.lock(self.target)
+    def _check(self) -> str:
+        """Claim the target, and see that the source is whole and has the same fields; return the source's UUID."""
         self.lock(self.source, shared=True)  # so that a task found on it is known to be alive
-        self.target = put_index_back(self, self.target)
-        for index in (self.source, self.target):
-            self._verify_index_exists(index)
-        self._refuse_live(self.target)
+        source_uuid = self._uuid(self.source)
+        self.target.claim()
         # somebody has moved readers to it past the scripts: the target may be the only whole data there is
-        self._refuse_unfinished(self.source, f"load it again, or move readers to {self.target}, before it is copied")
-        self._settle_tasks(self.target)
-        self._put_right(self.target)
-        missing, different = compare_fields(self._get_mapping(self.source), self._get_mapping(self.target))
+        what_to_do = f"load it again, or move readers to {self.target.name}, before it is copied"
+        self._refuse_unfinished(self.source, what_to_do)
+        missing, different = compare_fields(self._get_mapping(self.source), self._get_mapping(self.target.name))
         if different:
             raise Refused(
-                f"fields defined differently in {self.source} and {self.target}: {', '.join(different)}; "
-                f"create {self.target} anew with the mapping of {self.source}"
+                f"fields defined differently in {self.source} and {self.target.name}: {', '.join(different)}; "
+                f"create {self.target.name} anew with the mapping of {self.source}"
             )
         if missing:
-            log.info("fields that %s lacks: %s", self.target, ", ".join(missing))
+            log.info("fields that %s lacks: %s", self.target.name, ", ".join(missing))
+        return source_uuid
 
     def _add_missing_fields(self) -> None:
         """Define new fields in the target as the source does, or the copy would make it guess (dates!)."""
         source = self._get_mapping(self.source)
-        if compare_fields(source, self._get_mapping(self.target))[0]:
-            self.request("PUT", f"/{self.target}/_mapping", {"properties": source["properties"]})
+        if compare_fields(source, self._get_mapping(self.target.name))[0]:
+            self.request("PUT", f"/{self.target.name}/_mapping", {"properties": source["properties"]})
 
     def _copy(self, total: int) -> dict[str, Any]:
-        log.info("copying %s documents from %s to %s", f"{total:,}", self.source, self.target)
+        log.info("copying %s documents from %s to %s", f"{total:,}", self.source, self.target.name)
         size, throttle = BATCH_SIZE, {}
-        if self.requests_per_second:
-            size = max(1, min(BATCH_SIZE, int(self.requests_per_second * MAX_BATCH_PAUSE_S)))
-            throttle = {"requests_per_second": self.requests_per_second}
-        body = {"source": {"index": self.source, "size": size}, "dest": {"index": self.target}}
-        label = f"copying {self.source} to {self.target}"
+        if rate := self.settings.requests_per_second:
+            size = max(1, min(BATCH_SIZE, int(rate * MAX_BATCH_PAUSE_S)))
+            throttle = {"requests_per_second": rate}
+        body = {"source": {"index": self.source, "size": size}, "dest": {"index": self.target.name}}
+        label = f"copying {self.source} to {self.target.name}"
         response = self.run_task("/_reindex", body, label=label, total=total, slices="auto", **throttle)
         written = response["created"] + response["updated"]
         if response["version_conflicts"] or written != response["total"]:
-            raise RefreshError(
+            raise OperationFailed(
                 f"{label}: {written:,} of {response['total']:,} documents written, "
-                f"{response['version_conflicts']:,} version conflicts: somebody else writes to {self.target}; run again"
+                f"{response['version_conflicts']:,} version conflicts: somebody else writes to {self.target.name}; "
+                "run again"
             )
         return response
 
     def _verify_counts(self, total: int) -> None:
-        """Raise RefreshError unless both indices hold what was copied, and are still the same two indices."""
-        source, target = self._get_index_count(self.source), self._get_index_count(self.target)
+        """Raise OperationFailed unless both indices hold what was copied."""
+        source, target = self._get_index_count(self.source), self._get_index_count(self.target.name)
         if source != total:
-            raise RefreshError(
+            raise OperationFailed(
                 f"the source changed meanwhile: {self.source} holds {source:,} documents, {total:,} were copied; "
                 "keep others from writing to it and run again"
             )
         if target != total:
-            raise RefreshError(
-                f"{self.target} holds {target:,} documents, {total:,} were copied: somebody else writes to it; "
+            raise OperationFailed(
+                f"{self.target.name} holds {target:,} documents, {total:,} were copied: somebody else writes to it; "
                 "keep it from that and run again"
             )
-        for index in (self.source, self.target):
-            self._verify_same_index(index)
 
     def _report(self, response: Mapping[str, Any], began: float) -> dict[str, Any]:
         total = int(response["total"])
         retries = sum(response.get("retries", {}).values())
         result = {
-            "source": self.source, "target": self.target, "total": total, "documents": total,
+            "source": self.source, "target": self.target.name, "total": total, "documents": total,
             "batches": response["batches"], "retries": retries, "seconds": seconds_since(began),
             "documents_per_second": per_second(total, began),
         }  # fmt: skip
@@ -131,20 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reindex.py", description="Copy all documents of an index into another.")
     parser.add_argument("--source", required=True, type=index_name, help="the index to copy from")
     parser.add_argument("--target", required=True, type=index_name, help="the index to fill; no alias may point at it")
-    parser.add_argument(
-        "--requests-per-second", type=number, default=setting("REQUESTS_PER_SECOND", "0"),
-        help="documents a second at most, 0 for no limit (default: %(default)s; env: REQUESTS_PER_SECOND)",
-    )  # fmt: skip
-    add_replicas_arg(parser)
-    add_common_args(parser)
-    return parser
+    return add_settings(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    with Reindex(
-        args.source, args.target, requests_per_second=args.requests_per_second,
-        without_replicas=wants_no_replicas(args), dry_run=args.dry_run,
-    ) as reindex:  # fmt: skip
+def run(settings: argparse.Namespace) -> dict[str, Any]:
+    with Reindex(settings) as reindex:
         return reindex.run()
 
 

@@ -16,6 +16,7 @@ umask 077
 readonly KEEP_DAYS=30
 step="preparing" last="" result="" began=$SECONDS log_file=/dev/null
 table=()
+declare -A setting
 
 say() { # say TEXT: on the terminal and in the log
   printf '%s\n' "$1" >&2 || true # nobody may be listening, see main
@@ -35,34 +36,12 @@ choose_python() {
   command -v "$PYTHON" >/dev/null || die "no $PYTHON: set PYTHON" 2
 }
 
-read_settings() { # the runner's own variables, from the environment or .env, by the code that the scripts use
-  local values
-  values=$("$PYTHON" - <<'EOF'
-from opensearch_base_manager import ConfigurationError, load_env_file, own_folder, setting
-try:
-    load_env_file()
-except ConfigurationError as error:
-    raise SystemExit(str(error))
-for name, default in {
-    "PRIMARY_INDEX": "my_index_primary", "SECONDARY_INDEX": "my_index_secondary", "INDEX_ALIAS": "my_index_alias",
-    "S3_BUCKET": "your-bucket", "S3_PREFIX": "your/prefix/", "BATCH_SIZE": "1000", "STEP_DELAY_SECONDS": "5",
-    "REFRESH_STRATEGY": "copy-back",
-}.items():
-    value = setting(name, default)
-    if "\n" in value:
-        raise SystemExit(f"{name}: a line break in its value; take it out")
-    print(value)
-print(own_folder("LOG_DIR", "logs"), own_folder("LOCK_DIR", ".locks"), sep="\n")
-EOF
-  ) || exit 2
-  local -a value
-  mapfile -t value <<<"$values"
-  PRIMARY=${value[0]} SECONDARY=${value[1]} ALIAS=${value[2]} BUCKET=${value[3]} PREFIX=${value[4]} BATCH=${value[5]}
-  DELAY=${value[6]} STRATEGY=${value[7]} LOG_DIR=${value[8]} LOCK_DIR=${value[9]}
-  [[ $DELAY =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "STEP_DELAY_SECONDS: $DELAY is not a number of seconds" 2
-  [[ $BATCH =~ ^[1-9][0-9]*$ ]] || die "BATCH_SIZE: $BATCH is not a whole number above 0" 2
-  [[ $STRATEGY == copy-back || $STRATEGY == alternate ]] \
-    || die "REFRESH_STRATEGY: $STRATEGY is neither copy-back nor alternate" 2
+read_settings() { # from the environment or .env, by the table of settings that the scripts use
+  local values name value
+  values=$("$PYTHON" -c 'import opensearch_base_manager as base; base.print_settings("run_refresh")') || exit 2
+  while IFS='=' read -r name value; do setting[$name]=$value; done <<<"$values"
+  PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
+  LOG_DIR=${setting[LOG_DIR]} LOCK_DIR=${setting[LOCK_DIR]}
   [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
 }
 
@@ -127,7 +106,7 @@ on_exit() {
 }
 
 pause() {
-  sleep "$DELAY" &
+  sleep "${setting[STEP_DELAY_SECONDS]}" &
   wait $!
 }
 
@@ -141,9 +120,9 @@ check() { # step 0, before readers are moved: whatever can be known beforehand
     *) die "alias $ALIAS is on $live, neither on $PRIMARY nor on $SECONDARY; nothing was changed" 4 ;;
   esac
   both=(--source "$live" --target "$idle")
-  load+=(--index "$([[ $STRATEGY == alternate ]] && echo "$idle" || echo "$PRIMARY")")
+  load+=(--index "$([[ ${setting[REFRESH_STRATEGY]} == alternate ]] && echo "$idle" || echo "$PRIMARY")")
   run_step "check the load" bulkupdate.py "${load[@]}" --dry-run
-  [[ $STRATEGY == copy-back ]] || return 0
+  [[ ${setting[REFRESH_STRATEGY]} == copy-back ]] || return 0
   if [[ $live == "$PRIMARY" ]]; then
     run_step "check the copy" reindex.py "${both[@]}" --dry-run
   else
@@ -194,7 +173,7 @@ main() {
   esac
   choose_python
   read_settings
-  load=(--bucket "$BUCKET" --prefix="$PREFIX" --batch-size "$BATCH")
+  load=(--bucket "${setting[S3_BUCKET]}" --prefix="${setting[S3_PREFIX]}" --batch-size "${setting[BATCH_SIZE]}")
   open_log
   trap on_exit EXIT
   trap '' PIPE # a terminal or a `head` that has gone must not stop a refresh
@@ -208,7 +187,7 @@ main() {
     say "dry run: all checks passed, nothing was changed"
     exit 0
   fi
-  if [[ $STRATEGY == alternate ]]; then alternate; else copy_back; fi
+  if [[ ${setting[REFRESH_STRATEGY]} == alternate ]]; then alternate; else copy_back; fi
   closing_table
   exit 0 # here: what follows would be read from the file only now, and that may have been replaced under way
 }

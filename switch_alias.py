@@ -10,27 +10,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from decimal import ROUND_CEILING, Decimal, InvalidOperation
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from opensearch_base_manager import (
-    ConfigurationError, OpenSearchBaseManager, OutcomeUnknown, Progress, RefreshError, Refused, RequestFailed,
-    add_common_args, backoff_s, index_name, log, number, run_cli, seconds_since, setting,
+    ConfigurationError, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Progress, Refused, RequestFailed, Retry,
+    add_settings, index_name, log, run_cli, seconds_since,
 )  # fmt: skip
 
 CARRIED_OVER = ("filter", "index_routing", "search_routing", "is_write_index", "is_hidden")  # `add` would drop them
-
-
-def percent(text: str) -> Decimal:
-    """Parse a percentage exactly: a float would make 0.1 % a little more or less than what was written."""
-    try:
-        value = Decimal(text)
-    except InvalidOperation:
-        value = Decimal("NaN")
-    if not value.is_finite() or value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage >= 0")
-    return value
 
 
 def needed_copies(target: Mapping[str, Any], live: Mapping[str, Any], data_nodes: int) -> int:
@@ -44,31 +32,33 @@ def short_shards(target: Mapping[str, Any], needed: int) -> int:
 
 
 class SwitchAlias(OpenSearchBaseManager):
-    def __init__(self, alias: str, source: str, target: str, *, threshold: Decimal, wait_seconds: float,
-                 dry_run: bool) -> None:  # fmt: skip
-        super().__init__(dry_run=dry_run)
-        self.settings = replace(self.settings, wait_seconds=wait_seconds)
-        self.alias, self.source, self.target, self.threshold = alias, source, target, threshold
+    def __init__(self, settings: argparse.Namespace) -> None:
+        if not settings.show and not (settings.source and settings.target):
+            raise ConfigurationError("give --source and --target, or --show")
+        if not settings.show and settings.source == settings.target:
+            raise ConfigurationError("source and target are the same index; give two")
+        super().__init__(settings)
+        self.alias, self.source, self.target = settings.alias, settings.source, settings.target
+        self.threshold: Decimal = settings.threshold
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
-        for index in (self.source, self.target):
-            self._verify_index_exists(index)
+        uuids = {index: self._uuid(index) for index in (self.source, self.target)}
         if set(self._fit_owners()) == {self.target}:
             result = self._result(began, changed=False)
             log.info("done: alias %s is on %s alone already, nothing to do", self.alias, self.target)
             return result
         for index in sorted([self.source, self.target]):
             self.lock(index)
-        self._settle_tasks(self.target)
+        self._await_tasks(self.target)
         self._refuse_unfinished(self.target, "load it again first")
         self._compare_counts()
         if self.dry_run:
             log.info("dry run: alias %s would be moved: %s -> %s", self.alias, self.source, self.target)
             return self._result(began, changed=False)
         self._await_copies()
-        for index in (self.source, self.target):  # the wait may have been long
-            self._verify_same_index(index)
+        for index, uuid in uuids.items():  # the wait may have been long
+            self._verify_same_index(index, uuid)
         self._refuse_unfinished(self.target, "load it again first")
         self._move(self._fit_owners())
         result = self._result(began, changed=True)
@@ -93,10 +83,10 @@ class SwitchAlias(OpenSearchBaseManager):
             raise self._no_such_alias()
         return {index: entry["aliases"][self.alias] for index, entry in answer.data.items()}
 
-    def _no_such_alias(self) -> RefreshError:
+    def _no_such_alias(self) -> OperationFailed:
         if self.request("GET", f"/{self.alias}", accept=[403, 404]).status == 200:
             return Refused(f"{self.alias} is the name of an index, not an alias; delete it or name another alias")
-        return RefreshError(
+        return OperationFailed(
             f'alias {self.alias} does not exist; create it: POST /_aliases {{"actions": [{{"add": '
             f'{{"index": "{self.source or "INDEX"}", "alias": "{self.alias}"}}}}]}}'
         )
@@ -153,26 +143,22 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _move(self, owners: Mapping[str, Mapping[str, Any]]) -> None:
         """Send the one atomic call, and read back. A lost answer is never repeated before the owners are read."""
-        began, attempt, acknowledged = time.monotonic(), 0, True
+        retry, acknowledged = Retry(self.settings.retry_seconds), True
         while set(owners) != {self.target}:
             try:
-                answer = self.request("POST", "/_aliases", self._actions(owners), repeatable=False)
+                answer = self.request("POST", "/_aliases", self._actions(owners), idempotent=False)
                 acknowledged = answer.data["acknowledged"] is True
                 break
             except RequestFailed as lost:
-                late = attempt and lost.status == 404  # must_exist: the first sending was carried out meanwhile
+                late = retry.attempt and lost.status == 404  # must_exist: the first sending was carried out meanwhile
                 if not (late or isinstance(lost, OutcomeUnknown)):
                     raise
-                delay = backoff_s(attempt)
-                if time.monotonic() - began + delay > self.settings.retry_seconds:
-                    raise RefreshError(f"{lost}; look where the alias is: {self._show_command()}") from None
-                log.warning("%s; reading where alias %s is", lost, self.alias)
-                time.sleep(delay)
-                attempt += 1
+                if not retry.wait(f"{lost}; reading where alias {self.alias} is"):
+                    raise OperationFailed(f"{lost}; look where the alias is: {self._show_command()}") from None
                 owners = self._owners()
                 self._verify_owners(owners, {self.source, self.target})
         if not acknowledged:
-            raise RefreshError(
+            raise OperationFailed(
                 f"alias {self.alias}: not every node acknowledged the switch, some may still answer readers from "
                 f"{self.source}; look with {self._show_command()} and run again"
             )
@@ -180,7 +166,7 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _verify_owners(self, owners: Mapping[str, Any], allowed: set[str]) -> None:
         if not set(owners) <= allowed:
-            raise RefreshError(
+            raise OperationFailed(
                 f"alias {self.alias} is on {', '.join(sorted(owners))} now: somebody else moved it, or the switch did "
                 f"not take; look with {self._show_command()} and run again"
             )
@@ -212,30 +198,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--alias", required=True, type=index_name, help="the alias that readers use")
     parser.add_argument("--source", type=index_name, help="the index that the alias is to leave")
     parser.add_argument("--target", type=index_name, help="the index that readers are to see")
-    parser.add_argument("--show", action="store_true", help="print the index that the alias points at, nothing else")
-    parser.add_argument(
-        "--threshold", type=percent, default=setting("DOCUMENT_COUNT_THRESHOLD", "10"),
-        help="accepted difference of the document counts, percent of the source (default: %(default)s; "
-        "env: DOCUMENT_COUNT_THRESHOLD)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--wait-seconds", type=number, default=setting("WAIT_SECONDS", "900"),
-        help="seconds to wait for the shard copies of the target (default: %(default)s; env: WAIT_SECONDS)",
-    )  # fmt: skip
-    add_common_args(parser)
-    return parser
+    return add_settings(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any] | str:
-    if not args.show and not (args.source and args.target):
-        raise ConfigurationError("give --source and --target, or --show")
-    if not args.show and args.source == args.target:
-        raise ConfigurationError("source and target are the same index; give two")
-    with SwitchAlias(
-        args.alias, args.source or "", args.target or "", threshold=args.threshold, wait_seconds=args.wait_seconds,
-        dry_run=args.dry_run,
-    ) as switch:  # fmt: skip
-        return switch.show() if args.show else switch.run()
+def run(settings: argparse.Namespace) -> dict[str, Any] | str:
+    with SwitchAlias(settings) as switch:
+        return switch.show() if settings.show else switch.run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
 import json
@@ -150,7 +151,7 @@ def test_an_endpoint_gets_a_scheme_and_loses_its_slash(text, url):
 
 def test_relative_folders_are_beside_the_scripts(monkeypatch):
     monkeypatch.setenv("LOG_DIR", "my-logs")
-    assert base.own_folder("LOG_DIR", "logs") == TOP / "my-logs"
+    assert base.resolve("reindex", argparse.Namespace()).log_dir == TOP / "my-logs"
 
 
 # --- retries ----------------------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def connect_as(monkeypatch):
         monkeypatch.setenv("OPENSEARCH_ENDPOINT", "https://host")
         monkeypatch.setenv("OPENSEARCH_USERNAME", user)
         monkeypatch.setenv("OPENSEARCH_PASSWORD", password)
-        return base.OpenSearchBaseManager()
+        return base.OpenSearchBaseManager(base.resolve("index_cleanup", argparse.Namespace()))
 
     return make
 
@@ -312,9 +313,9 @@ def assert_no_secret(text):
         assert repr(secret)[1:-1] not in text
 
 
-def test_no_secret_is_in_the_repr_of_the_settings(connect_as):
+def test_no_secret_is_in_the_repr_of_credentials_and_settings(connect_as):
     manager = connect_as(sandbox.USER, sandbox.PASSWORD)
-    assert_no_secret(repr(manager.settings) + str(manager.settings) + repr(vars(manager)))
+    assert_no_secret(repr(manager.credentials) + str(manager.settings) + repr(vars(manager)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 TOP = Path(__file__).resolve().parent.parent
-ERRORS = ("RefreshError", "RequestFailed", "ConfigurationError", "TooManyRejects", "Refused", "Locked")
+ERRORS = ("OperationFailed", "RequestFailed", "ConfigurationError", "TooManyRejects", "Refused", "Locked")
 # A question is advice too, an example, the list of allowed values, or another message that is passed on.
 ADVICE = re.compile(
     r"\b(run (it )?again|give|set|check|see|look|load|create|delete|renew|rename|save|mend|take|wait|add|change)\b|"

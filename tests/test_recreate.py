@@ -277,7 +277,7 @@ def dropped(index, recreate, proxy, admin):
                     skip=1, times=None)  # fmt: skip
     outcome = recreate(index)
     assert outcome.code == 1, outcome.err
-    assert f"index {index} is not put back yet, the next run does it" in outcome.err
+    assert f"index {index} is not restored yet, the next run does it" in outcome.err
     assert not exists(admin, f"{index}") or list(admin("GET", f"/{index}*/_settings")) == [f"{index}-recreate"]
     proxy.rules.remove(dead)
     return wanted
@@ -302,7 +302,7 @@ def test_the_next_run_on_whatever_machine_puts_the_index_back(
     monkeypatch.setenv("CLEANUP_METHOD", method)
     outcome = run(*commands(index, make_index, put_csv, PROPERTIES)[script])
     assert outcome.code == 0, outcome.err
-    assert f"index {index} is missing: a run died between dropping and creating it" in outcome.err
+    assert f"index {index} is missing: a run died between deleting and creating it" in outcome.err
     assert definition(admin, index) == dropped
     assert count(admin, index) == documents
     assert not exists(admin, f"{index}-recreate")
@@ -400,3 +400,117 @@ def test_a_note_of_an_unfinished_load_comes_along(index, recreate, admin, run, p
     assert run(bulkupdate, *load).code == 0
     assert definition(admin, index) == wanted
     assert sources(admin, index) == [{"n": 7}]
+
+
+# --- what the backup index holds, and who may read it -----------------------------------------------------------------
+
+
+@pytest.fixture
+def died_after_creation(index, recreate, proxy, admin):
+    """An index that was created anew by a run that died before it could delete the backup; and what it was."""
+    wanted = definition(admin, index)
+    dead = proxy.on("DELETE", f"^/{index}-recreate$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
+                    times=None)  # fmt: skip
+    assert recreate(index).code == 0  # all but the backup is done, and it is said
+    assert exists(admin, f"{index}-recreate")
+    proxy.rules.remove(dead)
+    return wanted
+
+
+@pytest.mark.parametrize("method", ["delete", "recreate"])
+def test_the_backup_of_a_run_that_died_after_the_creation_goes(method, died_after_creation, index, recreate, admin):
+    assert recreate(index, "--method", method, "--no-force-merge").code == 0
+    assert definition(admin, index) == died_after_creation
+    assert not exists(admin, f"{index}-recreate")
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"number_of_shards": 1}, "index.number_of_shards"), ({"refresh_interval": "9s"}, "index.refresh_interval"),
+        ({"analysis": {"analyzer": {"own": {"type": "custom", "tokenizer": "standard"}}}},
+         "index.analysis.analyzer.own.filter"),
+    ],
+    ids=["shards", "interval", "analysis"],
+)  # fmt: skip
+def test_an_index_with_the_same_fields_and_other_settings_is_refused_and_the_backup_stays(
+    other, named, died_after_creation, index, recreate, admin
+):
+    admin("DELETE", f"/{index}")
+    mappings = {"properties": PROPERTIES, **MAPPING}
+    admin("PUT", f"/{index}", {"settings": {**SETTINGS, **other}, "mappings": mappings})
+    outcome = recreate(index)
+    assert outcome.code == 4, outcome.err
+    assert f"index {index} has lost its definition of" in outcome.last
+    assert named in outcome.last
+    assert exists(admin, f"{index}-recreate")
+
+
+@pytest.mark.parametrize("change", [{"dynamic": "false"}, {"_meta": {"owner": "another"}}], ids=["dynamic", "_meta"])
+def test_an_index_with_other_parameters_of_its_mapping_is_refused(change, died_after_creation, index, recreate, admin):
+    admin("PUT", f"/{index}/_mapping", change)
+    outcome = recreate(index)
+    assert outcome.code == 4, outcome.err
+    assert next(iter(change)) in outcome.last
+
+
+def test_an_index_that_was_never_deleted_may_have_changed_since(index, recreate, admin, proxy):
+    """The backup names the UUID of the index that it stands for: this is the very same one."""
+    proxy.on("DELETE", f"^/{index}$", Exchange.drop)
+    assert recreate(index).code == 1
+    admin("PUT", f"/{index}/_settings", {"index.refresh_interval": "9s"})
+    assert recreate(index).code == 0
+    assert definition(admin, index)["settings"]["refresh_interval"] == "9s"
+    assert not exists(admin, f"{index}-recreate")
+
+
+def test_blocks_are_restored_with_the_index(index, recreate, admin, proxy):
+    admin("PUT", f"/{index}/_settings", {"index.blocks.write": True})
+    wanted = definition(admin, index)
+    dead = proxy.on("PUT", f"^/{index}$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
+                    skip=1, times=None)  # fmt: skip
+    assert recreate(index).code == 1
+    proxy.rules.remove(dead)
+    assert recreate(index).code == 0
+    assert definition(admin, index) == wanted
+    assert wanted["settings"]["blocks"] == {"write": "true"}
+
+
+@secured
+def test_a_permission_that_is_lost_in_the_middle_is_named_and_what_stands_where(
+    index, may_recreate, recreate, admin, proxy
+):
+    wanted = definition(admin, index)
+    without_create = set(sandbox.RECREATE_PERMISSIONS) - {"indices:admin/create"}
+    proxy.on("DELETE", f"^/{index}$", after(lambda: may_recreate(*without_create)))
+    outcome = recreate(index)
+    assert outcome.code == 1, outcome.err
+    assert "lacks indices:admin/create" in outcome.last
+    assert f"index {index} is deleted, {index}-recreate holds its definition" in outcome.last
+    assert "create it first" not in outcome.err
+    may_recreate(*sandbox.RECREATE_PERMISSIONS)
+    assert recreate(index).code == 0
+    assert definition(admin, index) == wanted
+
+
+@secured
+@pytest.mark.parametrize("method", ["delete", "recreate"])
+def test_a_backup_that_may_not_be_read_is_not_taken_for_none(method, dropped, index, may_recreate, recreate, admin):
+    may_recreate("indices:monitor/stats")
+    outcome = recreate(index, "--method", method)
+    assert outcome.code == 1, outcome.err
+    assert f"index {index} does not exist, and whether {index}-recreate holds its definition cannot be" in outcome.last
+    assert "lacks indices:admin/get" in outcome.last
+    may_recreate(*sandbox.RECREATE_PERMISSIONS)
+    assert recreate(index).code == 0
+    assert definition(admin, index) == dropped
+
+
+@secured
+@pytest.mark.parametrize(("method", "told"), [("delete", False), ("recreate", True)])
+def test_a_role_that_may_not_read_backups_empties_all_the_same(method, told, index, may_recreate, recreate, admin):
+    may_recreate("indices:monitor/stats")
+    outcome = recreate(index, "--method", method, "--no-force-merge")
+    assert outcome.code == 0, outcome.err
+    assert ("cannot be seen" in outcome.err) is told
+    assert count(admin, index) == 0

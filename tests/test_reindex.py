@@ -231,7 +231,7 @@ def test_where_no_note_can_be_written_the_settings_stay_untouched(pair, copy, ad
     proxy.on("PUT", "_mapping", answer(403, denied), times=None)
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    assert "no note can be written" in outcome.err
+    assert "no marker can be written" in outcome.err
     assert "lacks indices:admin/mapping/put" in outcome.err
     assert proxy.seen("PUT", "_settings") == []
     assert numbers(admin, pair[1]) == [0, 1, 2]
@@ -407,7 +407,7 @@ def test_settings_that_cannot_be_put_back_now_are_left_to_the_next_run(pair, cop
     proxy.on("PUT", "_settings", answer(503), skip=1, times=None)
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
-    assert "not put back yet, the next run does it" in outcome.err
+    assert "not restored yet, the next run does it" in outcome.err
     assert note_of(pair[1])["set"] == {"index.refresh_interval": "-1"}
     proxy.rules.clear()
     assert copy(*pair).code == 0

@@ -268,7 +268,7 @@ class Pipeline:
         try:
             for batch in bulkupdate.batches(update._documents([item]), 3):
                 documents += [(line, part.body) for part in batch.documents() for _, [line] in part.origins]
-        except bulkupdate.RefreshError as failure:
+        except bulkupdate.OperationFailed as failure:
             error = str(failure)
         return Output(documents, update.rejects.lines, update.tally.skipped, update.tally.read, error)
 
