@@ -302,11 +302,14 @@ class Aws:
             raise ConfigurationError("no AWS region: set AWS_REGION")
         return session
 
-    def client(self, service: str) -> Any:
+    def client(self, service: str, *, attempts: int = 5, read_timeout_s: float = 60) -> Any:
+        """Return a client; with `attempts=1` for a caller that has a Retry of its own around it."""
         from botocore.config import Config
 
-        retries: Any = {"mode": "standard", "total_max_attempts": 5}
-        config = Config(connect_timeout=CONNECT_TIMEOUT_S, read_timeout=60, retries=retries, max_pool_connections=16)
+        retries: Any = {"mode": "standard", "total_max_attempts": attempts}
+        config = Config(
+            connect_timeout=CONNECT_TIMEOUT_S, read_timeout=read_timeout_s, retries=retries, max_pool_connections=16
+        )
         return self.session.client(service, config=config)
 
 
@@ -596,6 +599,28 @@ def backoff_s(attempt: int, retry_after: str | None = None) -> float:
             asked = urllib3.Retry().parse_retry_after(retry_after)  # seconds or a date
             delay = max(delay, min(float(asked), RETRY_AFTER_MAX_S))
     return delay
+
+
+class Retry:
+    """Says whether there is another attempt, and waits for it: for `limit_s` in all, or since the last progress."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, after progress."""
+        self.began, self.attempt = time.monotonic(), 0
+
+    def wait(self, why: str, retry_after: str | None = None) -> bool:
+        """Log why, sleep and return True, or return False when the time is up (or a signal has arrived)."""
+        delay = backoff_s(self.attempt, retry_after)
+        if interrupted.is_set() or time.monotonic() + delay > self.began + self.limit_s:
+            return False
+        log.warning("%s; trying again in %.1f s", why, delay)
+        self.attempt += 1
+        time.sleep(delay)
+        return True
 
 
 class OpenSearchBaseManager:
