@@ -3,6 +3,10 @@
 Example:    python bulkupdate.py --bucket your-bucket --prefix your/prefix/ --index my_index_primary --batch-size 1000
 Exit codes: 0 the index holds every row, counted; 1 failed; 2 usage; 3 finished, with more rejected rows than accepted;
             4 refused before anything was touched; 75 locked; 129, 130, 143 signals.
+
+From top to bottom in the order of the data: list, look, read, parse, type, render, batch, send, handle item results.
+`Renderer` makes bulk text of records and knows no cluster; `BulkStore` stores bulk text and knows no CSV; the script
+at the end, `BulkUpdate`, puts them together.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import lru_cache, partial
+from functools import partial
 from json.encoder import encode_basestring
 from operator import itemgetter
 from pathlib import Path
@@ -33,14 +37,16 @@ from typing import Any, BinaryIO
 
 from index_cleanup import TargetIndex
 from opensearch_base_manager import (
-    Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, TooManyRejects, add_settings, aws_errors,
-    backoff_s, field_definitions, index_name, interrupted, log, per_second, run_cli, seconds_since,
+    Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry, TooManyRejects, add_settings,
+    aws_errors, field_definitions, index_name, log, per_second, run_cli, seconds_since,
 )  # fmt: skip
 
 MIB = 1024 * 1024
 HEAD_BYTES = 64 * 1024  # enough to see a header and some hundred rows of each object
 HEADS_AT_ONCE = 8
 READ_BYTES = 256 * 1024  # at once from S3
+S3_READ_TIMEOUT_S = 20  # S3 begins to answer within a second; after that long it hangs, and reading on costs little
+S3_FIRST_CONTACT_S = 10  # a wrong endpoint or region shows at once
 CHUNK_BYTES = 16 * 1024  # of text a step: the cells stay in the processor's cache; 256 KiB took 1.5 times as long
 MAX_CELL_CHARS = 8 * MIB  # a quote still open after that much is a stray one
 MAX_LINE_BYTES = 16 * MIB  # and a record's
@@ -48,7 +54,7 @@ MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes refuse requests abov
 BATCH_SIZE = 5000  # documents a request
 WORKERS = 3  # requests at the same time
 WORKERS_FOR_SMALL = 4  # for batches of less than half of BATCH_SIZE: 7 % faster than 3
-REFRESH_EVERY = 100_000  # documents; 2 to 4 % faster than one refresh at the end
+REFRESH_EVERY_DOCUMENTS = 100_000  # 2 to 4 % faster than one refresh at the end
 CACHED_CELLS = 4000  # remembered values a column, and no longer than this many characters each
 CACHED_CELL_CHARS = 32
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
@@ -79,37 +85,42 @@ class S3Object:
 
 
 class Bucket:
-    """The objects of one bucket, read through one client; failures are OperationFailed and name the object."""
+    """The objects of one bucket, read through one client; failures are OperationFailed and name the object.
 
-    def __init__(self, name: str, aws: Aws) -> None:
-        self.name = name
+    What may pass is tried again by `list_csv` and S3Body; the client itself tries once, or each of their attempts would
+    be several. `retry_seconds` is for how long a read that brings nothing is tried again.
+    """
+
+    def __init__(self, name: str, aws: Aws, retry_seconds: float) -> None:
+        self.name, self.retry_seconds = name, retry_seconds
         with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
-            self.client = aws.client("s3")
+            self.client = aws.client("s3", attempts=1, read_timeout_s=S3_READ_TIMEOUT_S)
 
-    def list_csv(self, prefix: str, patience_s: float = 0) -> list[S3Object]:
+    def list_csv(self, prefix: str, retry_seconds: float) -> list[S3Object]:
         """Return all .csv and .csv.gz objects under a prefix, in the order of their keys.
 
-        What may pass is tried again for `patience_s`, beyond the 10 s or so that botocore tries by itself.
+        A listing that breaks off goes on behind the last key, for `retry_seconds` without a new one.
         """
-        place, began = f"s3://{self.name}/{prefix}", time.monotonic()
+        place, found, retry = f"s3://{self.name}/{prefix}", list[S3Object](), Retry(retry_seconds)
         while True:
+            after = {"StartAfter": found[-1].key} if found else {}
             try:
-                pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
-                found = [entry for page in pages for entry in page.get("Contents", [])]
-                break
+                for page in self.client.get_paginator("list_objects_v2").paginate(
+                    Bucket=self.name, Prefix=prefix, **after
+                ):
+                    found += [S3Object(item["Key"], item["Size"], item["ETag"]) for item in page.get("Contents", [])]
+                    retry.restart()
+                return [item for item in found if item.key.lower().endswith((".csv", ".csv.gz"))]
             except Exception as error:
-                if interrupted.is_set() or time.monotonic() - began > patience_s or not may_pass(error):
+                if not (may_pass(error) and retry.wait(f"{place}: {error}; listing again")):
                     with aws_errors(place, "s3:ListBucket on the bucket"):
                         raise
-                log.warning("%s: %s; listing again", place, error)
-        objects = [S3Object(entry["Key"], entry["Size"], entry["ETag"]) for entry in found]
-        return [item for item in objects if item.key.lower().endswith((".csv", ".csv.gz"))]
 
     def get(self, item: S3Object, first: int, last: int) -> Any:
         """Return some bytes of an object as it was listed, as a stream.
 
         Raises OperationFailed when it was replaced or deleted since, or may not be read; what may pass (5xx, connection
-        errors) is raised as it is, once botocore has given up.
+        errors) is raised as it is.
         """
         from botocore.exceptions import ClientError
 
@@ -133,8 +144,8 @@ def may_pass(error: Exception) -> bool:
     from botocore.exceptions import ClientError, HTTPClientError
 
     if isinstance(error, ClientError):
-        code, status = error.response["Error"].get("Code"), error.response["ResponseMetadata"]["HTTPStatusCode"]
-        return bool(status >= 500 or code == "SlowDown")
+        code, status = error.response["Error"].get("Code", ""), error.response["ResponseMetadata"]["HTTPStatusCode"]
+        return bool(status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout") or "Throttl" in code)
     return isinstance(error, HTTPClientError)
 
 
@@ -145,14 +156,44 @@ def may_pass(error: Exception) -> bool:
 class Head:
     """What the first 64 KiB of an object show: its columns, whether rows follow, what kinds of values new ones have."""
 
-    item: S3Object
-    columns: list[str]
-    has_rows: bool
-    kinds: dict[str, set[str]]
+    key: str
+    columns: list[str] = field(default_factory=list)
+    has_rows: bool = False
+    kinds: dict[str, set[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The type of each column, and the definitions of the fields that the mapping lacks."""
+
+    types: dict[str, str]
+    added: dict[str, dict[str, Any]]
+
+
+def read_heads(bucket: Bucket, objects: Iterable[S3Object], delimiter: str, known: Container[str]) -> list[Head]:
+    def head_of(item: S3Object) -> Head:
+        return look_at(item, S3Body(bucket, item, HEAD_BYTES).readall(), delimiter, known)
+
+    with ThreadPoolExecutor(HEADS_AT_ONCE) as pool:
+        return list(pool.map(head_of, (item for item in objects if item.size)))
 
 
 def look_at(item: S3Object, data: bytes, delimiter: str, known: Container[str]) -> Head:
     """Read the head of an object. Raises Refused when it is not a CSV file that can be loaded."""
+    text, whole = head_text(item, data)
+    if whole and not text:
+        return Head(item.key)
+    block, _ = parse(text, 1, delimiter)
+    mark_unreadable(block)
+    columns = header_of(item.key, block)
+    rows = [row for row in block.rows[1:] if isinstance(row, list) and len(row) == len(columns)]
+    new = [(name, cells) for name, cells in zip(columns, zip(*rows)) if name not in known]
+    kinds = {name: {kind_of(cell) for cell in cells} - {""} for name, cells in new}
+    return Head(item.key, columns, not whole or any(block.rows[1:]), kinds)
+
+
+def head_text(item: S3Object, data: bytes) -> tuple[str, bool]:
+    """Return the whole lines at the beginning of an object, and whether they are all of it."""
     whole = len(data) >= item.size
     if data[:2] == GZIP_MAGIC:
         unpacker = zlib.decompressobj(31)  # expects a gzip header
@@ -164,31 +205,56 @@ def look_at(item: S3Object, data: bytes, delimiter: str, known: Container[str]) 
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4 > 0:
         raise Refused(f"{item.key}: UTF-16; save it as UTF-8")
     text, _ = decode(data.removeprefix(b"\xef\xbb\xbf"))
-    if whole and not text:
-        return Head(item, [], False, {})
-    if not whole and "\n" not in text:
+    if not whole and NEWLINE not in text:
         raise Refused(f"{item.key}: no line ends within the first {HEAD_BYTES // 1024} KiB; is it a CSV file?")
-    block, _ = parse(text if whole else text[: text.rindex("\n") + 1], 1, delimiter)
-    mark_unreadable(block)
-    columns = header_of(item, block)
-    rows = [row for row in block.rows[1:] if isinstance(row, list) and len(row) == len(columns)]
-    new = [(name, cells) for name, cells in zip(columns, zip(*rows)) if name not in known]
-    kinds = {name: {kind_of(cell) for cell in cells} - {""} for name, cells in new}
-    return Head(item, columns, not whole or any(block.rows[1:]), kinds)
+    return text if whole else text[: text.rindex(NEWLINE) + 1], whole
 
 
-def header_of(item: S3Object, block: Block) -> list[str]:
+def header_of(key: str, block: Block) -> list[str]:
     """Return the column names of an object. Raises Refused when they could not be field names."""
     if not block.rows or not block.rows[0] or isinstance(block.rows[0], Defect):
-        raise Refused(f"{item.key}: the first line is not a CSV header; add the column names")
+        raise Refused(f"{key}: the first line is not a CSV header; add the column names")
     columns = [name.strip() for name in block.rows[0]]
     doubled = sorted({name for name in columns if columns.count(name) > 1 and name})
     if doubled:
-        raise Refused(f"{item.key}: doubled column names: {', '.join(doubled)}; rename them")
+        raise Refused(f"{key}: doubled column names: {', '.join(doubled)}; rename them")
     if wrong := [name for name in columns if not all(name.split(".")) or name in METADATA_FIELDS]:
         names = ", ".join(map(repr, wrong))
-        raise Refused(f"{item.key}: the header has names that cannot be fields: {names}; rename them")
+        raise Refused(f"{key}: the header has names that cannot be fields: {names}; rename them")
     return columns
+
+
+def types_in(mapping: Mapping[str, Any]) -> dict[str, str]:
+    return {name: definition.get("type", "object") for name, definition in field_definitions(mapping)}
+
+
+def schema_of(index: str, mapping: Mapping[str, Any], heads: Iterable[Head]) -> Schema:
+    """Return what becomes of each column. Raises Refused for new ones that the mapping forbids."""
+    known, kinds = types_in(mapping), dict[str, set[str]]()
+    for head in heads:
+        for name in head.columns:
+            if name not in known:
+                kinds.setdefault(name, set()).update(head.kinds.get(name, ()))
+    added = new_fields(index, mapping, kinds)
+    return Schema({**known, **{name: added.get(name, {"type": "text"})["type"] for name in kinds}}, added)
+
+
+def new_fields(index: str, mapping: Mapping[str, Any], kinds: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
+    """Return the definitions of new columns, by the kinds of their values."""
+    dynamic = {name: dynamic_of(mapping, name) for name in kinds}
+    if strict := [name for name in kinds if dynamic[name].startswith("strict")]:
+        raise Refused(
+            f"columns that the strict mapping of {index} does not know: {', '.join(strict)}; add them to the "
+            "mapping, or take them out of the files"
+        )
+    if ignored := [name for name in kinds if dynamic[name] == "false"]:
+        log.warning("not searchable, since the mapping does not know them (dynamic: false): %s", ", ".join(ignored))
+    added = {name: new_field(kinds[name]) for name in kinds if dynamic[name] != "false"}
+    if torn := inside_values(mapping, added):
+        raise Refused(f"columns inside of another that is no object: {', '.join(torn)}; rename one of the two")
+    if added:
+        log.info("new fields: %s", ", ".join(f"{name} ({value['type']})" for name, value in added.items()))
+    return added
 
 
 def kind_of(cell: str) -> str:
@@ -222,20 +288,31 @@ def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
 
 def inside_values(mapping: Mapping[str, Any], added: Mapping[str, Any]) -> list[str]:
     """Return the new fields that would be part of one that holds a value itself, as a.b would beside a number a."""
-    objects = (None, "object", "nested")
-    values = {name for name, definition in field_definitions(mapping) if definition.get("type") not in objects}
+    values = {name for name, kind in types_in(mapping).items() if kind not in ("object", "nested")}
     parents = {name: set(itertools.accumulate(name.split(".")[:-1], "{}.{}".format)) for name in added}
     return [name for name in added if parents[name] & {*values, *added}]
+
+
+def properties_of(added: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields by full path as a mapping has them: each inside of its parents."""
+    properties: dict[str, Any] = {}
+    for name, definition in added.items():
+        *parents, leaf = name.split(".")
+        inner = properties
+        for parent in parents:
+            inner = inner.setdefault(parent, {}).setdefault("properties", {})
+        inner[leaf] = definition
+    return properties
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
 class S3Body(io.RawIOBase):
-    """The bytes of one object; a read that breaks off is resumed there, for `patience_s` without progress."""
+    """The bytes of one object, or the first `limit` of them; a read that breaks off is resumed there."""
 
-    def __init__(self, bucket: Bucket, item: S3Object, patience_s: float, limit: int | None = None) -> None:
-        self.bucket, self.item, self.patience_s = bucket, item, patience_s
+    def __init__(self, bucket: Bucket, item: S3Object, limit: int | None = None) -> None:
+        self.bucket, self.item = bucket, item
         self.position, self.end = 0, min(item.size, limit or item.size)
         self._body: Any = None
 
@@ -243,7 +320,7 @@ class S3Body(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        began, attempt = time.monotonic(), 0
+        retry = Retry(self.bucket.retry_seconds)
         while self.position < self.end:
             try:
                 self._body = self._body or self.bucket.get(self.item, self.position, self.end - 1)
@@ -256,13 +333,9 @@ class S3Body(io.RawIOBase):
                 raise
             except Exception as error:  # urllib3, botocore, http.client and ssl each have their own for a broken read
                 self._body = None
-                delay = backoff_s(attempt)
                 place = f"s3://{self.bucket.name}/{self.item.key}, byte {self.position:,}"
-                if interrupted.is_set() or time.monotonic() - began + delay > self.patience_s:
+                if not retry.wait(f"{place}: {error}; reading on from there"):
                     raise OperationFailed(f"{place}: cannot be read on: {error}; run again") from None
-                log.warning("%s: %s; reading on from there in %.1f s", place, error, delay)
-                attempt += 1
-                time.sleep(delay)
         return 0
 
 
@@ -343,7 +416,7 @@ def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
         try:
             row: Any = next(reader)
         except StopIteration:
-            break
+            return block, ""
         except csv.Error as error:
             raw = "\n".join(physical[start : reader.line_num])
             if "end of data" in str(error):
@@ -353,7 +426,6 @@ def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
             row, block.clean = Defect(f"not CSV: {error}", raw), False
         block.rows.append(row)
         lines.append(first_line + start)
-    return block, ""
 
 
 def plain_lines(text: str, first_line: int) -> Block | None:
@@ -379,63 +451,72 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]
 
     Raises OperationFailed when the object is broken gzip, when a line does not end, or when a quote is left open.
     """
-    rest, line, suspect = "", 1, False
-    pieces = read_lines(stream)
-    while True:
-        try:
-            text, bad, ended = gather(pieces, len(rest))
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise OperationFailed(f"{place}: broken gzip: {error}; write the object again") from None
-        except OverflowError as error:
-            raise OperationFailed(f"{place}, after line {line + rest.count(NEWLINE) - 1}: {error}") from None
-        text, suspect = rest + (text.removeprefix("\ufeff") if line == 1 and not rest else text), suspect or bad
-        if not text:
-            return
-        block = None if rest or suspect or line == 1 else plain_lines(text, line)
+    reader = BlockReader(stream, delimiter)
+    try:
+        yield from reader.blocks()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise OperationFailed(f"{place}: broken gzip: {error}; write the object again") from None
+    except OverflowError as error:
+        raise OperationFailed(f"{place}, after line {reader.lines_read()}: {error}") from None
+    except OpenQuote as error:
+        raise OperationFailed(f"{place}, {error}") from None
+
+
+class BlockReader:
+    """Parts the text of one object into blocks of whole records."""
+
+    def __init__(self, stream: BinaryIO, delimiter: str) -> None:
+        self._pieces, self._delimiter = read_lines(stream), delimiter
+        self._rest, self._line = "", 1  # of a record left open: its text so far, and the line on which it begins
+        self._suspect = False  # its cells have to be looked at one by one
+
+    def blocks(self) -> Iterator[Block]:
+        ended = False
+        while not ended:
+            text, ended = self._next_text()
+            if not text:
+                return
+            block = self._parsed(text)
+            if self._rest and (ended or len(self._rest) > MAX_LINE_BYTES):
+                where = "at the end of the file" if ended else f"after {MAX_LINE_BYTES // MIB} MiB"
+                raise OpenQuote(self._line, where)
+            if block.lines:
+                yield block
+
+    def lines_read(self) -> int:
+        return self._line + self._rest.count(NEWLINE) - 1
+
+    def _next_text(self) -> tuple[str, bool]:
+        """Return the text of the record left open and more than as much behind it; and whether that is all.
+
+        Parsed anew with each piece, giant cells would take minutes.
+        """
+        text, ended = "", False
+        while len(text) <= len(self._rest) and not ended:
+            piece, suspect = next(self._pieces, ("", False))
+            text, ended, self._suspect = text + piece, not piece, self._suspect or suspect
+        if self._line == 1 and not self._rest:
+            text = text.removeprefix("\ufeff")
+        return self._rest + text, ended
+
+    def _parsed(self, text: str) -> Block:
+        needs_reader = self._rest or self._suspect or self._line == 1
+        block = None if needs_reader else plain_lines(text, self._line)
         if not block:
-            try:
-                block, rest = parse(text, line, delimiter)
-            except OpenQuote as error:
-                raise OperationFailed(f"{place}, {error}") from None
-        if rest and (ended or len(rest) > MAX_LINE_BYTES):
-            where = "at the end of the file" if ended else f"after {MAX_LINE_BYTES // MIB} MiB"
-            begins = line + text.count(NEWLINE) - rest.count(NEWLINE)
-            raise OperationFailed(f"{place}, {OpenQuote(begins, where)}")
-        if suspect:
+            block, self._rest = parse(text, self._line, self._delimiter)
+        if self._suspect:
             mark_unreadable(block)
-            suspect = bool(rest)
-        line += text.count(NEWLINE) - rest.count(NEWLINE)
-        if block.lines:
-            yield block
-
-
-def gather(pieces: Iterator[tuple[str, bool]], chars: int) -> tuple[str, bool, bool]:
-    """Return the next text, whether it is suspect and whether it is the last.
-
-    It is longer than `chars`, which a quote has left open: parsed anew with each piece, giant cells would take minutes.
-    """
-    text, suspect = "", False
-    while len(text) <= chars:
-        piece, bad = next(pieces, ("", False))
-        text, suspect = text + piece, suspect or bad
-        if not piece:
-            return text, suspect, True
-    return text, suspect, False
+            self._suspect = bool(self._rest)
+        self._line += text.count(NEWLINE) - self._rest.count(NEWLINE)
+        return block
 
 
 # --- type -------------------------------------------------------------------------------------------------------------
 
-# for every type but text and keyword
+# what means that there is no value, for all types but those of `render_text`
 EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"])
 NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]+))?")
 BOOLEANS = dict.fromkeys(["true", "yes", "t", "1"], "true") | dict.fromkeys(["false", "no", "f", "0"], "false")
-INTEGER_BITS = {"long": 64, "integer": 32, "short": 16, "byte": 8}
-FLOATS = ("double", "float", "half_float", "scaled_float", "rank_feature")
-TEXTS = ("text", "keyword", "match_only_text", "wildcard", "constant_keyword", "search_as_you_type")
-JSON_TYPES = (
-    "object", "nested", "flat_object", "integer_range", "long_range", "float_range", "double_range", "date_range",
-    "ip_range", "knn_vector", "sparse_vector", "rank_features", "percolator",
-)  # fmt: skip
 
 Render = Callable[[str], str]  # from a cell's text to JSON; "" leaves the field out; ValueError makes a reject
 
@@ -481,6 +562,10 @@ def render_integer(cell: str, *, low: int, high: int) -> str:
     return str(int(value))
 
 
+def signed(bits: int) -> Render:
+    return partial(render_integer, low=-(2 ** (bits - 1)), high=2 ** (bits - 1) - 1)
+
+
 def render_boolean(cell: str) -> str:
     if (cell := cell.strip()) in EMPTY:
         return ""
@@ -500,19 +585,24 @@ def render_json(cell: str) -> str:
     return cell.translate({10: " ", 13: " "})  # outside strings, where JSON allows them
 
 
-def renderer(kind: str) -> Render:
-    """Return how cells of a field type become JSON."""
-    if bits := INTEGER_BITS.get(kind):
-        return partial(render_integer, low=-(2 ** (bits - 1)), high=2 ** (bits - 1) - 1)
-    if kind == "unsigned_long":
-        return partial(render_integer, low=0, high=2**64 - 1)
-    if kind == "boolean":
-        return render_boolean
-    if kind in FLOATS:
-        return render_float
-    if kind in JSON_TYPES:
-        return render_json
-    return render_text if kind in TEXTS else render_other
+RENDERERS: dict[str, Render] = {  # every other type: render_other
+    "long": signed(64),
+    "integer": signed(32),
+    "short": signed(16),
+    "byte": signed(8),
+    "unsigned_long": partial(render_integer, low=0, high=2**64 - 1),
+    **dict.fromkeys(["double", "float", "half_float", "scaled_float", "rank_feature"], render_float),
+    "boolean": render_boolean,
+    **dict.fromkeys(["text", "keyword", "match_only_text", "wildcard"], render_text),
+    **dict.fromkeys(["constant_keyword", "search_as_you_type"], render_text),
+    **dict.fromkeys(["object", "nested", "flat_object", "percolator"], render_json),
+    **dict.fromkeys(["integer_range", "long_range", "float_range", "double_range"], render_json),
+    **dict.fromkeys(["date_range", "ip_range"], render_json),
+    **dict.fromkeys(["knn_vector", "sparse_vector", "rank_features"], render_json),
+}
+
+
+# --- render -----------------------------------------------------------------------------------------------------------
 
 
 class Column(dict[str, str]):
@@ -520,7 +610,7 @@ class Column(dict[str, str]):
 
     def __init__(self, name: str, kind: str) -> None:
         super().__init__()
-        self.name, self.render = name, renderer(kind)
+        self.name, self.render = name, RENDERERS.get(kind, render_other)
         self.prefix = f",{encode_basestring(name)}:"
 
     def __missing__(self, cell: str) -> str:
@@ -534,20 +624,6 @@ class Column(dict[str, str]):
 
 
 WITHOUT_COMMA = itemgetter(slice(1, None))
-
-
-def document(row: list[str], columns: Sequence[Column]) -> str:
-    """Return the JSON of one row less its opening brace. Raises Defect."""
-    if len(row) != len(columns):
-        raise Defect(f"{len(row)} cells under {len(columns)} column names", row)
-    tokens = []
-    for column, cell in zip(columns, row):
-        try:
-            tokens.append(column[cell])
-        except ValueError as error:
-            named = dict(zip((column.name for column in columns), row))
-            raise Defect(f"{error}: {cell[:100]!r}", named, column.name) from None
-    return "".join(tokens)[1:]
 
 
 def all_cells(block: Block, width: int, delimiter: str) -> list[str]:
@@ -566,7 +642,7 @@ def all_cells(block: Block, width: int, delimiter: str) -> list[str]:
 
 
 def render_all(cells: list[str], columns: Sequence[Column]) -> None:
-    """Turn all cells into tokens in place, a column at a time, which runs in C. Raises ValueError at a wrong cell."""
+    """Turn all cells into tokens in place, a column at a time. Raises ValueError at a wrong cell."""
     stride = len(columns) + 1
     for place, column in enumerate(columns, 1):
         cells[place::stride] = map(column.__getitem__, cells[place::stride])
@@ -578,18 +654,132 @@ def render_all(cells: list[str], columns: Sequence[Column]) -> None:
             cells[place] = cells[place][1:]
 
 
-@lru_cache(maxsize=1)
-def digest_of(place: str) -> str:
-    """Return what the ids of all rows of one object begin with; remembered, since it is asked for with each block."""
-    return hashlib.sha256(place.encode()).hexdigest()[:16]
+def render_row(row: list[str], columns: Sequence[Column]) -> str:
+    """Return the JSON of one record less its braces. Raises Defect."""
+    if len(row) != len(columns):
+        raise Defect(f"{len(row)} cells under {len(columns)} column names", row)
+    tokens = []
+    for column, cell in zip(columns, row):
+        try:
+            tokens.append(column[cell])
+        except ValueError as error:
+            named = dict(zip((column.name for column in columns), row))
+            raise Defect(f"{error}: {cell[:100]!r}", named, column.name) from None
+    return "".join(tokens)[1:]
 
 
-def action_with_id(cell: str, version: int) -> str:
-    """Return an action line with the id from a column; by the version a later row wins, in any order of arrival."""
+def between(operation: str, quoted_id: str, version: str = "") -> str:
+    """Return what stands between two documents: the end of one, the action line of the next, its brace."""
+    return f'{DOCUMENT_END}{{"{operation}":{{"_id":{quoted_id}{version}}}}}\n{{'
+
+
+def between_with_id(cell: str, version: int) -> str:
+    """Take the id from a column; by the version a later row wins, in any order of arrival."""
     if not cell or len(cell.encode()) > MAX_ID_BYTES:
         raise ValueError(f"no id, or one of more than {MAX_ID_BYTES} bytes")
-    action = f'"_id":{encode_basestring(cell)},"version":{version},"version_type":"external"'
-    return f'{DOCUMENT_END}{{"index":{{{action}}}}}\n{{'
+    return between("index", encode_basestring(cell), f',"version":{version},"version_type":"external"')
+
+
+@dataclass
+class Source:
+    """One object while its records are rendered."""
+
+    key: str
+    columns: list[Column]
+    id_place: int  # of the column that holds the id
+    between: str  # with a place for the number of the record, where ids come from that
+    record: int = 1  # the number of the next one
+
+
+class Renderer:
+    """Turns the records of all objects into bulk text; what cannot become a document goes to `reject(key, line, ...)`.
+
+    Used by the main thread alone, but for `is_own_version`. Without an id column the ids depend on bucket, key and
+    record alone: sending or loading again changes nothing.
+    """
+
+    def __init__(
+        self, types: Mapping[str, str], reject: Callable[[str, int, Defect], None], *, bucket: str,
+        delimiter: str = ",", id_column: str = "", operation: str = "create",
+    ) -> None:  # fmt: skip
+        self.columns = {name: Column(name, kind) for name, kind in types.items()}
+        self.reject, self.bucket, self.delimiter = reject, bucket, delimiter
+        self.id_column, self.operation = id_column, operation
+        self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
+        self.read = self.skipped = 0  # records
+
+    def documents(self, key: str, blocks: Iterable[Block]) -> Iterator[Batch]:
+        """Yield the documents of one object, whose first record is the header."""
+        source = None
+        for block in blocks:
+            if not source:
+                source = self._source(key, header_of(key, block))
+                block.rows, block.lines = block.rows[1:], block.lines[1:]
+            try:
+                batch = self._at_once(source, block)
+            except ValueError:  # something is wrong in one of them
+                batch = self._one_by_one(source, block)
+            source.record += len(block.lines)
+            self.read += len(block.lines)
+            yield batch
+
+    def is_own_version(self, version: int) -> bool:
+        """Say whether a document of this version is a row of this load; else it is somebody's newer one."""
+        return 0 <= version - self.first_version <= self.read
+
+    def _source(self, key: str, header: list[str]) -> Source:
+        id_place = header.index(self.id_column) if self.id_column else 0
+        digest = hashlib.sha256(f"{self.bucket}/{key}".encode()).hexdigest()[:16]
+        columns = [self.columns[name] for name in header]
+        return Source(key, columns, id_place, between(self.operation, f'"{digest}-%09d"'))
+
+    def _at_once(self, source: Source, block: Block) -> Batch:
+        """Return the documents of a block. Raises ValueError when one of its records is no document.
+
+        One list holds all cells and is changed in place, a column at a time, so that nearly all of it runs in C; the
+        newline before each record becomes what stands between two documents. A list a record took 7 % more of the
+        whole load's CPU time.
+
+            7,a        [ "\\n",                                "7",      "a",        "\\n", "8", "b" ]
+            8,b   ->   [ '}\\n{"create":{"_id":"x-1"}}\\n{',   '"n":7',  ',"k":"a"',  ...           ]
+        """
+        cells = all_cells(block, len(source.columns), self.delimiter)
+        stride = len(source.columns) + 1
+        cells[::stride] = self._between(source, cells[source.id_place + 1 :: stride])
+        render_all(cells, source.columns)
+        return Batch.of(source.key, block.lines, cells)
+
+    def _one_by_one(self, source: Source, block: Block) -> Batch:
+        """Return the documents of those records that are good."""
+        lines, texts = [], []
+        rows = block.rows or csv.reader(io.StringIO(block.text, newline="\n"), delimiter=self.delimiter, strict=True)
+        for offset, (line, row) in enumerate(zip(block.lines, rows)):
+            if not row:
+                self.skipped += 1
+                continue
+            try:
+                texts.append(self._document(source, row, offset))
+                lines.append(line)
+            except Defect as defect:
+                self.reject(source.key, line, defect)
+        return Batch.of(source.key, lines, texts)
+
+    def _document(self, source: Source, row: Any, offset: int) -> str:
+        if isinstance(row, Defect):
+            raise row
+        text = render_row(row, source.columns)
+        try:
+            [before] = self._between(source, [row[source.id_place]], offset)
+        except ValueError as error:
+            raise Defect(str(error), row, self.id_column) from None
+        return before + text
+
+    def _between(self, source: Source, ids: Sequence[str], offset: int = 0) -> Iterator[str]:
+        """Yield what stands before consecutive documents, the first one `offset` records behind the last block."""
+        if self.id_column:
+            return map(between_with_id, ids, itertools.count(self.first_version + self.read + offset))
+        first = source.record + offset
+        return map(source.between.__mod__, range(first, first + len(ids)))
 
 
 # --- batch ------------------------------------------------------------------------------------------------------------
@@ -603,11 +793,29 @@ class Batch:
     origins: Sequence[tuple[str, Sequence[int]]] = ()
 
     @classmethod
+    def of(cls, key: str, lines: Sequence[int], texts: Iterable[str]) -> Batch:
+        """Join documents of one object, before each of which stands the end of the one before."""
+        text = "".join(texts)
+        return cls((text[len(DOCUMENT_END) :] + DOCUMENT_END).encode(), [(key, lines)]) if text else cls()
+
+    @classmethod
     def joined(cls, parts: Sequence[Batch]) -> Batch:
         return cls(b"".join(part.body for part in parts), [origin for part in parts for origin in part.origins])
 
     def count(self) -> int:
         return sum(len(lines) for _, lines in self.origins)
+
+    def cut(self, at: int) -> tuple[Batch, Batch]:
+        """Return the first `at` documents, and the others."""
+        if at >= self.count():
+            return self, Batch()
+        *lines, rest = self.body.split(b"\n", 2 * at)
+        first, others = list[tuple[str, Sequence[int]]](), list[tuple[str, Sequence[int]]]()
+        for key, numbers in self.origins:
+            first.append((key, numbers[:at]))
+            others.append((key, numbers[at:]))
+            at -= len(first[-1][1])
+        return Batch(b"\n".join([*lines, b""]), first), Batch(rest, others)
 
     def documents(self) -> list[Batch]:
         """Return each document as a batch of its own."""
@@ -616,31 +824,15 @@ class Batch:
         return [Batch(b"%s\n%s\n" % pair, [(key, [line])]) for pair, (key, line) in zip(zip(texts, texts), places)]
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """Documents of one object that are not put together yet: `stride` pieces each, the first with what joins them."""
-
-    key: str
-    lines: Sequence[int]
-    texts: list[str]
-    stride: int
-
-    def batch(self, start: int, end: int) -> Batch:
-        text = "".join(self.texts[start * self.stride : end * self.stride])
-        body = (text[len(DOCUMENT_END) :] + DOCUMENT_END).encode()
-        return Batch(body, [(self.key, self.lines[start:end])])
-
-
-def batches(blocks: Iterable[Pieces], size: int) -> Iterator[Batch]:
-    """Cut what comes in into batches of `size` documents or 8 MiB, across the borders of objects."""
+def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """Make batches of `size` documents or 8 MiB of smaller and larger ones, across the borders of objects."""
     parts: list[Batch] = []
     count = length = 0
-    for pieces in blocks:
-        start = 0
-        while start < len(pieces.lines):
-            part = pieces.batch(start, start + size - count)
+    for rest in documents:
+        while rest.count():
+            part, rest = rest.cut(size - count)
             parts.append(part)
-            start, count, length = start + part.count(), count + part.count(), length + len(part.body)
+            count, length = count + part.count(), length + len(part.body)
             if count >= size or length >= MAX_BATCH_BYTES:
                 batch = Batch.joined(parts)
                 parts, count, length = [], 0, 0  # before the wait: they are as large as the batch
@@ -652,53 +844,229 @@ def batches(blocks: Iterable[Pieces], size: int) -> Iterator[Batch]:
 # --- send -------------------------------------------------------------------------------------------------------------
 
 
-class Senders:
-    """Threads that store batches from a short queue; the first error of one is raised in the main thread.
+class Pace:
+    """How many bulk requests may be under way; a busy cluster (429) halves that, at most once a second."""
 
-    They are daemons: after a failure nobody waits for a request that hangs. A busy cluster (429) halves their number,
-    at most once a second.
-    """
-
-    def __init__(self, store: Callable[[Batch], None], count: int) -> None:
-        self.store, self.limit, self.halved, self.ended = store, count, 0.0, False
-        self.error: BaseException | None = None
-        self.queue: queue.Queue[Batch] = queue.Queue(maxsize=1)
-        self.threads = [threading.Thread(target=self._work, args=(place,), daemon=True) for place in range(count)]
-        for thread in self.threads:
-            thread.start()
-
-    def put(self, batch: Batch) -> None:
-        while not self.error:
-            with contextlib.suppress(queue.Full):
-                return self.queue.put(batch, timeout=0.2)
-        raise self.error
-
-    def finish(self) -> None:
-        """Return when all batches are stored; raise what stopped a sender."""
-        self.ended = True
-        for thread in self.threads:
-            while thread.is_alive() and not self.error:
-                thread.join(0.2)
-        if self.error:
-            raise self.error
+    def __init__(self, limit: int) -> None:
+        self.limit, self._halved, self._lock = limit, 0.0, threading.Lock()
 
     def halve(self) -> None:
-        if self.limit > 1 and time.monotonic() - self.halved > 1:
-            self.limit, self.halved = self.limit // 2, time.monotonic()
-            log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit)
+        with self._lock:
+            if self.limit > 1 and time.monotonic() - self._halved > 1:
+                self.limit, self._halved = self.limit // 2, time.monotonic()
+                log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit)
+
+
+class BulkWorkers:
+    """Threads that store batches from a short queue, as many as the pace allows; used as a context manager.
+
+    The first error of one is raised in the main thread. They are daemons: after a failure nobody waits for a request
+    that hangs.
+    """
+
+    def __init__(self, store: Callable[[Batch], None], pace: Pace) -> None:
+        self._store, self._pace = store, pace
+        self._queue: queue.Queue[Batch] = queue.Queue(maxsize=1)
+        self._complete = self._stopped = False  # no more batches will come; none is to be stored any more
+        self._error: BaseException | None = None
+        self._threads = [threading.Thread(target=self._work, args=(place,), daemon=True) for place in range(pace.limit)]
+
+    def __enter__(self) -> BulkWorkers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+
+    def put(self, batch: Batch) -> None:
+        while not self._error:
+            with contextlib.suppress(queue.Full):
+                return self._queue.put(batch, timeout=0.2)
+        raise self._error
+
+    def finish(self) -> None:
+        """Return when all batches are stored; raise what stopped a worker."""
+        self._complete = True
+        for thread in self._threads:
+            while thread.is_alive() and not self._error:
+                thread.join(0.2)
+        if self._error:
+            raise self._error
 
     def _work(self, place: int) -> None:
-        while place < self.limit and not self.error:
+        while place < self._pace.limit and not (self._stopped or self._error):
             try:
-                self.store(self.queue.get(timeout=0.05))
+                self._store(self._queue.get(timeout=0.05))
             except queue.Empty:
-                if self.ended and self.queue.empty():
+                if self._complete and self._queue.empty():
                     return
             except BaseException as error:
-                self.error = self.error or error
+                self._error = self._error or error
 
 
-# --- settle -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class BulkRequests:
+    """What a store asks of the cluster."""
+
+    send: Callable[[bytes], Response]  # a bulk body; a 413 is returned, what may pass has been tried again
+    find: Callable[[list[str]], Mapping[str, Any]]  # `_source` by id, of those of these ids that the index holds
+    refresh: Callable[[], object]
+    failure: Callable[[int, bytes], Exception]  # for a refusal that all other documents would meet as well
+
+
+@dataclass
+class Tally:
+    """What became of the documents that were sent."""
+
+    stored: int = 0
+    replaced: int = 0  # rows of an id that another row has as well
+    unsure: int = 0  # perhaps replaced: the response that would tell was lost
+
+
+class BulkStore:
+    """Stores batches, for any number of threads at a time; what the cluster refuses goes to `reject(key, line, ...)`.
+
+    Documents refused with 429 or 5xx are sent again, alone, for `retry_seconds` without progress at most; a batch too
+    large for the cluster (413) is halved. `is_own_version` is given where ids come from a column.
+    """
+
+    def __init__(
+        self, index: str, requests: BulkRequests, reject: Callable[[str, int, Defect], None], pace: Pace, *,
+        retry_seconds: float, refresh_every: int = 0, is_own_version: Callable[[int], bool] | None = None,
+    ) -> None:  # fmt: skip
+        self.index, self._requests, self._reject, self._pace = index, requests, reject, pace
+        self._retry_seconds, self._refresh_every, self._is_own_version = retry_seconds, refresh_every, is_own_version
+        self._lock = threading.Lock()  # of what follows
+        self.tally = Tally()
+        self._max_bytes = MAX_BATCH_BYTES
+        self._refreshes = 0
+
+    def store(self, batch: Batch) -> None:
+        """Store a batch: each document is stored once or rejected when this returns.
+
+        Raises OperationFailed when documents stay refused, or what the requests raise.
+        """
+        self._store(batch)
+        self._refresh_now_and_then()
+
+    def _store(self, batch: Batch, resent: bool = False) -> None:
+        retry = Retry(self._retry_seconds)
+        while count := batch.count():
+            if len(batch.body) > self._max_bytes and count > 1:
+                return self._store_halves(batch, resent)
+            response = self._requests.send(batch.body)
+            resent = resent or response.resent
+            if response.status == 413:
+                return self._too_large(batch, resent)
+            batch, refusal = self._handle_item_results(batch, response, resent)
+            if response.throttled or batch.count():
+                self._pace.halve()
+            if batch.count() < count:
+                retry.restart()
+            if refusal and not retry.wait(f"{batch.count():,} documents were not taken: {refusal}"):
+                raise OperationFailed(
+                    f"{self.index}: {batch.count():,} documents were not taken for {self._retry_seconds:g} s, at last: "
+                    f"{refusal}; look at the cluster's load and run again"
+                )
+            resent = True
+
+    def _store_halves(self, batch: Batch, resent: bool) -> None:
+        for half in batch.cut(batch.count() // 2):
+            self._store(half, resent)
+
+    def _too_large(self, batch: Batch, resent: bool) -> None:
+        size = len(batch.body)
+        with self._lock:
+            self._max_bytes = most = min(self._max_bytes, max(size // 2, 1))
+        log.warning("the cluster refuses requests of %s bytes (413): at most %s from here on", size, most)
+        if batch.count() > 1:
+            self._store_halves(batch, resent)
+        else:
+            self._refused(batch, f"larger than the cluster accepts ({size:,} bytes)")
+
+    def _refresh_now_and_then(self) -> None:
+        """Refresh while loading, or the last refresh keeps one core busy while all others wait for it."""
+        with self._lock:
+            due = self._refresh_every and self.tally.stored // self._refresh_every
+            if due <= self._refreshes:
+                return
+            self._refreshes = due
+        self._requests.refresh()
+
+    # --- handle item results ---
+
+    def _handle_item_results(self, batch: Batch, response: Response, resent: bool) -> tuple[Batch, str]:
+        """Count or reject each document; return those that have to be sent again, and why."""
+        body, count = response.body, batch.count()
+        created, updated = body.count(b'"status":201'), body.count(b'"status":200')
+        if body.startswith(b'{"errors":false') and created + updated == count:  # not parsed: most responses are this
+            self._count(stored=count, replaced=updated)
+            return Batch(), ""
+        items = [next(iter(item.values())) for item in response.data.get("items", [])]
+        if len(items) != count:
+            return batch, f"{len(items)} answers to {count} documents"
+        pairs = list(zip(batch.documents(), items))
+        there = set() if resent else self._there([document for document, item in pairs if item["status"] == 409])
+        again, refusal = [], ""
+        for document, item in pairs:
+            status, error = item["status"], item.get("error", {})
+            if self._is_final(document, status, error, resent or document.body in there):
+                continue
+            again.append(document)
+            refusal = f"{status} {error.get('type', '')}: {error.get('reason', '')}"
+        return Batch.joined(again), refusal
+
+    def _there(self, documents: list[Batch]) -> set[bytes]:
+        """Return the bodies of those that the index holds as they are.
+
+        When a node dies the cluster sends a request on to the next copy by itself, and may meet its own first attempt.
+        """
+        if self._is_own_version:  # tells by itself
+            return set()
+        found: set[bytes] = set()
+        for start in range(0, len(documents), BATCH_SIZE):  # a search returns 10,000 at most
+            parsed = [(document.body, *map(json.loads, document.body.splitlines()))
+                      for document in documents[start : start + BATCH_SIZE]]  # fmt: skip
+            wanted = {next(iter(action.values()))["_id"]: (body, source) for body, action, source in parsed}
+            held = self._requests.find(list(wanted))
+            found |= {body for name, (body, source) in wanted.items() if held.get(name) == source}
+        return found
+
+    def _is_final(self, document: Batch, status: int, error: Mapping[str, Any], resent: bool) -> bool:
+        """Count or reject a document by its result; say False when it has to be sent again."""
+        kind, reason = str(error.get("type", "")), str(error.get("reason", ""))
+        if status in (200, 201):
+            self._count(stored=1, replaced=status == 200)
+        elif status == 409 and self._is_of_this_load(reason):  # a later row, or this one by an earlier attempt
+            again = resent or re.search(r"current version \[(\d+)\].*\[\1\]", reason) is not None
+            self._count(stored=1, replaced=not again, unsure=again)
+        elif status == 409 and resent and not self._is_own_version:
+            self._count(stored=1)  # by the first attempt, ours or the cluster's own
+        elif "block" in kind or status in (401, 403, 404):
+            raise self._requests.failure(status, json.dumps({"error": error}).encode())
+        elif status == 429 or status >= 500:
+            return False
+        else:
+            cause = error.get("caused_by", {}).get("reason", "")
+            self._refused(document, f"{kind}: {reason}{cause and ': ' + cause}")
+        return True
+
+    def _is_of_this_load(self, conflict: str) -> bool:
+        there = re.search(r"current version \[(\d+)\]", conflict)
+        return bool(there and self._is_own_version and self._is_own_version(int(there[1])))
+
+    def _refused(self, document: Batch, reason: str) -> None:
+        named = re.search(r'field(?: \[|=")([^\]"]+)', reason)
+        row = json.loads(document.body.split(b"\n")[1], parse_float=str, parse_int=str)  # digit for digit
+        [(key, line)] = [(key, line) for key, lines in document.origins for line in lines]
+        self._reject(key, line, Defect(reason, row, named[1] if named else None))
+
+    def _count(self, *, stored: int, replaced: int = 0, unsure: int = 0) -> None:
+        with self._lock:
+            self.tally.stored += stored
+            self.tally.replaced += replaced
+            self.tally.unsure += unsure
 
 
 class Rejects:
@@ -721,7 +1089,8 @@ class Rejects:
             if not os.access(self.path.parent, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
-            raise OperationFailed(f"{self.path.parent}: {error.strerror}; set LOG_DIR to a folder of your own") from None
+            where = f"{self.path.parent}: {error.strerror}"
+            raise OperationFailed(f"{where}; set LOG_DIR to a folder of your own") from None
 
     def add(self, key: str, line: int, defect: Defect) -> None:
         entry = {"object": key, "line": line, "column": defect.column, "reason": defect.reason, "row": defect.row}
@@ -739,7 +1108,9 @@ class Rejects:
                     f"rejects file {self.path}: {error.strerror}; make room, or set LOG_DIR to another folder"
                 ) from None
             if self.count > self.limit:
-                raise OperationFailed(f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}")
+                raise OperationFailed(
+                    f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}"
+                )
 
     def _open(self) -> Any:
         if self.path.exists():  # of another load that began in the same second
@@ -747,392 +1118,208 @@ class Rejects:
         return os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
 
 
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
 @dataclass
-class Tally:
+class Sums:
     """What became of the rows: read = stored + rejected + skipped, or something was lost."""
 
-    read: int = 0
-    skipped: int = 0
-    stored: int = 0
-    replaced: int = 0  # rows of an id that another row has as well
-    unsure: int = 0  # perhaps replaced: the answer that would tell was lost
+    read: int
+    stored: int
+    rejected: int
+    skipped: int
+    replaced: int
+    unsure: int
 
 
 class BulkUpdate(OpenSearchBaseManager):
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args)
-        self.prefix, self.delimiter, self.id_column = args.prefix, args.delimiter, args.id_column
-        self.keep: bool = args.no_cleanup
-        self.target = TargetIndex(self, args.index, method=args.method, shared=self.keep)
-        self.index: str = args.index
-        self.batch_size, self.max_rejects = args.batch_size, args.max_rejects
-        self.workers = args.workers or (WORKERS_FOR_SMALL if args.batch_size < BATCH_SIZE // 2 else WORKERS)
-        self.bucket = Bucket(args.bucket, self.aws)
-        self.rejects = Rejects(self.settings.log_dir, self.index, self.max_rejects)
-        self.tally, self._tally_lock = Tally(), threading.Lock()
-        self.max_bytes = MAX_BATCH_BYTES
-        self.refreshes = 0
-        self.last_refusal = ""  # why documents had to be sent again, of whichever sender
-        self.columns: dict[str, Column] = {}
-        self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
+    def __init__(self, settings: argparse.Namespace) -> None:
+        super().__init__(settings)
+        self.keep: bool = settings.no_cleanup
+        self.target = TargetIndex(self, settings.index, method=settings.method, shared=self.keep)
+        self.delimiter, self.id_column = settings.delimiter, settings.id_column
+        self.bucket = Bucket(settings.bucket, self.aws, settings.retry_seconds)
+        self.place = f"s3://{settings.bucket}/{settings.prefix}"
+        self.rejects = Rejects(settings.log_dir, settings.index, settings.max_rejects)
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
-        self._check_index()
-        objects = self._list()
-        added = self._look(objects)
-        if self.dry_run:
-            log.info("dry run: %s would be %s", self.index, "added to" if self.keep else "emptied and filled")
-            return {"index": self.index, "objects": len(objects), "dry_run": True}
-        if self.keep:
-            self._add_columns(added)
-            self._load(objects)
-            self._verify_objects(objects)
-            self._verify_sums()
-        else:
-            self._replace(objects, added)
-        return self._report(objects, began)
-
-    def _check_index(self) -> None:
         self.target.claim(may_be_live=self.keep or self.dry_run)
-        self.index = self.target.name
         self.rejects.prepare()
+        objects = self._list()
+        schema = self._look(objects)
+        if self.dry_run:
+            log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
+            return {"index": self.target.name, "objects": len(objects), "dry_run": True}
+        sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
+        return self._report(objects, sums, began)
+
+    # --- the index ---
+
+    def _replace(self, objects: list[S3Object], schema: Schema) -> Sums:
+        """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
+        with self.target.fill(without_replicas=self.settings.no_replicas):
+            self._add_fields(schema.added)
+            self.target.empty()
+            sums = self._load(objects, schema.types)
+            self.target.restore_settings()
+            self._verify_objects(objects)
+            self._verify_sums(sums)
+            self._verify_count(sums)
+        return sums
+
+    def _add(self, objects: list[S3Object], schema: Schema) -> Sums:
+        """Load beside what the index holds."""
+        self._add_fields(schema.added)
+        sums = self._load(objects, schema.types)
+        self._verify_objects(objects)
+        self._verify_sums(sums)
+        return sums
+
+    def _add_fields(self, added: Mapping[str, Any]) -> None:
+        """Define new fields before the first document, which would make the server guess (dates!)."""
+        if added:
+            self.request("PUT", f"/{self.target.name}/_mapping", {"properties": properties_of(added)})
+
+    # --- look ---
 
     def _list(self) -> list[S3Object]:
-        place = f"s3://{self.bucket.name}/{self.prefix}"
-        objects = self.bucket.list_csv(self.prefix)
+        objects = self.bucket.list_csv(self.settings.prefix, S3_FIRST_CONTACT_S)
         if not objects:
-            raise Refused(f"{place}: no .csv or .csv.gz object, nothing was changed; check bucket and prefix")
-        log.info("%s: %s objects, %s bytes, from %s to %s", place, len(objects),
+            raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; check bucket and prefix")
+        log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
         return objects
 
-    def _look(self, objects: list[S3Object]) -> dict[str, dict[str, Any]]:
-        """Read the head of each object and refuse what cannot be loaded; return the fields to add to the mapping."""
-        mapping = self._get_mapping(self.index)
-        known = {name: definition.get("type", "object") for name, definition in field_definitions(mapping)}
-
-        def head_of(item: S3Object) -> Head:
-            data = S3Body(self.bucket, item, self.settings.retry_seconds, HEAD_BYTES).readall()
-            return look_at(item, data, self.delimiter, known)
-
-        with ThreadPoolExecutor(HEADS_AT_ONCE) as pool:
-            heads = list(pool.map(head_of, (item for item in objects if item.size)))
+    def _look(self, objects: list[S3Object]) -> Schema:
+        """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
+        mapping = self._get_mapping(self.target.name)
+        known = types_in(mapping)
+        heads = read_heads(self.bucket, objects, self.delimiter, known)
         if not any(head.has_rows for head in heads):
             raise Refused(
-                f"s3://{self.bucket.name}/{self.prefix}: not one data row, nothing was changed; see whether the "
-                "producer of the files has finished"
+                f"{self.place}: not one data row, nothing was changed; see whether the producer of the files has "
+                "finished"
             )
-        kinds: dict[str, set[str]] = {}
         for head in heads:
             if head.columns:
-                self._check_head(head, known)
-            for name in head.columns:
-                if name not in known:
-                    kinds.setdefault(name, set()).update(head.kinds.get(name, ()))
-        added = self._new_fields(mapping, kinds)
-        for name in [*known, *kinds]:
-            self.columns[name] = Column(name, known.get(name) or added.get(name, {"type": "text"})["type"])
-        return added
+                self._check_columns(head, known)
+        return schema_of(self.target.name, mapping, heads)
 
-    def _check_head(self, head: Head, known: Mapping[str, str]) -> None:
+    def _check_columns(self, head: Head, known: Container[str]) -> None:
         if known and not any(name in known for name in head.columns):
             raise Refused(
-                f"{head.item.key}: the mapping of {self.index} knows none of the columns "
+                f"{head.key}: the mapping of {self.target.name} knows none of the columns "
                 f"{', '.join(head.columns)[:200]}; is the delimiter {self.delimiter!r} (--delimiter)?"
             )
         if self.id_column and self.id_column not in head.columns:
-            raise Refused(f"{head.item.key}: has no column {self.id_column}; give another --id-column")
+            raise Refused(f"{head.key}: has no column {self.id_column}; give another --id-column")
 
-    def _new_fields(self, mapping: Mapping[str, Any], kinds: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
-        dynamic = {name: dynamic_of(mapping, name) for name in kinds}
-        if strict := [name for name in kinds if dynamic[name].startswith("strict")]:
-            raise Refused(
-                f"columns that the strict mapping of {self.index} does not know: {', '.join(strict)}; add them to the "
-                "mapping, or take them out of the files"
-            )
-        if ignored := [name for name in kinds if dynamic[name] == "false"]:
-            log.warning("not searchable, since the mapping does not know them (dynamic: false): %s", ", ".join(ignored))
-        added = {name: new_field(kinds[name]) for name in kinds if dynamic[name] != "false"}
-        if torn := inside_values(mapping, added):
-            raise Refused(f"columns inside of another that is no object: {', '.join(torn)}; rename one of the two")
-        if added:
-            log.info("new fields: %s", ", ".join(f"{name} ({value['type']})" for name, value in added.items()))
-        return added
+    # --- load ---
 
-    def _add_columns(self, added: Mapping[str, Any]) -> None:
-        """Define new fields before the first document, which would make the server guess (dates!)."""
-        if added:
-            properties: dict[str, Any] = {}
-            for name, definition in added.items():
-                *parents, leaf = name.split(".")
-                inner = properties
-                for parent in parents:
-                    inner = inner.setdefault(parent, {}).setdefault("properties", {})
-                inner[leaf] = definition
-            self.request("PUT", f"/{self.index}/_mapping", {"properties": properties})
+    def _load(self, objects: list[S3Object], types: Mapping[str, str]) -> Sums:
+        began, pace = time.monotonic(), Pace(self._workers())
+        renderer = Renderer(
+            types, self.rejects.add, bucket=self.bucket.name, delimiter=self.delimiter, id_column=self.id_column,
+            operation="index" if self.keep else "create",
+        )  # fmt: skip
+        store = BulkStore(
+            self.target.name, self._bulk_requests(), self.rejects.add, pace, retry_seconds=self.settings.retry_seconds,
+            refresh_every=0 if self.keep else REFRESH_EVERY_DOCUMENTS,
+            is_own_version=renderer.is_own_version if self.id_column else None,
+        )  # fmt: skip
+        with BulkWorkers(store.store, pace) as workers:
+            for batch in batches(self._documents(objects, renderer), self.settings.batch_size):
+                workers.put(batch)
+            workers.finish()
+        tally = store.tally
+        log.info("loaded %s rows in %.1f s, %s/s", f"{tally.stored:,}", time.monotonic() - began,
+                 f"{per_second(tally.stored, began):,}")  # fmt: skip
+        return Sums(
+            renderer.read, tally.stored, self.rejects.count, renderer.skipped, tally.replaced, tally.unsure
+        )
 
-    def _replace(self, objects: list[S3Object], added: Mapping[str, Any]) -> None:
-        """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
-        with self.target.fill(without_replicas=self.settings.no_replicas):
-            self._add_columns(added)
-            self.target.empty()
-            self._load(objects)
-            self.target.restore_settings()
-            self._verify_objects(objects)
-            self._verify_sums()
-            self._verify_count()
+    def _workers(self) -> int:
+        small = self.settings.batch_size < BATCH_SIZE // 2
+        return int(self.settings.workers or (WORKERS_FOR_SMALL if small else WORKERS))
 
-    # --- the pipeline: read, parse, type, batch, send, settle ---
-
-    def _load(self, objects: list[S3Object]) -> None:
-        began = time.monotonic()
-        self.senders = Senders(self._store_and_refresh, self.workers)
-        try:
-            for batch in batches(self._documents(objects), self.batch_size):
-                self.senders.put(batch)
-            self.senders.finish()
-        finally:
-            self.senders.limit = 0
-        log.info("loaded %s rows in %.1f s, %s/s", f"{self.tally.stored:,}", time.monotonic() - began,
-                 f"{per_second(self.tally.stored, began):,}")  # fmt: skip
-
-    def _documents(self, objects: list[S3Object]) -> Iterator[Pieces]:
-        """Yield the good rows of all objects as bulk text; the others go to the rejects."""
-        progress = Progress(f"loading {self.index}", sum(item.size for item in objects), "bytes")
+    def _documents(self, objects: list[S3Object], renderer: Renderer) -> Iterator[Batch]:
+        """Yield the good rows of all objects as bulk text."""
+        progress = Progress(f"loading {self.target.name}", sum(item.size for item in objects), "bytes")
         before = 0
         for item in objects:
-            body = S3Body(self.bucket, item, self.settings.retry_seconds)
-            record, columns = 1, None
-            for block in read_blocks(plain(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter):
-                if columns is None:
-                    columns = [self.columns[name] for name in header_of(item, block)]
-                    block.rows, block.lines = block.rows[1:], block.lines[1:]
-                version = self.first_version + self.tally.read
-                self.tally.read += len(block.lines)
-                yield self._pieces(item, block, columns, record, version)
-                record += len(block.lines)
-                progress.update(before + body.position, f"{self.tally.read:,} rows")
+            body = S3Body(self.bucket, item)
+            blocks = read_blocks(plain(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter)
+            for documents in renderer.documents(item.key, blocks):
+                yield documents
+                progress.update(before + body.position, f"{renderer.read:,} rows")
             before += item.size
         progress.close()
 
-    def _pieces(self, item: S3Object, block: Block, columns: list[Column], record: int, version: int) -> Pieces:
-        """Return the documents of a block whose first record has the number `record` in its object."""
-        with contextlib.suppress(ValueError):  # something is wrong in one row: see below
-            stride = len(columns) + 1
-            cells = all_cells(block, len(columns), self.delimiter)
-            ids = cells[self._id_place(columns) + 1 :: stride]
-            cells[::stride] = self._actions(item, ids, record, version)
-            render_all(cells, columns)
-            return Pieces(item.key, block.lines, cells, stride)
-        lines, texts = [], []
-        rows = block.rows or csv.reader(io.StringIO(block.text, newline="\n"), delimiter=self.delimiter, strict=True)
-        for at, (line, row) in enumerate(zip(block.lines, rows)):
-            if not row:
-                self.tally.skipped += 1
-                continue
-            try:
-                texts.append(self._document(item, row, columns, record + at, version + at))
-                lines.append(line)
-            except Defect as defect:
-                self.rejects.add(item.key, line, defect)
-        return Pieces(item.key, lines, texts, 1)
+    def _bulk_requests(self) -> BulkRequests:
+        path = f"/{self.target.name}/_bulk"
+        return BulkRequests(
+            send=lambda body: self.request("POST", path, body, params=BULK_PARAMS, accept=[413]),
+            find=self._find,
+            refresh=self._refresh,
+            failure=partial(self._failure, f"POST {path}"),
+        )
 
-    def _document(self, item: S3Object, row: Any, columns: list[Column], record: int, version: int) -> str:
-        if isinstance(row, Defect):
-            raise row
-        text = document(row, columns)
-        try:
-            [action] = self._actions(item, [row[self._id_place(columns)]], record, version)
-        except ValueError as error:
-            raise Defect(str(error), row, self.id_column) from None
-        return f"{action}{text}"
+    def _refresh(self) -> None:
+        self.request("POST", f"/{self.target.name}/_refresh")
 
-    def _id_place(self, columns: list[Column]) -> int:
-        return [column.name for column in columns].index(self.id_column) if self.id_column else 0
-
-    def _actions(self, item: S3Object, ids: Sequence[str], record: int, version: int) -> Iterator[str]:
-        """Yield what stands before consecutive documents: the end of the one before, an action line, a brace.
-
-        Without an id column the ids depend on place alone: sending or loading again changes nothing.
-        """
-        if self.id_column:
-            return map(action_with_id, ids, itertools.count(version))
-        digest = digest_of(f"{self.bucket.name}/{item.key}")
-        action = f'{{"{"index" if self.keep else "create"}":{{"_id":"{digest}-%09d"}}}}'
-        return map(f"{DOCUMENT_END}{action}\n{{".__mod__, range(record, record + len(ids)))
-
-    def _store_and_refresh(self, batch: Batch) -> None:
-        """Store a batch; refresh now and then, or the last refresh keeps one core busy while all others wait for it."""
-        self._store(batch)
-        due = self.tally.stored // REFRESH_EVERY
-        if due > self.refreshes and not self.keep:
-            self.refreshes = due
-            self.request("POST", f"/{self.index}/_refresh")
-
-    def _store(self, batch: Batch, resent: bool = False) -> None:
-        """Store a batch: each document is stored once or rejected when this returns.
-
-        Documents refused with 429 or 5xx are sent again, alone, for RETRY_SECONDS without progress at most; a batch too
-        large for the cluster (413) is halved. Raises RequestFailed when the cluster refuses as a whole.
-        """
-        began, attempt = time.monotonic(), 0
-        while count := batch.count():
-            if len(batch.body) > self.max_bytes and count > 1:
-                return self._store_halves(batch, resent)
-            answer = self.request("POST", f"/{self.index}/_bulk", batch.body, params=BULK_PARAMS, accept=[413])
-            resent = resent or answer.resent
-            if answer.status == 413:
-                return self._too_large(batch, resent)
-            left = self._settle(batch, answer, resent)
-            if answer.throttled or left.origins:
-                self.senders.halve()
-            if left.count() < count:
-                began, attempt = time.monotonic(), 0
-            elif time.monotonic() - began > self.settings.retry_seconds:
-                raise OperationFailed(
-                    f"{self.index}: {left.count():,} documents were not taken for {self.settings.retry_seconds:g} s, "
-                    f"at last: {self.last_refusal}; look at the cluster's load and run again"
-                )
-            if left.origins:
-                time.sleep(backoff_s(attempt))
-            batch, resent, attempt = left, True, attempt + 1
-
-    def _store_halves(self, batch: Batch, resent: bool) -> None:
-        documents = batch.documents()
-        middle = len(documents) // 2
-        self._store(Batch.joined(documents[:middle]), resent)
-        self._store(Batch.joined(documents[middle:]), resent)
-
-    def _too_large(self, batch: Batch, resent: bool) -> None:
-        size = len(batch.body)
-        self.max_bytes = min(self.max_bytes, max(size // 2, 1))
-        log.warning("the cluster refuses requests of %s bytes (413): at most %s from here on", size, self.max_bytes)
-        if batch.count() > 1:
-            self._store_halves(batch, resent)
-        else:
-            self._reject(batch, f"larger than the cluster accepts ({size:,} bytes)")
-
-    def _settle(self, batch: Batch, answer: Response, resent: bool) -> Batch:
-        """Count what an answer says of each document; return those that have to be sent again."""
-        body, count = answer.body, batch.count()
-        created, updated = body.count(b'"status":201'), body.count(b'"status":200')
-        if body.startswith(b'{"errors":false') and created + updated == count:  # not parsed: most answers are this
-            self._count(stored=count, replaced=updated)
-            return Batch()
-        items = [next(iter(item.values())) for item in answer.data.get("items", [])]
-        if len(items) != count:
-            self.last_refusal = f"{len(items)} answers to {count} documents"
-            log.warning("%s; sending them again", self.last_refusal)
-            return batch
-        documents = batch.documents()
-        there = set() if resent or self.id_column else self._there(
-            [document for document, item in zip(documents, items) if item["status"] == 409]
-        )  # fmt: skip
-        left = [document for document, item in zip(documents, items)
-                if not self._settled(document, item["status"], item.get("error", {}), resent or document.body in there)]
-        return Batch.joined(left)
-
-    def _there(self, documents: list[Batch]) -> set[bytes]:
-        """Return the bodies of those that the index holds as they are.
-
-        When a node dies the cluster sends a request on to the next copy by itself, and may meet its own first sending.
-        """
-        found: set[bytes] = set()
-        for start in range(0, len(documents), BATCH_SIZE):  # a search returns 10,000 at most
-            parsed = [(document.body, *map(json.loads, document.body.splitlines()))
-                      for document in documents[start : start + BATCH_SIZE]]  # fmt: skip
-            wanted = {next(iter(action.values()))["_id"]: (body, source) for body, action, source in parsed}
-            self.request("POST", f"/{self.index}/_refresh")
-            query = {"size": len(wanted), "query": {"ids": {"values": list(wanted)}}}
-            params = {"allow_partial_search_results": "false", **self._on_primaries()}
-            hits = self.request("POST", f"/{self.index}/_search", query, params=params).data["hits"]["hits"]
-            there = {hit["_id"]: hit.get("_source") for hit in hits}
-            found |= {body for name, (body, source) in wanted.items() if there.get(name) == source}
-        return found
-
-    def _settled(self, document: Batch, status: int, error: Mapping[str, Any], resent: bool) -> bool:
-        kind, reason = str(error.get("type", "")), str(error.get("reason", ""))
-        if status in (200, 201):
-            self._count(stored=1, replaced=status == 200)
-        elif status == 409 and self._is_of_this_load(reason):  # a later row, or this one by an earlier sending
-            again = resent or re.search(r"current version \[(\d+)\].*\[\1\]", reason) is not None
-            self._count(stored=1, replaced=not again, unsure=again)
-        elif status == 409 and resent and not self.id_column:
-            self._count(stored=1)  # by the first sending, ours or the cluster's own
-        elif "block" in kind or status in (401, 403, 404):  # would be the same for all the others
-            raise self._failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
-        elif status == 429 or status >= 500:
-            self.last_refusal = f"{status} {kind}: {reason}"
-            return False
-        else:
-            cause = error.get("caused_by", {}).get("reason", "")
-            self._reject(document, f"{kind}: {reason}{cause and ': ' + cause}")
-        return True
-
-    def _is_of_this_load(self, conflict: str) -> bool:
-        """Say whether a version conflict is with another row of this load; else somebody's newer one is in the way."""
-        there = re.search(r"current version \[(\d+)\]", conflict) if self.id_column else None
-        return there is not None and 0 <= int(there[1]) - self.first_version <= self.tally.read
-
-    def _reject(self, document: Batch, reason: str) -> None:
-        named = re.search(r'field(?: \[|=")([^\]"]+)', reason)
-        row = json.loads(document.body.split(b"\n")[1], parse_float=str, parse_int=str)  # digit for digit
-        [(key, [line])] = document.origins
-        self.rejects.add(key, line, Defect(reason, row, named[1] if named else None))
-
-    def _count(self, *, stored: int, replaced: int = 0, unsure: int = 0) -> None:
-        with self._tally_lock:
-            self.tally.stored += stored
-            self.tally.replaced += replaced
-            self.tally.unsure += unsure
+    def _find(self, ids: list[str]) -> dict[str, Any]:
+        self._refresh()
+        query = {"size": len(ids), "query": {"ids": {"values": ids}}}
+        params = {"allow_partial_search_results": "false", **self._on_primaries()}
+        hits = self.request("POST", f"/{self.target.name}/_search", query, params=params).data["hits"]["hits"]
+        return {hit["_id"]: hit.get("_source") for hit in hits}
 
     # --- does it add up? ---
 
     def _verify_objects(self, objects: list[S3Object]) -> None:
         """Raise OperationFailed when S3 no longer holds what was loaded."""
-        now = self.bucket.list_csv(self.prefix, self.settings.retry_seconds)  # all is stored: patience pays
+        now = self.bucket.list_csv(self.settings.prefix, self.bucket.retry_seconds)  # all is stored: waiting pays
         if changed := sorted({item.key for item in set(now) ^ set(objects)}):
             raise OperationFailed(
-                f"s3://{self.bucket.name}/{self.prefix} changed during the load ({', '.join(changed[:5])}): the "
-                "producer was still writing; run again when it has finished"
+                f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
+                "again when it has finished"
             )
 
-    def _verify_sums(self) -> None:
+    def _verify_sums(self, sums: Sums) -> None:
         """Raise OperationFailed unless each row read was stored, rejected or skipped, and in the index seen first."""
         self.target.verify_same()
-        tally, rejected = self.tally, self.rejects.count
-        if tally.read != tally.stored + rejected + tally.skipped:
-            raise OperationFailed(f"the rows do not add up: {rejected} rejected, {tally}; run again")
+        if sums.read != sums.stored + sums.rejected + sums.skipped:
+            raise OperationFailed(f"the rows do not add up: {sums}; run again")
 
-    def _verify_count(self) -> None:
-        """Raise OperationFailed unless the index holds what the answers said was stored."""
-        count, tally = self._get_index_count(self.index), self.tally
-        most = tally.stored - tally.replaced
-        if not most - tally.unsure <= count <= most:
+    def _verify_count(self, sums: Sums) -> None:
+        """Raise OperationFailed unless the index holds what the responses said was stored."""
+        count, most = self._get_index_count(self.target.name), sums.stored - sums.replaced
+        if not most - sums.unsure <= count <= most:
             raise OperationFailed(
-                f"{self.index} holds {count:,} documents, {most:,} were stored: somebody else writes to it; run again"
+                f"{self.target.name} holds {count:,} documents, {most:,} were stored: somebody else writes to it; run "
+                "again"
             )
-        tally.replaced = tally.stored - count
+        sums.replaced = sums.stored - count
 
-    def _report(self, objects: list[S3Object], began: float) -> dict[str, Any]:
+    def _report(self, objects: list[S3Object], sums: Sums, began: float) -> dict[str, Any]:
         """Return the sums. Raises TooManyRejects when more rows were rejected than accepted."""
-        tally, rejected = self.tally, self.rejects.count
         result: dict[str, Any] = {
-            "index": self.index, "objects": len(objects), "read": tally.read, "stored": tally.stored,
-            "rejected": rejected, "skipped": tally.skipped, "replaced": tally.replaced,
-            "documents": self._get_index_count(self.index), "seconds": seconds_since(began),
-            "rows_per_second": per_second(tally.read, began),
+            "index": self.target.name, "objects": len(objects), "read": sums.read, "stored": sums.stored,
+            "rejected": sums.rejected, "skipped": sums.skipped, "replaced": sums.replaced,
+            "documents": self._get_index_count(self.target.name), "seconds": seconds_since(began),
+            "rows_per_second": per_second(sums.read, began),
         }  # fmt: skip
-        sums = " ".join(f"{name}={value}" for name, value in result.items())
-        if rejected:
+        text = " ".join(f"{name}={value}" for name, value in result.items())
+        if sums.rejected:
             result["rejects_file"] = str(self.rejects.path)
-        if rejected > self.max_rejects:
+        if sums.rejected > self.settings.max_rejects:
             raise TooManyRejects(
-                f"finished, but {rejected:,} rows were rejected and {self.max_rejects:,} are accepted (MAX_REJECTS), "
-                f"see {self.rejects.path}: {sums}", result
+                f"finished, but {sums.rejected:,} rows were rejected and {self.settings.max_rejects:,} are accepted "
+                f"(MAX_REJECTS), see {self.rejects.path}: {text}", result
             )  # fmt: skip
-        log.info("done: %s", sums)
+        log.info("done: %s", text)
         return result
 
 
@@ -1150,8 +1337,8 @@ def build_parser() -> argparse.ArgumentParser:
     return add_settings(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    with BulkUpdate(args) as update:
+def run(settings: argparse.Namespace) -> dict[str, Any]:
+    with BulkUpdate(settings) as update:
         return update.run()
 
 

@@ -339,34 +339,35 @@ def stages(bench: Bench, data: DataSet) -> None:
     with b.BulkUpdate(b.build_parser().parse_args(bulkupdate_command(data.prefix)[2:])) as load:
         load._check_index()
         items = load._list()
-        load._look(items)
+        types = load._look(items).types
         print(f"\n{data.name}: seconds of the main thread in each stage")
-        print_stages(load, items, data.rows)
+        print_stages(load, items, types, data.rows)
 
 
-def print_stages(load: Any, items: list[Any], rows: int) -> None:
+def print_stages(load: Any, items: list[Any], types: dict[str, str], rows: int) -> None:
     import bulkupdate as b
 
     def blocks() -> Iterator[Any]:
         for item in items:
-            yield from b.read_blocks(b.plain(b.S3Body(load.bucket, item, 10)), item.key, ",")
+            yield from b.read_blocks(b.plain(b.S3Body(load.bucket, item)), item.key, ",")
 
     def read() -> None:
         for item in items:
-            body = b.plain(b.S3Body(load.bucket, item, 10))
+            body = b.plain(b.S3Body(load.bucket, item))
             while body.read(b.CHUNK_BYTES):
                 pass
 
     def parse() -> None:
         for block in blocks():
-            b.all_cells(block, len(load.columns), ",")
+            b.all_cells(block, len(types), ",")
 
     def render() -> None:
-        for _ in b.batches(load._documents(items), b.BATCH_SIZE):
+        renderer = b.Renderer(types, load.rejects.add, bucket=load.bucket.name)
+        for _ in b.batches(load._documents(items, renderer), b.BATCH_SIZE):
             pass
 
     def whole() -> None:
-        load._load(items)
+        load._load(items, types)
 
     before = 0.0
     for name, stage, times in (("S3 read", read, 3), ("CSV", parse, 3), ("types and JSON", render, 3),

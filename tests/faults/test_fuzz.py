@@ -196,35 +196,6 @@ def cases(draw: st.DrawFn, most: int = 1) -> Case:
 # --- the pipeline, from the bytes of an object to the requests --------------------------------------------------------
 
 
-class Bytes(io.RawIOBase):
-    """Stands in for the bytes of an object."""
-
-    def __init__(self, content: bytes) -> None:
-        self.stream, self.position = io.BytesIO(content), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-
-class RejectedLines:
-    def __init__(self) -> None:
-        self.lines: list[int] = []
-
-    @property
-    def count(self) -> int:
-        return len(self.lines)
-
-    def add(self, key: str, line: int, defect: bulkupdate.Defect) -> None:
-        assert str(defect)
-        self.lines.append(line)
-
-
 class Columns(dict[str, bulkupdate.Column]):
     """Knows damaged names too: the look at the head would have added them."""
 
@@ -236,16 +207,9 @@ class Pipeline:
     """Makes the requests of one object, with pieces of any size, by the fast path or row by row."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        words = ["--bucket", sandbox.BUCKET, "--prefix", "p/", "--index", "t-none"]
-        self.update = bulkupdate.BulkUpdate(bulkupdate.build_parser().parse_args(words))
-        self.update.columns = Columns({name: bulkupdate.Column(name, kind) for name, kind in TYPES.items()})
-        self.update.first_version = 1
-        self.content = b""
-        self.fast = self.slow = 0
+        self.patch, self.fast, self.slow = patch, 0, 0
         self.all_cells, self.by_rows = bulkupdate.all_cells, False
-        patch.setattr(bulkupdate, "S3Body", lambda *_: Bytes(self.content))
         patch.setattr(bulkupdate, "all_cells", self.counted)
-        self.patch = patch
 
     def counted(self, block: bulkupdate.Block, width: int, delimiter: str) -> list[str]:
         if self.by_rows:
@@ -259,18 +223,26 @@ class Pipeline:
         return cells
 
     def run(self, content: bytes, delimiter: str, chunk: int, *, by_rows: bool = False, id_column: str = "") -> Output:
-        update = self.update
-        self.content, self.by_rows, update.delimiter, update.id_column = content, by_rows, delimiter, id_column
-        update.tally, update.rejects = bulkupdate.Tally(), RejectedLines()
+        self.by_rows = by_rows
         self.patch.setattr(bulkupdate, "CHUNK_BYTES", chunk)
-        item = bulkupdate.S3Object("a.csv", len(content), "")
+        rejects: list[int] = []
+
+        def reject(key: str, line: int, defect: bulkupdate.Defect) -> None:
+            assert str(defect)
+            rejects.append(line)
+
+        renderer = bulkupdate.Renderer(
+            TYPES, reject, bucket=sandbox.BUCKET, delimiter=delimiter, id_column=id_column
+        )  # fmt: skip
+        renderer.columns, renderer.first_version = Columns(renderer.columns), 1
         documents, error = [], ""
         try:
-            for batch in bulkupdate.batches(update._documents([item]), 3):
+            blocks = bulkupdate.read_blocks(bulkupdate.plain(io.BytesIO(content)), "a.csv", delimiter)
+            for batch in bulkupdate.batches(renderer.documents("a.csv", blocks), 3):
                 documents += [(line, part.body) for part in batch.documents() for _, [line] in part.origins]
         except bulkupdate.OperationFailed as failure:
             error = str(failure)
-        return Output(documents, update.rejects.lines, update.tally.skipped, update.tally.read, error)
+        return Output(documents, rejects, renderer.skipped, renderer.read, error)
 
 
 @dataclass
@@ -294,9 +266,6 @@ def digest_of(key: str) -> str:
 
 @pytest.fixture
 def pipeline(monkeypatch):
-    monkeypatch.setenv("OPENSEARCH_ENDPOINT", "https://127.0.0.1:9")  # nothing is sent
-    monkeypatch.setenv("OPENSEARCH_USERNAME", "nobody")
-    monkeypatch.setenv("OPENSEARCH_PASSWORD", "nothing")
     made = Pipeline(monkeypatch)
     yield made
     assert made.fast > 20  # or only one of the two ways was tried
