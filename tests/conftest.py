@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -29,8 +30,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # the names that tests may use, but for the siblings of recreate, by the role that the scripts need
 TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
+# tests run side by side on one server: what each process names begins with this
+OWN = f"t-{os.environ.get('PYTEST_XDIST_WORKER', 'one')}"
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 counter = itertools.count(1)
+STARTED = pytest.StashKey[sandbox.Sandbox]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,12 +48,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in long]
 
 
-@pytest.fixture(scope="session")
-def box() -> Iterator[sandbox.Sandbox]:
-    with sandbox.running() as running:
+@contextlib.contextmanager
+def running() -> Iterator[sandbox.Sandbox]:
+    with sandbox.running() as started:
         if sandbox.SECURE:
-            running.server.grant("tests", sandbox.refresh_role(TEST_PATTERNS))
-        yield running
+            started.server.grant("tests", sandbox.refresh_role(TEST_PATTERNS))
+        yield started
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker where the server is; it is started before the first one, and stopped after the last one."""
+    config = node.config
+    if STARTED not in config.stash:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler)  # an orderly end, as after Ctrl-C
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        config.stash[STARTED] = stack.enter_context(running())
+    box = config.stash[STARTED]
+    node.workerinput["sandbox"] = (box.server.port, str(box.server.run), box.environment)
+
+
+@pytest.fixture(scope="session")
+def box(request: pytest.FixtureRequest) -> Iterator[sandbox.Sandbox]:
+    """The one sandbox of the whole run; without workers (-n 0) it is started here."""
+    if workerinput := getattr(request.config, "workerinput", None):
+        port, run, environment = workerinput["sandbox"]
+        yield sandbox.Sandbox(sandbox.Server(port, Path(run)), environment)
+    else:
+        with running() as started:
+            yield started
 
 
 @pytest.fixture
@@ -115,7 +144,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 @pytest.fixture
 def name(admin: Callable[..., Any]) -> Iterator[Callable[[str], str]]:
     """Make a name that no other test uses; what is created under it is deleted afterwards."""
-    own = f"t-{next(counter):03d}"
+    own = f"{OWN}-{next(counter):03d}"
     yield lambda suffix="index": f"{own}-{suffix}"
     for index in admin("GET", f"/{own}-*/_settings?expand_wildcards=all"):
         admin("DELETE", f"/{index}")
@@ -236,13 +265,14 @@ def may_recreate(box: sandbox.Sandbox) -> Iterator[Callable[..., None]]:
         yield lambda *actions: None
         return
 
+    role = f"recreate-{OWN}"
+
     def allow(*actions: str) -> None:
-        box.server.grant("recreate", sandbox.recreate_role(["t-*"], actions))
+        box.server.grant(role, sandbox.recreate_role([f"{OWN}-*"], actions))
 
     allow(*sandbox.RECREATE_PERMISSIONS)
     yield allow
-    for kind in ("rolesmapping", "roles"):
-        box.server.request("DELETE", f"{sandbox.SECURITY}/{kind}/recreate")
+    box.server.take_back(role)
 
 
 @pytest.fixture

@@ -48,13 +48,14 @@ CLASSLOADER_VERSION = VERSION if MAJOR >= 3 else "2.19.1"  # the newest of the 2
 JAVA = ["-Xms1g", "-Xmx1g"]
 SMALL_JAVA = ["-Xms512m", "-Xmx512m", "-XX:TieredStopAtLevel=1"]  # for nodes that start often and do little
 START_TIMEOUT_S = 180  # a cold disk and a busy machine; usually 8 s
+SECURITY_TIMEOUT_S = 30  # some tests at once change roles; each change takes 0.1 s
 
 SECURITY = "/_plugins/_security/api"
 USER, PASSWORD = "refresh", """p@ss: "w'o\\rd" $HOME `#1` %41 {ü€} =;&?/"""
 ADMIN, ADMIN_PASSWORD = "admin", "sandbox-only"
 PRIMARY, SECONDARY, ALIAS = "my_index_primary", "my_index_secondary", "my_index_alias"
 BUCKET, PREFIX, PARAMETERS = "your-bucket", "your/prefix/", "/opensearch"
-FILLED = 3  # counts the kinds of filled data: roles and rows that a server starts with
+FILLED = 4  # counts the kinds of filled data: roles and rows that a server starts with
 LAST_LOADED_MONTH = 11  # primary starts without December, so that a refresh changes what readers see (+9.1 %)
 
 # What the scripts need, and nothing else: each was found by taking it away.
@@ -265,7 +266,50 @@ def recreate_role(indices: list[str], actions: Sequence[str] = RECREATE_PERMISSI
     return {"index_permissions": [{"index_patterns": patterns, "allowed_actions": list(actions)}]}
 
 
-class OpenSearch:
+class Server:
+    """What answers at a port of this machine, asked as admin; `run` is the folder of its node."""
+
+    def __init__(self, port: int, run: Path) -> None:
+        self.port, self.run = port, run
+        self.endpoint = f"{'https' if SECURE else 'http'}://127.0.0.1:{port}"
+        self.session = requests.Session()
+        self.session.trust_env, self.session.verify = False, False  # REQUESTS_CA_BUNDLE would win over verify
+        self.session.auth = (ADMIN, ADMIN_PASSWORD)
+
+    def request(self, method: str, path: str, body: Any = None, **kwargs: Any) -> Any:
+        """Send a request as admin; return the parsed answer. Raises RuntimeError on any error status."""
+        response = self.session.request(method, self.endpoint + path, json=body, timeout=120, **kwargs)
+        if not response.ok:
+            raise RuntimeError(f"{method} {path}: {response.status_code} {response.text[:500]}")
+        return response.json() if response.content else None
+
+    def change_security(self, method: str, path: str, body: Any = None) -> None:
+        """Change users or roles; all roles are one document, so that one of two who change them has to come again."""
+        deadline = time.monotonic() + SECURITY_TIMEOUT_S
+        while True:
+            try:
+                self.request(method, f"{SECURITY}/{path}", body)
+                return
+            except RuntimeError as error:
+                if ": 409 " not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(0.05, 0.3))
+
+    def add_user(self, name: str, password: str) -> None:
+        self.change_security("PUT", f"internalusers/{name}", {"password": password})
+
+    def grant(self, name: str, role: Mapping[str, Any], user: str = USER) -> None:
+        """Make a role, or replace it, and give it to a user, the scripts' own by default."""
+        self.change_security("PUT", f"roles/{name}", role)
+        self.change_security("PUT", f"rolesmapping/{name}", {"users": [user]})
+
+    def take_back(self, name: str) -> None:
+        """Delete a role and its mapping."""
+        for kind in ("rolesmapping", "roles"):
+            self.change_security("DELETE", f"{kind}/{name}")
+
+
+class OpenSearch(Server):
     """One node in a folder of its own: `run/config`, `run/data`, `run/opensearch.log`.
 
     `peers` are the transport ports of the nodes of its cluster by their names, its own among them.
@@ -275,13 +319,10 @@ class OpenSearch:
         self, home: Path, run: Path, data: Path | None = None, *, name: str = "sandbox",
         java: list[str] = JAVA, peers: dict[str, int] | None = None,
     ) -> None:  # fmt: skip
-        self.home, self.run, self.name, self.java = home, run, name, java
-        self.port, transport_port = steady_port(), peers[name] if peers else steady_port()
-        self.endpoint = f"{'https' if SECURE else 'http'}://127.0.0.1:{self.port}"
+        super().__init__(steady_port(), run)
+        self.home, self.name, self.java = home, name, java
+        transport_port = peers[name] if peers else steady_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self.session = requests.Session()
-        self.session.trust_env, self.session.verify = False, False  # REQUESTS_CA_BUNDLE would win over verify
-        self.session.auth = (ADMIN, ADMIN_PASSWORD)
         config = run / "config"
         config.mkdir(parents=True)
         if data:
@@ -309,6 +350,8 @@ class OpenSearch:
                 "plugins.security.allow_default_init_securityindex": True,
                 "plugins.security.nodes_dn": ["CN=sandbox"],
                 "plugins.security.restapi.roles_enabled": ["all_access"],
+                # each change of a role makes the server check all passwords anew; at the usual 12 that takes 0.3 s each
+                "plugins.security.password.hashing.bcrypt.rounds": 4,
             }
         (config / "opensearch.yml").write_text(json.dumps(settings))
         (config / "log4j2.properties").write_text(LOG4J)
@@ -328,21 +371,6 @@ class OpenSearch:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-
-    def request(self, method: str, path: str, body: Any = None, **kwargs: Any) -> Any:
-        """Send a request as admin; return the parsed answer. Raises RuntimeError on any error status."""
-        response = self.session.request(method, self.endpoint + path, json=body, timeout=120, **kwargs)
-        if not response.ok:
-            raise RuntimeError(f"{method} {path}: {response.status_code} {response.text[:500]}")
-        return response.json() if response.content else None
-
-    def add_user(self, name: str, password: str) -> None:
-        self.request("PUT", f"{SECURITY}/internalusers/{name}", {"password": password})
-
-    def grant(self, name: str, role: Mapping[str, Any], user: str = USER) -> None:
-        """Make a role, or replace it, and give it to a user, the scripts' own by default."""
-        self.request("PUT", f"{SECURITY}/roles/{name}", role)
-        self.request("PUT", f"{SECURITY}/rolesmapping/{name}", {"users": [user]})
 
     def wait(self) -> None:
         """Wait until the server answers its users. Raises RuntimeError, with the end of its log, when it does not."""
@@ -412,7 +440,7 @@ def document(row: dict[str, str]) -> dict[str, Any]:
     return {name: int(cell) if name in INTEGERS else cell for name, cell in row.items() if cell != "NA"}
 
 
-def load_months(server: OpenSearch, index: str, paths: list[Path]) -> None:
+def load_months(server: Server, index: str, paths: list[Path]) -> None:
     """Load flights plainly: the sandbox must not need what it is there to test."""
     for path in paths:
         lines = []
@@ -429,7 +457,7 @@ def load_months(server: OpenSearch, index: str, paths: list[Path]) -> None:
     server.request("POST", f"/{index}/_refresh")
 
 
-def create_indices(server: OpenSearch) -> None:
+def create_indices(server: Server) -> None:
     for index in (PRIMARY, SECONDARY):
         server.request("PUT", f"/{index}", {"mappings": FLIGHTS_MAPPING})
     server.request("POST", "/_aliases", {"actions": [{"add": {"index": PRIMARY, "alias": ALIAS}}]})
@@ -494,7 +522,7 @@ def fill_aws(environment: dict[str, str], endpoint: str) -> None:
 class Sandbox:
     """The running parts: `server` (OpenSearch), `environment` (what a command needs to find all of it)."""
 
-    def __init__(self, server: OpenSearch, environment: dict[str, str]) -> None:
+    def __init__(self, server: Server, environment: dict[str, str]) -> None:
         self.server, self.environment = server, environment
 
 

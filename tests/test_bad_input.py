@@ -15,7 +15,7 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import TEST_PATTERNS, fill, secured, state_of
+from conftest import OWN, TEST_PATTERNS, fill, secured, state_of
 from fault_proxy import FaultProxy, after, answer
 
 OWN_PASSWORD = "of-the-Test-only-2026!"
@@ -58,7 +58,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def lasting_pair(box):
-    admin, pair = box.server.request, Pair("t-pair-old", "t-pair-new", "t-pair-alias")
+    admin, pair = box.server.request, Pair(*(f"{OWN}-pair-{part}" for part in ("old", "new", "alias")))
     for index, aliases in ((pair.old, {pair.alias: {}}), (pair.new, {})):
         admin("PUT", f"/{index}", {"mappings": {"properties": {"n": {"type": "long"}}}, "aliases": aliases})
         fill(admin, index, [{"n": n} for n in range(10)])
@@ -249,6 +249,7 @@ def test_a_missing_permission_is_named_with_the_user(command, permission, pair, 
         (f"https://127.0.0.1:{sandbox.free_port()}", "Connection refused"),
         ("https://no-such-host.invalid", r"\[Errno -\d+\]"),
     ],
+    ids=["nobody listens", "no such host"],
 )
 def test_a_cluster_that_cannot_be_reached_is_given_up_soon(endpoint, says, pair, run, connect, monkeypatch):
     assert base.FIRST_CONTACT_S == 10

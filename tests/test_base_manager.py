@@ -22,7 +22,7 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import count, fill
+from conftest import OWN, count, fill
 from fault_proxy import answer, edited, lost_answer, refused
 
 SCRIPTS = [bulkupdate, index_cleanup, reindex, switch_alias]
@@ -38,10 +38,11 @@ def index(make_index):
 
 @pytest.fixture(scope="module")
 def lasting_index(box):
-    box.server.request("PUT", "/t-lasting", {})
-    fill(box.server.request, "t-lasting", [{"n": 1}, {"n": 2}])
-    yield "t-lasting"
-    box.server.request("DELETE", "/t-lasting")
+    index = f"{OWN}-lasting"
+    box.server.request("PUT", f"/{index}", {})
+    fill(box.server.request, index, [{"n": 1}, {"n": 2}])
+    yield index
+    box.server.request("DELETE", f"/{index}")
 
 
 @pytest.fixture
@@ -189,6 +190,7 @@ def test_a_cluster_that_asks_for_time_gets_it(look, proxy, short_pauses):
         (formatdate(time.time() + 3600, usegmt=True), 60, 60), (formatdate(time.time() - 60, usegmt=True), 0, 1),
         ("9" * 400, 60, 60),
     ],
+    ids=["7", "an hour", "0", "a word", "nothing", "negative", "nan", "a date to come", "a date gone by", "too large"],
 )  # fmt: skip
 def test_an_unreasonable_wait_is_capped_and_nonsense_ignored(asked, low, high):
     assert low <= base.backoff_s(0, asked) <= high

@@ -13,7 +13,7 @@ import time
 import opensearch_base_manager as base
 import pytest
 import reindex
-from conftest import count, fill, sources, state_of
+from conftest import OWN, count, fill, sources, state_of
 from fault_proxy import after, answer, edited, lost_answer, refused
 
 NUMBER = {"n": {"type": "long"}}
@@ -29,7 +29,7 @@ def short_pauses(monkeypatch):
 @pytest.fixture(scope="module")
 def lasting_source(box):
     """An index with three documents that no test changes."""
-    index = "t-reindex-source"
+    index = f"{OWN}-reindex-source"
     box.server.request("PUT", f"/{index}", {"mappings": {"properties": NUMBER}})
     fill(box.server.request, index, [{"n": n} for n in range(3)])
     yield index

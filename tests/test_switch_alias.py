@@ -8,11 +8,11 @@ import json
 import opensearch_base_manager as base
 import pytest
 import switch_alias
-from conftest import fill, state_of
+from conftest import OWN, fill, state_of
 from fault_proxy import after, answer, edited, lost_answer, refused
 
 
-ALIAS = "t-switch"
+ALIAS = f"{OWN}-switch"
 NUMBER = {"n": {"type": "long"}}
 
 
@@ -26,7 +26,7 @@ def switch(run):
 @pytest.fixture(scope="module")
 def lasting_pair(box):
     """Two indices with two documents each; a switch does not change them."""
-    pair = "t-switch-old", "t-switch-new"
+    pair = f"{ALIAS}-old", f"{ALIAS}-new"
     for index in pair:
         box.server.request("PUT", f"/{index}", {"mappings": {"properties": NUMBER}})
         fill(box.server.request, index, [{"n": 1}, {"n": 2}])
@@ -38,7 +38,7 @@ def lasting_pair(box):
 @pytest.fixture
 def pair(lasting_pair, admin):
     """The two, with the alias on the first."""
-    add, remove = ({"index": index, "alias": ALIAS} for index in (lasting_pair[0], "t-switch-*"))
+    add, remove = ({"index": index, "alias": ALIAS} for index in (lasting_pair[0], f"{ALIAS}-*"))
     admin("POST", "/_aliases", {"actions": [{"add": add}]})
     yield lasting_pair
     admin("POST", "/_aliases", {"actions": [{"add": add}, {"remove": remove}]})  # wherever the test has left it

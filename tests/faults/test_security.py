@@ -63,8 +63,8 @@ class Account:
         return rf"(?m)^(?=.*\b{self.user}\b).*[ \[]{action}($|[\],; ])"
 
     def delete(self) -> None:
-        for kind in ("rolesmapping", "roles", "internalusers"):
-            self.server.request("DELETE", f"{sandbox.SECURITY}/{kind}/{self.user}")
+        self.server.take_back(self.user)
+        self.server.change_security("DELETE", f"internalusers/{self.user}")
 
 
 @pytest.fixture
