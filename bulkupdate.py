@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from decimal import Decimal
 from functools import partial
 from json.encoder import encode_basestring
@@ -82,13 +83,24 @@ class S3Object:
     key: str
     size: int
     etag: str
+    modified: datetime = field(compare=False)  # another time alone makes it no other object
+
+    def is_csv(self) -> bool:
+        return self.key.lower().endswith((".csv", ".csv.gz"))
+
+    def age_h(self, now: datetime) -> float:
+        """Return the hours since it was written; below 0 where the clock of S3 is ahead."""
+        return (now - self.modified).total_seconds() / 3600
+
+    def __str__(self) -> str:
+        return f"{self.key} ({self.modified:%Y-%m-%dT%H:%M:%SZ})"
 
 
 class Bucket:
     """The objects of one bucket, read through one client; failures are OperationFailed and name the object.
 
-    What may pass is tried again by `list_csv` and S3Body; the client itself tries once, or each of their attempts would
-    be several. `retry_seconds` is for how long a read that brings nothing is tried again.
+    What may pass is tried again by `list_objects` and S3Body; the client itself tries once, or each of their attempts
+    would be several. `retry_seconds` is for how long a read that brings nothing is tried again.
     """
 
     def __init__(self, name: str, aws: Aws, retry_seconds: float) -> None:
@@ -96,8 +108,8 @@ class Bucket:
         with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
             self.client = aws.client("s3", attempts=1, read_timeout_s=S3_READ_TIMEOUT_S)
 
-    def list_csv(self, prefix: str, retry_seconds: float) -> list[S3Object]:
-        """Return all .csv and .csv.gz objects under a prefix, in the order of their keys.
+    def list_objects(self, prefix: str, retry_seconds: float) -> list[S3Object]:
+        """Return all objects under a prefix, in the order of their keys.
 
         A listing that breaks off goes on behind the last key, for `retry_seconds` without a new one.
         """
@@ -108,9 +120,10 @@ class Bucket:
                 for page in self.client.get_paginator("list_objects_v2").paginate(
                     Bucket=self.name, Prefix=prefix, **after
                 ):
-                    found += [S3Object(item["Key"], item["Size"], item["ETag"]) for item in page.get("Contents", [])]
+                    found += [S3Object(item["Key"], item["Size"], item["ETag"], item["LastModified"])
+                              for item in page.get("Contents", [])]  # fmt: skip
                     retry.restart()
-                return [item for item in found if item.key.lower().endswith((".csv", ".csv.gz"))]
+                return found
             except Exception as error:
                 if not (may_pass(error) and retry.wait(f"{place}: {error}; listing again")):
                     with aws_errors(place, "s3:ListBucket on the bucket"):
@@ -1185,12 +1198,45 @@ class BulkUpdate(OpenSearchBaseManager):
     # --- look ---
 
     def _list(self) -> list[S3Object]:
-        objects = self.bucket.list_csv(self.settings.prefix, S3_FIRST_CONTACT_S)
+        """Return the objects to load. Raises Refused where their producer has not finished, or has not begun."""
+        objects, ready = self._csv_objects(S3_FIRST_CONTACT_S)
         if not objects:
             raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; check bucket and prefix")
         log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
+        self._refuse_untimely(objects, ready)
         return objects
+
+    def _refuse_untimely(self, objects: list[S3Object], ready: S3Object | None) -> None:
+        """Raise Refused where the producer of the files is still writing, or has written nothing since long."""
+        newest, oldest = (pick(objects, key=lambda item: item.modified) for pick in (max, min))
+        now, limit = datetime.now(timezone.utc), self.settings.max_age_hours
+        log.info("the newest object is %s, %.1f h old, the oldest %s, %.1f h", newest, newest.age_h(now), oldest,
+                 oldest.age_h(now))  # fmt: skip
+        if self.settings.ready_object:
+            self._refuse_unready(ready, newest)
+        if limit is not None and newest.age_h(now) > limit:
+            raise Refused(
+                f"{self.place}: the newest object, {newest}, is {newest.age_h(now):.1f} h old, more than MAX_AGE_HOURS "
+                f"({limit:g}); nothing was changed: see why the producer has written nothing since"
+            )
+
+    def _csv_objects(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
+        """List the prefix; return the objects to load, and READY_OBJECT, which is none of them whatever its name."""
+        ready_key = f"{self.settings.prefix.rstrip('/')}/{self.settings.ready_object}"
+        found = self.bucket.list_objects(self.settings.prefix, retry_seconds)
+        ready = next((item for item in found if item.key == ready_key), None)
+        return [item for item in found if item.is_csv() and item is not ready], ready
+
+    def _refuse_unready(self, ready: S3Object | None, newest: S3Object) -> None:
+        what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
+        if not ready:
+            raise Refused(f"{what} is not there, nothing was changed; run again when the producer has finished")
+        if ready.modified < newest.modified:
+            raise Refused(
+                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed: the producer is "
+                "still writing; run again when it has finished"
+            )
 
     def _look(self, objects: list[S3Object]) -> Schema:
         """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
@@ -1280,7 +1326,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _verify_objects(self, objects: list[S3Object]) -> None:
         """Raise OperationFailed when S3 no longer holds what was loaded."""
-        now = self.bucket.list_csv(self.settings.prefix, self.bucket.retry_seconds)  # all is stored: waiting pays
+        now, _ = self._csv_objects(self.bucket.retry_seconds)  # all is stored: waiting pays
         if changed := sorted({item.key for item in set(now) ^ set(objects)}):
             raise OperationFailed(
                 f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import bulkupdate
@@ -1038,3 +1039,104 @@ def test_a_signal_while_settings_are_put_back_after_a_failure_does_not_break_tha
     assert process.returncode == 143, err
     assert "refresh_interval" not in admin("GET", f"/{index}/_settings")[index]["settings"]["index"]
     assert NOTE in meta_of(admin, index)
+
+
+# --- is the producer done, are the files new? -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def aged(box, monkeypatch):
+    """Let S3 say that objects of a prefix were written so many hours ago: `aged(prefix, {"a.csv": 30})`."""
+    started = FaultProxy(box.environment["AWS_ENDPOINT_URL"])
+    with started as s3_proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
+
+        def age(prefix, hours):
+            def change(exchange):
+                response = exchange.forward()
+                text = re.sub(r">\s+<", "><", response.text)
+                for key, old in hours.items():
+                    written = datetime.now(timezone.utc) - timedelta(hours=old)
+                    place = rf"(<Key>{prefix}{key}</Key><LastModified>)[^<]*"
+                    text = re.sub(place, rf"\g<1>{written:%Y-%m-%dT%H:%M:%S}.000Z", text)
+                exchange.reply(response.status_code, text, {"Content-Type": "application/xml"})
+
+            s3_proxy.on("GET", "list-type=2", change, times=None)
+
+        yield age
+
+
+@pytest.fixture
+def load_of(make_index, run):
+    """Load a prefix into a new index of three documents; return the outcome, and how many it holds then."""
+
+    def load(prefix, *more):
+        index = make_index("index", {"n": {"type": "long"}}, docs=3)
+        return run(bulkupdate, "--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index, *more), index
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("hours", "more", "code", "says"),
+    [
+        ({"a.csv": 30, "b.csv": 25.5}, ["--max-age-hours", "25"], 4,
+         r"b\.csv \(\S+Z\), is 25\.5 h old, more than .*\(25\)"),
+        ({"a.csv": 30, "b.csv": 25.5}, ["--max-age-hours", "26"], 0, ""),
+        ({"a.csv": 30, "b.csv": 25.5}, [], 0, ""),
+        ({"a.csv": 30, "b.csv": -2}, ["--max-age-hours", "0"], 0, ""),
+    ],
+    ids=["too old", "young enough", "no limit", "from the future"],
+)  # fmt: skip
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])
+def test_files_older_than_the_limit_are_refused_untouched(hours, more, code, says, dry, aged, load_of, put_csv, admin):
+    prefix = put_csv({"a.csv": "n\n7\n", "b.csv": "n\n8\n"})
+    aged(prefix, hours)
+    outcome, index = load_of(prefix, *more, *dry)
+    assert outcome.code == code, outcome.err
+    assert re.search(says, outcome.last)
+    assert count(admin, index) == (2 if code == 0 and not dry else 3)
+    newest = rf"newest object is \S+b\.csv \(\S+Z\), {hours['b.csv']:.1f} h old"
+    assert re.search(rf"{newest}, the oldest \S+a\.csv \(\S+Z\), 30\.0 h", outcome.err)
+
+
+@pytest.mark.parametrize(
+    ("objects", "hours", "code", "says"),
+    [
+        ({}, {}, 4, r"_SUCCESS \(READY_OBJECT\) is not there, .*run again when the producer has finished"),
+        ({"_SUCCESS": ""}, {"a.csv": 1, "_SUCCESS": 2}, 4,
+         r"_SUCCESS \(READY_OBJECT\) is older than .*a\.csv \(\S+Z\)"),
+        ({"_SUCCESS": ""}, {"a.csv": 2, "_SUCCESS": 1}, 0, ""),
+        ({"_SUCCESS": ""}, {"a.csv": 2, "_SUCCESS": 2}, 0, ""),
+    ],
+    ids=["missing", "older", "newer", "of the same moment"],
+)  # fmt: skip
+def test_a_producer_that_has_not_finished_is_waited_for(
+    objects, hours, code, says, aged, load_of, put_csv, admin, monkeypatch
+):
+    monkeypatch.setenv("READY_OBJECT", "_SUCCESS")
+    prefix = put_csv({"a.csv": "n\n7\n", **objects})
+    aged(prefix, hours)
+    outcome, index = load_of(prefix)
+    assert outcome.code == code, outcome.err
+    assert re.search(says, outcome.last)
+    assert count(admin, index) == (1 if code == 0 else 3)
+
+
+def test_a_manifest_that_is_a_csv_file_is_not_loaded(load_of, put_csv, admin):
+    outcome, index = load_of(put_csv({"a.csv": "n\n7\n", "manifest.csv": "n\n8\n"}), "--ready-object", "manifest.csv")
+    assert outcome.code == 0, outcome.err
+    assert sources(admin, index) == [{"n": 7}]
+
+
+def test_an_object_that_is_written_again_as_it_was_is_no_change(load_of, put_csv, proxy, s3, admin):
+    prefix = put_csv({"a.csv": "n\n7\n"})
+
+    def again():
+        time.sleep(1.1)  # S3 tells whole seconds
+        s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}a.csv", Body=b"n\n7\n")
+
+    proxy.on("POST", "/_bulk", after(again))
+    outcome, index = load_of(prefix)
+    assert outcome.code == 0, outcome.err
+    assert sources(admin, index) == [{"n": 7}]
