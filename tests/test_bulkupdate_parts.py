@@ -10,8 +10,11 @@ import time
 import bulkupdate
 import opensearch_base_manager as base
 import pytest
-from bulkupdate import Batch, Block, BulkRequests, BulkStore, BulkWorkers, Pace, Renderer
+import sandbox
+from bulkupdate import Batch, Block, Bucket, BulkRequests, BulkStore, BulkWorkers, Pace, Renderer, S3Body
+from fault_proxy import FaultProxy, answer, delayed, reset_in_answer
 from opensearch_base_manager import Response
+from opensearch_base_manager import Aws, Retry
 
 TYPES = {"n": "long", "k": "keyword", "day": "date"}
 DIGEST = hashlib.sha256(b"bucket/a.csv").hexdigest()[:16]
@@ -82,7 +85,7 @@ def test_a_bad_row_is_a_reject_and_its_neighbours_keep_their_ids_and_lines(rejec
 
 def test_two_rows_whose_cells_only_together_are_the_right_number_are_both_rejects(rejects):
     renderer = Renderer(TYPES, rejects, bucket="bucket")
-    assert rendered(renderer, "n,k\n1\n2,b,c\n") == []
+    assert rendered(renderer, "n,k\n1\n2,3,c\n") == []
     assert [line for _, line, _, _ in rejects] == [2, 3]
 
 
@@ -357,3 +360,76 @@ def test_as_many_requests_are_under_way_as_the_pace_allows_and_fewer_after_it_wa
         workers.finish()
     assert pace.limit == 2
     assert max(most[4:]) == 2
+
+
+# --- S3, and trying again ---------------------------------------------------------------------------------------------
+
+SLOW_DOWN = answer(503, "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>")
+
+
+@pytest.fixture
+def s3_proxy(environment, monkeypatch):
+    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
+        yield running
+
+
+def test_a_listing_that_breaks_off_goes_on_behind_the_last_key(put_csv, s3_proxy):
+    prefix = put_csv({f"{at}.csv": f"n\n{at}\n" for at in range(7)} | {"x.txt": ""})
+
+    def two_at_a_time(exchange):
+        if exchange.nth in (2, 3, 5):
+            return SLOW_DOWN(exchange)
+        exchange.handler.path += "&max-keys=2"
+        exchange.pass_on()
+
+    rule = s3_proxy.on("GET", "list-type=2", two_at_a_time, times=None)
+    found = Bucket(sandbox.BUCKET, Aws(None), 0).list_objects(prefix, 5)
+    assert [item.key for item in found] == [f"{prefix}{at}.csv" for at in range(7)]
+    asked = [path for _, path, _ in s3_proxy.requests if "start-after" in path]
+    assert "1.csv" in asked[0]
+    assert "3.csv" in asked[-1]
+    assert rule.seen == 7  # four pages, and three refusals
+
+
+@pytest.mark.parametrize("fault", [SLOW_DOWN, reset_in_answer(2), answer(500)])
+def test_s3_is_asked_once_an_attempt(fault, put_csv, s3_proxy):
+    prefix = put_csv({"a.csv": "n\n1\n"})
+    bucket = Bucket(sandbox.BUCKET, Aws(None), 0)
+    [item] = bucket.list_objects(prefix, 0)
+    rules = [s3_proxy.on("GET", path, fault, times=None) for path in (r"a\.csv", "list-type=2")]
+    with pytest.raises(base.OperationFailed, match=r"a\.csv, byte 0: cannot be read on: "):
+        S3Body(bucket, item).readall()
+    with pytest.raises(base.OperationFailed, match=prefix):
+        bucket.list_objects(prefix, 0)
+    assert [rule.seen for rule in rules] == [1, 1]
+
+
+def test_a_read_that_hangs_is_given_up_soon_and_read_on(put_csv, s3_proxy, monkeypatch):
+    monkeypatch.setattr(bulkupdate, "S3_READ_TIMEOUT_S", 1)
+    prefix = put_csv({"a.csv": "n\n1\n"})
+    bucket = Bucket(sandbox.BUCKET, Aws(), 10)
+    [item] = bucket.list_objects(prefix, 0)
+    rule = s3_proxy.on("GET", r"a\.csv", delayed(8))
+    began = time.monotonic()
+    assert S3Body(bucket, item).readall() == b"n\n1\n"
+    assert time.monotonic() - began < 7
+    assert rule.seen == 2
+
+
+def test_there_is_another_attempt_until_the_time_is_up_or_a_signal_has_come(monkeypatch):
+    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.2)
+    monkeypatch.setattr(base, "BACKOFF_MAX_S", 0.2)
+    retry = Retry(0.7)
+    began, attempts = time.monotonic(), 0
+    while retry.wait("busy"):
+        attempts += 1
+    assert 3 <= attempts <= 7
+    assert time.monotonic() - began < 0.7
+    retry.restart()
+    assert retry.wait("busy")
+    base.interrupted.set()
+    try:
+        assert not retry.wait("busy")
+    finally:
+        base.interrupted.clear()
