@@ -6,7 +6,9 @@
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
 #        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/)  BATCH_SIZE (1000)  STEP_DELAY_SECONDS (5)
 #        REFRESH_STRATEGY (copy-back, or alternate)
+#        READER_QUERIES (unset: searches that are tried before each switch; here on the live index, before anything)
 #        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
+# Hold:  while LOCK_DIR/HOLD-<alias> exists, nothing is done (4); its first line says why, since when
 # Exit:  0 readers are on the fresh data; otherwise the code of the step that failed (see README), 2 usage, 75 locked
 set -euo pipefail
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
@@ -46,7 +48,7 @@ except ConfigurationError as error:
 for name, default in {
     "PRIMARY_INDEX": "my_index_primary", "SECONDARY_INDEX": "my_index_secondary", "INDEX_ALIAS": "my_index_alias",
     "S3_BUCKET": "your-bucket", "S3_PREFIX": "your/prefix/", "BATCH_SIZE": "1000", "STEP_DELAY_SECONDS": "5",
-    "REFRESH_STRATEGY": "copy-back",
+    "REFRESH_STRATEGY": "copy-back", "READER_QUERIES": "",
 }.items():
     value = setting(name, default)
     if "\n" in value:
@@ -58,7 +60,7 @@ EOF
   local -a value
   mapfile -t value <<<"$values"
   PRIMARY=${value[0]} SECONDARY=${value[1]} ALIAS=${value[2]} BUCKET=${value[3]} PREFIX=${value[4]} BATCH=${value[5]}
-  DELAY=${value[6]} STRATEGY=${value[7]} LOG_DIR=${value[8]} LOCK_DIR=${value[9]}
+  DELAY=${value[6]} STRATEGY=${value[7]} QUERIES=${value[8]} LOG_DIR=${value[9]} LOCK_DIR=${value[10]}
   [[ $DELAY =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "STEP_DELAY_SECONDS: $DELAY is not a number of seconds" 2
   [[ $BATCH =~ ^[1-9][0-9]*$ ]] || die "BATCH_SIZE: $BATCH is not a whole number above 0" 2
   [[ $STRATEGY == copy-back || $STRATEGY == alternate ]] \
@@ -74,6 +76,13 @@ open_log() {
   log_file="$LOG_DIR/refresh-$ALIAS-$(date -u +%Y%m%dT%H%M%SZ)-$$.log"
   result=$(mktemp "$LOG_DIR/.result-XXXXXX") || die "LOG_DIR ($LOG_DIR) has to be a folder that can be written to" 1
   : >>"$log_file" || die "cannot write $log_file" 1
+}
+
+refuse_hold() { # somebody wants readers to stay where they are
+  local hold="$LOCK_DIR/HOLD-$ALIAS" why=""
+  [[ -e $hold || -L $hold ]] || return 0
+  [[ ! -f $hold ]] || why=$(head -c 1000 "$hold" | head -n 1 | LC_ALL=C.UTF-8 sed 's/[[:cntrl:]]/?/g') || true
+  die "held: ${why:-no reason given}; delete $hold to go on" 4
 }
 
 take_lock() { # the steps inherit it: while one of them lives, no other refresh begins
@@ -140,6 +149,7 @@ check() { # step 0, before readers are moved: whatever can be known beforehand
     "$SECONDARY") idle=$PRIMARY ;;
     *) die "alias $ALIAS is on $live, neither on $PRIMARY nor on $SECONDARY; nothing was changed" 4 ;;
   esac
+  [[ -z $QUERIES ]] || run_step "check the queries" switch_alias.py --alias "$ALIAS" --show --queries="$QUERIES"
   both=(--source "$live" --target "$idle")
   load+=(--index "$([[ $STRATEGY == alternate ]] && echo "$idle" || echo "$PRIMARY")")
   run_step "check the load" bulkupdate.py "${load[@]}" --dry-run
@@ -156,8 +166,9 @@ copy_back() {
   if [[ $live == "$PRIMARY" ]]; then
     run_step "1 copy $PRIMARY to $SECONDARY" reindex.py "${both[@]}"
     pause
-    # threshold 0: the copy was just proved equal
-    run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" --threshold 0
+    # the copy has to be equal, field by field; whether the data are good readers know already
+    run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" \
+      --threshold 0 --field-threshold 0 --min-documents 0 --queries ""
     pause
   fi
   run_step "3 load $PRIMARY from S3" bulkupdate.py "${load[@]}"
@@ -201,6 +212,7 @@ main() {
   trap 'on_signal HUP 129' HUP
   trap 'on_signal INT 130' INT
   trap 'on_signal TERM 143' TERM
+  refuse_hold
   take_lock
   [[ ! -t 2 ]] || say "progress: tail -f $log_file"
   check
