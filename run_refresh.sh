@@ -81,7 +81,9 @@ open_log() {
 refuse_hold() { # somebody wants readers to stay where they are
   local hold="$LOCK_DIR/HOLD-$ALIAS" why=""
   [[ -e $hold || -L $hold ]] || return 0
-  [[ ! -f $hold ]] || why=$(head -c 1000 "$hold" | head -n 1 | LC_ALL=C.UTF-8 sed 's/[[:cntrl:]]/?/g') || true
+  if [[ -f $hold ]]; then # what is no text, or would steer a terminal, is not passed on
+    why=$(head -c 1000 "$hold" | iconv -c -f UTF-8 -t UTF-8 | LC_ALL=C.UTF-8 sed 's/[[:cntrl:]]/?/g; q') || true
+  fi
   die "held: ${why:-no reason given}; delete $hold to go on" 4
 }
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import state_of
+from conftest import Reader, count, sources, state_of
 from fault_proxy import answer, delayed, edited, refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+TOP = Path(__file__).resolve().parent.parent
 ALIAS = "t-audit"
 WORD = {"type": "keyword"}
 FLIGHT = {"carrier": WORD, "n": {"type": "long"}}
@@ -699,3 +703,164 @@ def test_an_undo_waits_for_shard_copies_and_stops_at_a_third_index(pair, make_in
     assert outcome.code == 4
     assert by_bash(outcome.last)[-1] == "--undo"
     assert owners() == [old]
+
+
+# --- whole refreshes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refresh(environment, name):
+    """Run the runner on this test's own names; return exit code, stderr and log."""
+
+    def start(prefix, *arguments, **variables):
+        own = {
+            "PRIMARY_INDEX": name("old"), "SECONDARY_INDEX": name("new"), "INDEX_ALIAS": ALIAS,
+            "S3_BUCKET": sandbox.BUCKET, "S3_PREFIX": prefix, "PYTHON": sys.executable,
+        }  # fmt: skip
+        done = subprocess.run(
+            [TOP / "run_refresh.sh", *arguments], env={**os.environ, **environment, **own, **variables},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert sandbox.PASSWORD not in done.stdout + done.stderr
+        logs = sorted(Path(environment["LOG_DIR"]).glob("refresh-*.log"), key=lambda path: path.stat().st_mtime_ns)
+        return done.returncode, done.stderr, logs[-1].read_text()
+
+    return start
+
+
+def csv_of(numbers, carrier="carrier", word="UA"):
+    return {"a.csv": f"n,{carrier}\n" + "".join(f"{n},{word}\n" for n in numbers)}
+
+
+def test_a_held_refresh_does_nothing_and_goes_on_as_usual_when_the_file_is_gone(
+    pair, refresh, put_csv, owners, admin, proxy, tmp_path
+):
+    old, new = pair(FLIGHT, FLIGHTS, [])
+    prefix = put_csv(csv_of(range(10)))
+    hold = tmp_path / "locks" / f"HOLD-{ALIAS}"
+    hold.parent.mkdir()
+    hold.write_bytes("mapping \x1b[2K\x9b is wrong, Ödön\nsecond line\n".encode())
+    for arguments in [], ["--dry-run"]:
+        code, err, log = refresh(prefix, *arguments)
+        assert code == 4, err
+        for text in err, log:
+            assert f"held: mapping ?[2K? is wrong, Ödön; delete {hold} to go on" in text
+            assert "second line" not in text
+    assert proxy.requests == []
+    assert (owners(), count(admin, new)) == ([old], 0)
+    hold.unlink()
+    code, err, _ = refresh(prefix)
+    assert code == 0, err
+    assert count(admin, new) == 10
+
+
+@pytest.mark.parametrize("kind", ["empty", "folder", "dangling link", "pipe", "binary"])
+def test_whatever_the_file_is_it_holds(kind, refresh, tmp_path, proxy):
+    hold = tmp_path / "locks" / f"HOLD-{ALIAS}"
+    hold.parent.mkdir()
+    {
+        "empty": hold.touch, "folder": hold.mkdir, "dangling link": lambda: hold.symlink_to("nowhere"),
+        "pipe": lambda: os.mkfifo(hold), "binary": lambda: hold.write_bytes(bytes(range(11, 256)) * 100),
+    }[kind]()  # fmt: skip
+    code, err, _ = refresh("none/")
+    assert code == 4, err
+    assert "held: " in err
+    assert not set(err) & set(map(chr, range(10))) - {"\n"}
+    assert proxy.requests == []
+
+
+def test_the_copy_is_proved_field_by_field(pair, refresh, put_csv, owners):
+    old, _ = pair(FLIGHT, FLIGHTS, [], _source={"excludes": ["carrier"]})
+    code, err, _ = refresh(put_csv(csv_of(range(10))))
+    assert code == 4, err
+    assert "carrier 100.0 % -> 0.0 %" in err
+    assert "FAILED at: 2 switch readers" in err
+    assert owners() == [old]
+
+
+def test_what_readers_have_today_is_no_reason_to_refuse_the_copy(pair, refresh, put_csv, owners, queries):
+    """Step 2 moves readers to what they have already: neither the floor nor a query is asked then."""
+    old, _ = pair(FLIGHT, FLIGHTS, [])
+    limits = {"MIN_DOCUMENTS": "11", "READER_QUERIES": queries({"query": {"term": {"n": 10}}})}
+    code, err, log = refresh(put_csv(csv_of(range(11))), **limits)
+    assert code == 0, err + log
+    assert "--threshold 0 --field-threshold 0 --min-documents 0 --queries" in log
+    assert "line 1: hits in" in log.split("==> 4 switch")[1]
+    assert "line 1: hits in" not in log.split("==> 4 switch")[0]
+    assert owners() == [old]
+
+
+def test_a_column_of_another_name_stops_each_night_until_somebody_accepts(
+    pair, refresh, put_csv, owners, admin, run, name
+):
+    old, new = pair(FLIGHT, FLIGHTS, [])
+    prefix = put_csv(csv_of(range(10), carrier="carrier_code"))
+    for _ in range(2):
+        code, err, _ = refresh(prefix)
+        assert code == 4, err
+        assert "carrier 100.0 % -> 0.0 %" in err
+        assert owners() == [new]
+        assert {row["carrier"] for row in sources(admin, new)} == {"UA"}
+    assert run(switch_alias, *by_bash(err)).code == 0
+    assert owners() == [old]
+    code, err, _ = refresh(prefix)
+    assert code == 0, err
+
+
+def test_the_file_of_queries_is_tried_before_anything_is_touched(pair, refresh, put_csv, admin, queries):
+    both = pair(FLIGHT, FLIGHTS, [])
+    before = state_of(admin, *both)
+    prefix = put_csv(csv_of(range(10)))
+    for line, says in ("x", "line 1: not a JSON object"), ({"query": {"no_such": {}}}, f"line 1: {both[0]} refuses it"):
+        code, err, _ = refresh(prefix, READER_QUERIES=queries(line))
+        assert code == 2, err
+        assert says in err
+        assert "FAILED at: check the queries" in err
+    assert state_of(admin, *both) == before
+    code, err, _ = refresh(prefix, "--dry-run", READER_QUERIES=queries(UA))
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("strategy", ["copy-back", "alternate"])
+def test_a_mapping_is_changed_without_a_reader_noticing(
+    strategy, box, pair, refresh, put_csv, owners, admin, run, environment, tmp_path
+):
+    """The recipe of the README, and the next two nights; readers go back and forth on the way."""
+    old, new = pair(FLIGHT, FLIGHTS, [])
+    prefix = put_csv(csv_of(range(10)))
+    mapping = {"mappings": {"properties": {**FLIGHT, "carrier": {"type": "text"}}}}
+    reader = Reader(box.server.endpoint, ALIAS, "n")
+    reader.start()
+
+    def create(index):
+        admin("DELETE", f"/{index}")
+        admin("PUT", f"/{index}", mapping)
+
+    create(new)
+    code, err, _ = refresh(prefix, REFRESH_STRATEGY="alternate")
+    assert code == 4, err
+    assert "carrier keyword -> text" in err
+    assert owners() == [old]
+    accept = undo = by_bash(err)
+    for command, index in ("accept", new), ("undo", old), ("accept", new):
+        outcome = run(switch_alias, *(accept if command == "accept" else undo))
+        assert outcome.code == 0, outcome.err
+        assert owners() == [index]
+        undo = by_bash(outcome.err, "undo: ")
+    if strategy == "copy-back":  # nobody has thought of the other index yet: readers do not go back to the old mapping
+        code, err, _ = refresh(prefix)
+        assert code == 4, err
+        assert "carrier text -> keyword" in err
+    create(old)
+    assert run(reindex, "--source", new, "--target", old).code == 0
+    for index, command in (old, undo), (new, None):
+        outcome = run(switch_alias, *(command or by_bash(outcome.err, "undo: ")))
+        assert (outcome.code, owners()) == (0, [index]), outcome.err
+    for _ in range(2):
+        code, err, _ = refresh(prefix, REFRESH_STRATEGY=strategy)
+        assert code == 0, err
+    time.sleep(0.2)
+    assert (reader.finish(), reader.errors) == ([(10, 45.0)], [])
+    assert owners() == ([old] if strategy == "copy-back" else [new])
+    for index in (old, new):
+        assert admin("GET", f"/{index}/_mapping")[index]["mappings"]["properties"]["carrier"] == {"type": "text"}
