@@ -248,10 +248,8 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _refuse_empty(self, documents: int) -> None:
         if not documents and (had := self._get_index_count(self.source)):
-            raise Refused(
-                f"{self.source} holds {had:,} documents, {self.target} 0: an empty index is never switched to; load it "
-                "first"
-            )
+            counts = f"{self.source} holds {had:,} documents, {self.target} 0"
+            raise Refused(f"{counts}: an empty index is never switched to; load it first")
 
     def _compare_counts(self) -> tuple[int, int]:
         """Return both counts. Raises Refused when the target has none, too few, or too many more or less."""
@@ -339,7 +337,7 @@ class SwitchAlias(OpenSearchBaseManager):
         for place, body in self.queries:
             had, has = (self._hits(index, place, body) for index in (self.source, self.target))
             log.info("%s: hits in %s: %s, in %s: %s", place, self.source, had, self.target, has)
-            if has == 0 != had or isinstance(has, str):
+            if isinstance(has, str) or (had and not has):
                 problems.append(f"{place}: hits in {self.source}: {had}, in {self.target}: {has}")
         if problems:
             command = self._command(self.source, self.target, queries="")
@@ -347,21 +345,18 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _hits(self, index: str, place: str, body: Mapping[str, Any]) -> int | str:
         """Search the primary copies, and return the number of hits; or, for the target, why it cannot be told."""
-
-        def search() -> dict[str, Any]:
-            limited = {**body, "track_total_hits": True, "timeout": f"{QUERY_TIMEOUT_S}s"}
-            found: dict[str, Any] = self.request("POST", f"/{index}/_search", limited, params=self._on_primaries()).data
-            return found
-
+        limited = {**body, "track_total_hits": True, "timeout": f"{QUERY_TIMEOUT_S}s"}
         try:
-            answer = search()
-            answer = search() if answer["timed_out"] else answer  # a cold index is warmer then
+            for _ in range(2):  # the first try may have met a cold index, and has warmed it
+                answer = self.request("POST", f"/{index}/_search", limited, params=self._on_primaries()).data
+                if not answer["timed_out"]:
+                    break
         except RequestFailed as error:
-            if index == self.target and not isinstance(error, OutcomeUnknown) and error.status not in (401, 403, 429):
-                return error.reason
-            if error.status == 400:
+            if error.status == 400 and index != self.target:
                 raise ConfigurationError(f"{place}: {index} refuses it: {error.reason}; change that line") from None
-            raise
+            if isinstance(error, OutcomeUnknown) or index != self.target or error.status in (0, 401, 403, 429):
+                raise
+            return error.reason
         problem = f"not within {QUERY_TIMEOUT_S} s, tried twice" if answer["timed_out"] else ""
         if answer["_shards"]["successful"] < answer["_shards"]["total"]:
             problem = "failed shards"
@@ -472,9 +467,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", type=index_name, help="the index that readers are to see")
     parser.add_argument("--show", action="store_true", help="print the index that the alias points at, nothing else")
     parser.add_argument(
-        "--undo", action="store_true",
-        help="move readers back: counts, fields and queries are not looked at",
-    )  # fmt: skip
+        "--undo", action="store_true", help="move readers back: counts, fields and queries are not looked at"
+    )
     parser.add_argument(
         "--threshold", type=percent, default=setting("DOCUMENT_COUNT_THRESHOLD", "10"),
         help="accepted difference of the document counts, percent of the source (default: %(default)s; "
@@ -507,21 +501,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def queries_file(args: argparse.Namespace) -> str:
-    """Return the absolute name of the file of queries, or nothing."""
-    if args.undo or not (args.queries or setting("READER_QUERIES")):
-        return ""
-    if args.queries is not None or args.show:
-        return str(Path(args.queries).absolute()) if args.queries else ""
-    return str(HERE / setting("READER_QUERIES"))
-
-
 def run(args: argparse.Namespace) -> dict[str, Any] | str:
     if not args.show and not (args.source and args.target):
         raise ConfigurationError("give --source and --target, or --show")
     if not args.show and args.source == args.target:
         raise ConfigurationError("source and target are the same index; give two")
-    args.queries = queries_file(args)
+    file: Any = args.queries
+    if file is None and not args.show and setting("READER_QUERIES"):
+        file = HERE / setting("READER_QUERIES")
+    args.queries = str(Path(file).absolute()) if file and not args.undo else ""
     with SwitchAlias(args) as switch:
         return switch.show() if args.show else switch.run()
 
