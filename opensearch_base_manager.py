@@ -22,6 +22,7 @@ import argparse
 import atexit
 import base64
 import contextlib
+import csv
 import fcntl
 import gc
 import json
@@ -215,6 +216,14 @@ def one_line(text: str) -> str:
     return text
 
 
+def field_names(text: str) -> list[str]:
+    """Parse a line of CSV: `a,"b,c"` are two names."""
+    try:
+        return next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list by commas: {error}") from None
+
+
 def own_folder(text: str) -> Path:
     """Return a folder; a relative one is beside the scripts, whatever directory cron uses."""
     return HERE / one_line(text)
@@ -266,13 +275,13 @@ class Setting:
             raise ConfigurationError(f"{self.variable}: {error}") from None
 
     def add_flag(self, parser: argparse.ArgumentParser) -> None:
-        told = "; ".join(["default: %(default)s"] * bool(self.default and self.parse is not boolean)
+        """Add the flag; one that is not given leaves no attribute, so that `resolve` looks elsewhere."""
+        default = f"default: {self.given()}".replace("%", "%%")
+        told = "; ".join([default] * bool(self.given() and self.parse is not boolean)
                          + [f"env: {self.variable}"] * bool(self.variable))  # fmt: skip
+        kind: dict[str, Any] = {"action": "store_true"} if self.parse is boolean else {"type": self.parse}
         text = f"{self.help} ({told})" if told else self.help
-        if self.parse is boolean:
-            parser.add_argument(self.flag, action="store_true", help=text)
-        else:
-            parser.add_argument(self.flag, type=self.parse, default=self.given(), help=text)
+        parser.add_argument(self.flag, default=argparse.SUPPRESS, help=text, **kind)
 
 
 # The one table: a new setting is a row here and one in the README (and .env.example). Not in it are the credentials,
@@ -292,6 +301,19 @@ SETTINGS = [
     Setting("LOCK_DIR", "", ".locks", own_folder, "lock files", f"{ALL} run_refresh"),
     Setting("DOCUMENT_COUNT_THRESHOLD", "--threshold", "10", percent,
             "accepted difference of the document counts, percent of the source", "switch_alias"),
+    Setting("FIELD_THRESHOLD", "--field-threshold", "10", percent,
+            "points of percent by which a field's share of the documents may fall; 100 looks at no field",
+            "switch_alias"),
+    Setting("", "--accept-fields", "", field_names,
+            'fields that are not looked at this once, by commas; a name with a comma or a quotation mark as in CSV: '
+            'a,"b,c"', "switch_alias"),
+    Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number,
+            "an index with fewer documents is never switched to", "switch_alias"),
+    Setting("READER_QUERIES", "--queries", "", one_line,
+            "a file of search bodies, one a line, tried on both indices; with --show on the live one",
+            "switch_alias run_refresh"),
+    Setting("", "--undo", "", boolean, "move readers back: counts, fields and queries are not looked at",
+            "switch_alias"),
     Setting("", "--show", "", boolean, "print the index that the alias points at, nothing else", "switch_alias"),
     Setting("CLEANUP_METHOD", "--method", "delete", either("delete", "recreate"),
             "delete the documents, or recreate the index, which takes no time and frees the disk at once",
@@ -352,9 +374,10 @@ def add_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def resolve(script: str, args: argparse.Namespace) -> argparse.Namespace:
-    """Add what no flag has said. Raises ConfigurationError."""
+    """Add what no flag has said; `by_flag` names what was. Raises ConfigurationError."""
+    args.by_flag = frozenset(vars(args))
     for setting in settings_of(script):
-        if getattr(args, setting.name, False) is False:  # no such flag, or a switch that was not given
+        if setting.name not in args.by_flag:
             setattr(args, setting.name, setting.value())
     return args
 
@@ -365,7 +388,7 @@ def print_settings(script: str) -> None:
         load_env_file()
         for setting in settings_of(script):
             value = setting.value()
-            print(f"{setting.variable}={value if setting.parse is own_folder else setting.given()}")
+            print(f"{setting.variable}={value if setting.parse is own_folder else setting.given() or ''}")
     except ConfigurationError as error:
         raise SystemExit(str(error)) from None
 

@@ -6,7 +6,9 @@
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
 #        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/)  BATCH_SIZE (1000)  STEP_DELAY_SECONDS (5)
 #        REFRESH_STRATEGY (copy-back, or alternate)
+#        READER_QUERIES (unset: searches that are tried before each switch; here on the live index, before anything)
 #        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
+# Hold:  while LOCK_DIR/HOLD-<alias> exists, nothing is done (4); its first line says why, since when
 # Exit:  0 readers are on the fresh data; otherwise the code of the step that failed (see README), 2 usage, 75 locked
 set -euo pipefail
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
@@ -53,6 +55,15 @@ open_log() {
   log_file="$LOG_DIR/refresh-$ALIAS-$(date -u +%Y%m%dT%H%M%SZ)-$$.log"
   result=$(mktemp "$LOG_DIR/.result-XXXXXX") || die "LOG_DIR ($LOG_DIR) has to be a folder that can be written to" 1
   : >>"$log_file" || die "cannot write $log_file" 1
+}
+
+refuse_hold() { # somebody wants readers to stay where they are
+  local hold="$LOCK_DIR/HOLD-$ALIAS" why=""
+  [[ -e $hold || -L $hold ]] || return 0
+  if [[ -f $hold ]]; then # what is no text, or would steer a terminal, is not passed on
+    why=$(head -c 1000 "$hold" | iconv -c -f UTF-8 -t UTF-8 | LC_ALL=C.UTF-8 sed 's/[[:cntrl:]]/?/g; q') || true
+  fi
+  die "held: ${why:-no reason given}; delete $hold to go on" 4
 }
 
 take_lock() { # the steps inherit it: while one of them lives, no other refresh begins
@@ -119,6 +130,9 @@ check() { # step 0, before readers are moved: whatever can be known beforehand
     "$SECONDARY") idle=$PRIMARY ;;
     *) die "alias $ALIAS is on $live, neither on $PRIMARY nor on $SECONDARY; nothing was changed" 4 ;;
   esac
+  if [[ -n ${setting[READER_QUERIES]} ]]; then
+    run_step "check the queries" switch_alias.py --alias "$ALIAS" --show --queries="${setting[READER_QUERIES]}"
+  fi
   both=(--source "$live" --target "$idle")
   load+=(--index "$([[ ${setting[REFRESH_STRATEGY]} == alternate ]] && echo "$idle" || echo "$PRIMARY")")
   run_step "check the load" bulkupdate.py "${load[@]}" --dry-run
@@ -135,8 +149,9 @@ copy_back() {
   if [[ $live == "$PRIMARY" ]]; then
     run_step "1 copy $PRIMARY to $SECONDARY" reindex.py "${both[@]}"
     pause
-    # threshold 0: the copy was just proved equal
-    run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" --threshold 0
+    # the copy has to be equal, field by field; whether the data are good readers know already
+    run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" \
+      --threshold 0 --field-threshold 0 --min-documents 0 --queries ""
     pause
   fi
   run_step "3 load $PRIMARY from S3" bulkupdate.py "${load[@]}"
@@ -180,6 +195,7 @@ main() {
   trap 'on_signal HUP 129' HUP
   trap 'on_signal INT 130' INT
   trap 'on_signal TERM 143' TERM
+  refuse_hold
   take_lock
   [[ ! -t 2 ]] || say "progress: tail -f $log_file"
   check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 
 import opensearch_base_manager as base
 import pytest
@@ -67,6 +68,11 @@ def move(admin):
     return do
 
 
+def command_in(text, before=""):
+    """Return the arguments of the last command in a text, read as a shell would."""
+    return shlex.split(text.split(f"{before}python switch_alias.py ")[-1].splitlines()[0])
+
+
 def moves(proxy):
     return [json.loads(body)["actions"] for body in proxy.seen("POST", "/_aliases")]
 
@@ -80,10 +86,10 @@ def test_the_alias_moves_and_the_undo_command_is_printed(make_index, switch, own
     assert outcome.code == 0
     assert owners() == [new]
     assert f"alias {ALIAS}: {old} -> {new}" in outcome.err
-    expected = {"alias": ALIAS, "source": old, "target": new, "changed": True, "documents": 11}
+    expected = {"alias": ALIAS, "source": old, "target": new, "changed": True, "documents": 11, "fields_checked": 1}
     assert outcome.result == {**expected, "seconds": outcome.result["seconds"]}
-    undo = outcome.last.split("python switch_alias.py ")[1].split()
-    assert undo == ["--alias", ALIAS, "--source", new, "--target", old]
+    undo = command_in(outcome.err, "undo: ")
+    assert undo == ["--alias", ALIAS, "--source", new, "--target", old, "--wait-seconds", "5", "--undo"]
     assert run(switch_alias, *undo).code == 0
     assert owners() == [old]
 
@@ -151,7 +157,7 @@ def test_an_application_may_write_through_the_alias_afterwards(fresh_pair, switc
 def test_the_threshold_is_inclusive_and_exact(source, target, threshold, code, pair, switch, proxy):
     for index, documents in zip(pair, (source, target)):
         proxy.on("GET", f"/{index}/_count", edited(lambda answer, n=documents: answer.update(count=n)), times=None)
-    outcome = switch(*pair, "--threshold", threshold, "--dry-run")
+    outcome = switch(*pair, "--threshold", threshold, "--field-threshold", "100", "--dry-run")
     assert outcome.code == code, outcome.err
 
 
@@ -242,7 +248,7 @@ def test_shard_copies_that_never_come_refuse_the_switch(pair, switch, owners, pr
     proxy.on("GET", "/_cluster/health", copies(pair[1], 0), times=None)
     outcome = switch(*pair, "--wait-seconds", "1")
     assert outcome.code == 4, outcome.err
-    assert "1 of 1 shards have fewer than 1 started copies after 1 s" in outcome.last
+    assert "1 of 1 shards have fewer than 1 active copies after 1 s" in outcome.last
     assert owners() == [pair[0]]
 
 
