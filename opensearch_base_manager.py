@@ -268,7 +268,7 @@ class Setting:
 
     def value(self) -> Any:
         """Return the value without a look at flags. Raises ConfigurationError."""
-        text = self.given()
+        text = self.given() or ("false" if self.parse is boolean else None)
         try:
             return None if text is None else self.parse(text)
         except argparse.ArgumentTypeError as error:
