@@ -61,7 +61,6 @@ CACHED_CELL_CHARS = 32
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
 REJECTS_SHOWN = 5
 KEEP_DAYS = 30
-NEWLINE = "\n"
 DOCUMENT_END = "}\n"
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_ID_BYTES = 512  # one longer id and the cluster refuses the whole request
@@ -218,9 +217,9 @@ def head_text(item: S3Object, data: bytes) -> tuple[str, bool]:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4 > 0:
         raise Refused(f"{item.key}: UTF-16; save it as UTF-8")
     text, _ = decode(data.removeprefix(b"\xef\xbb\xbf"))
-    if not whole and NEWLINE not in text:
+    if not whole and "\n" not in text:
         raise Refused(f"{item.key}: no line ends within the first {HEAD_BYTES // 1024} KiB; is it a CSV file?")
-    return text if whole else text[: text.rindex(NEWLINE) + 1], whole
+    return text if whole else text[: text.rindex("\n") + 1], whole
 
 
 def header_of(key: str, block: Block) -> list[str]:
@@ -497,7 +496,7 @@ class BlockReader:
                 yield block
 
     def lines_read(self) -> int:
-        return self._line + self._rest.count(NEWLINE) - 1
+        return self._line + self._rest.count("\n") - 1
 
     def _next_text(self) -> tuple[str, bool]:
         """Return the text of the record left open and more than as much behind it; and whether that is all.
@@ -520,7 +519,7 @@ class BlockReader:
         if self._suspect:
             mark_unreadable(block)
             self._suspect = bool(self._rest)
-        self._line += text.count(NEWLINE) - self._rest.count(NEWLINE)
+        self._line += text.count("\n") - self._rest.count("\n")
         return block
 
 
@@ -543,29 +542,22 @@ def render_other(cell: str) -> str:
     return "" if cell.strip() in EMPTY else encode_basestring(cell)
 
 
-def number_parts(cell: str) -> tuple[str, str, str, str]:
-    match = NUMBER.fullmatch(cell)
-    if not match or not (match[2] or match[3]):
-        raise ValueError("not a number")
-    return match[1].replace("+", ""), match[2].lstrip("0") or "0", match[3] or "", match[4] or ""
-
-
 def render_float(cell: str) -> str:
     """Return a number as JSON spells it, digit for digit; whether it fits is for the server to say."""
     if (cell := cell.strip()) in EMPTY:
         return ""
-    sign, whole, fraction, exponent = number_parts(cell)
-    return f"{sign}{whole}{fraction and '.' + fraction}{exponent and 'e' + exponent}"
+    sign, whole, fraction, exponent = number(cell).groups(default="")
+    whole = whole.lstrip("0") or "0"
+    return f"{sign.strip('+')}{whole}{fraction and '.' + fraction}{exponent and 'e' + exponent}"
 
 
 def render_integer(cell: str, *, low: int, high: int) -> str:
     """Return an integer with every digit. Raises ValueError for a fraction or overflow, which the server would cut."""
     if (cell := cell.strip()) in EMPTY:
         return ""
-    sign, whole, fraction, exponent = number_parts(cell)
-    if len(whole) > 20 or len(exponent) > 4:
+    if len(number(cell)[4] or "") > 4:  # what Decimal cannot hold
         raise ValueError("out of range")
-    value = Decimal(f"{sign}{whole}.{fraction}e{exponent or 0}") if fraction or exponent else Decimal(sign + whole)
+    value = Decimal(cell)
     if value and value.adjusted() > 20:
         raise ValueError("out of range")
     if value != value.to_integral_value():
@@ -573,6 +565,14 @@ def render_integer(cell: str, *, low: int, high: int) -> str:
     if not low <= value <= high:
         raise ValueError("out of range")
     return str(int(value))
+
+
+def number(cell: str) -> re.Match[str]:
+    """Return the parts of a number: sign, whole, fraction, exponent. Raises ValueError."""
+    match = NUMBER.fullmatch(cell)
+    if not match or not (match[2] or match[3]):
+        raise ValueError("not a number")
+    return match
 
 
 def signed(bits: int) -> Render:
@@ -747,14 +747,16 @@ class Renderer:
         return Source(key, columns, id_place, between(self.operation, f'"{digest}-%09d"'))
 
     def _at_once(self, source: Source, block: Block) -> Batch:
-        """Return the documents of a block. Raises ValueError when one of its records is no document.
+        r"""Return the documents of a block. Raises ValueError when one of its records is no document.
 
         One list holds all cells and is changed in place, a column at a time, so that nearly all of it runs in C; the
-        newline before each record becomes what stands between two documents. A list a record took 7 % more of the
-        whole load's CPU time.
+        newline before each record becomes what stands between two documents. A list a record took 7 % more of the CPU
+        time of the whole load.
 
-            7,a        [ "\\n",                                "7",      "a",        "\\n", "8", "b" ]
-            8,b   ->   [ '}\\n{"create":{"_id":"x-1"}}\\n{',   '"n":7',  ',"k":"a"',  ...           ]
+            block        7,a\n8,b\n
+            all_cells    \n                               7      a         \n   8      b
+            _between     }\n{"create":{"_id":"x-1"}}\n{   7      a         ...  8      b
+            render_all   }\n{"create":{"_id":"x-1"}}\n{   "n":7  ,"k":"a"  ...  "n":8  ,"k":"b"
         """
         cells = all_cells(block, len(source.columns), self.delimiter)
         stride = len(source.columns) + 1
@@ -928,15 +930,6 @@ class BulkRequests:
     failure: Callable[[int, bytes], Exception]  # for a refusal that all other documents would meet as well
 
 
-@dataclass
-class Tally:
-    """What became of the documents that were sent."""
-
-    stored: int = 0
-    replaced: int = 0  # rows of an id that another row has as well
-    unsure: int = 0  # perhaps replaced: the response that would tell was lost
-
-
 class BulkStore:
     """Stores batches, for any number of threads at a time; what the cluster refuses goes to `reject(key, line, ...)`.
 
@@ -951,7 +944,9 @@ class BulkStore:
         self.index, self._requests, self._reject, self._pace = index, requests, reject, pace
         self._retry_seconds, self._refresh_every, self._is_own_version = retry_seconds, refresh_every, is_own_version
         self._lock = threading.Lock()  # of what follows
-        self.tally = Tally()
+        self.stored = 0
+        self.replaced = 0  # of these, rows of an id that another row has as well
+        self.unsure = 0  # of these, perhaps replaced: the response that would tell was lost
         self._max_bytes = MAX_BATCH_BYTES
         self._refreshes = 0
 
@@ -1001,7 +996,7 @@ class BulkStore:
     def _refresh_now_and_then(self) -> None:
         """Refresh while loading, or the last refresh keeps one core busy while all others wait for it."""
         with self._lock:
-            due = self._refresh_every and self.tally.stored // self._refresh_every
+            due = self._refresh_every and self.stored // self._refresh_every
             if due <= self._refreshes:
                 return
             self._refreshes = due
@@ -1077,9 +1072,9 @@ class BulkStore:
 
     def _count(self, *, stored: int, replaced: int = 0, unsure: int = 0) -> None:
         with self._lock:
-            self.tally.stored += stored
-            self.tally.replaced += replaced
-            self.tally.unsure += unsure
+            self.stored += stored
+            self.replaced += replaced
+            self.unsure += unsure
 
 
 class Rejects:
@@ -1142,8 +1137,8 @@ class Sums:
     stored: int
     rejected: int
     skipped: int
-    replaced: int
-    unsure: int
+    replaced: int  # of the stored ones, those whose id another row has as well
+    unsure: int  # of the stored ones, perhaps replaced
 
 
 class BulkUpdate(OpenSearchBaseManager):
@@ -1279,12 +1274,12 @@ class BulkUpdate(OpenSearchBaseManager):
             for batch in batches(self._documents(objects, renderer), self.settings.batch_size):
                 workers.put(batch)
             workers.finish()
-        tally = store.tally
-        log.info("loaded %s rows in %.1f s, %s/s", f"{tally.stored:,}", time.monotonic() - began,
-                 f"{per_second(tally.stored, began):,}")  # fmt: skip
+        log.info("loaded %s rows in %.1f s, %s/s", f"{store.stored:,}", time.monotonic() - began,
+                 f"{per_second(store.stored, began):,}")  # fmt: skip
         return Sums(
-            renderer.read, tally.stored, self.rejects.count, renderer.skipped, tally.replaced, tally.unsure
-        )
+            read=renderer.read, stored=store.stored, rejected=self.rejects.count, skipped=renderer.skipped,
+            replaced=store.replaced, unsure=store.unsure,
+        )  # fmt: skip
 
     def _workers(self) -> int:
         small = self.settings.batch_size < BATCH_SIZE // 2

@@ -466,7 +466,7 @@ def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, 
     outcome = load(put_csv({"a.csv": numbers(1, 30)}), index, "--batch-size", "1", "--workers", "4")
     bodies = proxy.seen("POST", "/_bulk")
     assert re.search("busy.*: 2 ", outcome.err)
-    # the refused one has been stored, its sender knows, and what was under way then has ended
+    # the refused one has been stored, its worker knows, and what was under way then has ended
     since = ended[2 + bodies[1:].index(bodies[0])] + 0.3
     late = [moment for moment in began.values() if moment > since]
     at_once = [sum(start <= moment < ended[nth] for nth, start in began.items()) for moment in late]

@@ -200,14 +200,14 @@ def busy(count, *refused):
 def test_each_document_is_stored_and_counted(store, cluster, rejects):
     store.store(documents(5))
     assert cluster.numbers() == [0, 1, 2, 3, 4]
-    assert (store.tally.stored, store.tally.replaced, rejects) == (5, 0, [])
+    assert (store.stored, store.replaced, rejects) == (5, 0, [])
 
 
 def test_what_the_mapping_refuses_is_a_reject_with_its_column_and_line(store, cluster, rejects):
     store.store(Batch(documents(3).body.replace(b'"n":1', b'"n":"x"'), [("a.csv", [4, 5]), ("b.csv", [2])]))
     assert cluster.numbers() == [0, 2]
     assert [(key, line, column) for key, line, column, _ in rejects] == [("a.csv", 5, "n")]
-    assert store.tally.stored == 2
+    assert store.stored == 2
 
 
 def test_only_documents_answered_429_are_sent_again_and_the_pace_is_halved(cluster, rejects):
@@ -224,7 +224,7 @@ def test_only_documents_answered_429_are_sent_again_and_the_pace_is_halved(clust
     store.store(batch)
     assert cluster.sent == [batch.body, batch.documents()[1].body]
     assert cluster.numbers() == [0, 1, 2]
-    assert (store.tally.stored, pace.limit) == (3, 2)
+    assert (store.stored, pace.limit) == (3, 2)
 
 
 def test_documents_that_stay_refused_fail_the_store_with_the_reason(cluster, rejects):
@@ -246,20 +246,20 @@ def test_progress_gives_documents_that_are_refused_their_time_anew(cluster, reje
     cluster.answers = [slowly_taken] * 4
     store.store(documents(4))  # 0.8 s in all
     assert [body.count(b"\n") // 2 for body in cluster.sent] == [4, 3, 2, 1]
-    assert store.tally.stored == 4
+    assert store.stored == 4
 
 
 def test_a_response_with_too_few_results_is_no_response(store, cluster):
     cluster.answers = [edited(cluster, lambda items: items[:-1])]
     store.store(documents(4))
     assert cluster.sent == [documents(4).body] * 2
-    assert (store.tally.stored, cluster.numbers()) == (4, [0, 1, 2, 3])  # the second time they were all there: 409
+    assert (store.stored, cluster.numbers()) == (4, [0, 1, 2, 3])  # the second time they were all there: 409
 
 
 def test_a_conflict_is_success_on_a_resend_and_else_only_if_the_index_holds_the_same_document(store, cluster, rejects):
     cluster.real(documents(3).body.replace(b'"n":2', b'"n":-2'))
     store.store(documents(4))
-    assert store.tally.stored == 3
+    assert store.stored == 3
     assert [line for _, line, _, _ in rejects] == [4]
     assert cluster.numbers() == [-2, 0, 1, 3]
 
@@ -270,7 +270,7 @@ def test_a_conflict_is_success_on_a_resend_and_else_only_if_the_index_holds_the_
 
     cluster.answers = [lost]
     store.store(documents(2, "b.csv"))
-    assert (store.tally.stored, len(rejects)) == (5, 1)
+    assert (store.stored, len(rejects)) == (5, 1)
 
 
 def test_a_conflict_of_versions_counts_as_replaced_if_the_other_one_is_of_this_load(cluster, rejects):
@@ -282,10 +282,10 @@ def test_a_conflict_of_versions_counts_as_replaced_if_the_other_one_is_of_this_l
 
     for version in (7, 5):
         store.store(keyed(version))
-    assert (store.tally.stored, store.tally.replaced, rejects) == (2, 1, [])
+    assert (store.stored, store.replaced, rejects) == (2, 1, [])
     cluster.real(keyed(9).body)  # somebody else's
     store.store(keyed(8))
-    assert (store.tally.stored, [line for _, line, _, _ in rejects]) == (2, [8])
+    assert (store.stored, [line for _, line, _, _ in rejects]) == (2, [8])
     assert cluster.numbers() == [9]
 
 
@@ -296,7 +296,7 @@ def test_a_request_that_is_too_large_is_halved_and_the_size_is_remembered(store,
     store.store(documents(10))
     store.store(documents(10, "b.csv"))
     assert sum(len(body) > limit for body in cluster.sent) <= 2
-    assert len(cluster.numbers()) == store.tally.stored == 20
+    assert len(cluster.numbers()) == store.stored == 20
     big = Batch(b'{"create":{"_id":"big"}}\n{"n":1,"t":"' + b"x" * limit + b'"}\n', [("c.csv", [9])])
     store.store(big)
     assert [(key, line) for key, line, _, _ in rejects] == [("c.csv", 9)]
@@ -308,7 +308,7 @@ def test_a_refusal_that_all_would_meet_ends_the_store(status, kind, store, clust
     cluster.answers = [edited(cluster, lambda items: [{"create": {"status": status, "error": error}}] * len(items))]
     with pytest.raises(base.RequestFailed, match=f"{status}: no"):
         store.store(documents(2))
-    assert (len(cluster.sent), store.tally.stored, rejects) == (1, 0, [])
+    assert (len(cluster.sent), store.stored, rejects) == (1, 0, [])
 
 
 def test_many_threads_share_one_store_and_refresh_it_once_in_so_many_documents(cluster, rejects):
@@ -317,7 +317,7 @@ def test_many_threads_share_one_store_and_refresh_it_once_in_so_many_documents(c
         for at in range(20):
             workers.put(documents(10, f"{at}.csv"))
         workers.finish()
-    assert store.tally.stored == len(cluster.numbers()) == 200
+    assert store.stored == len(cluster.numbers()) == 200
     assert 1 <= cluster.refreshes <= 4  # 4 but where two threads are due at once
 
 

@@ -187,8 +187,8 @@ def test_an_object_that_changes_after_it_was_read_fails_the_load(world, change, 
 @pytest.mark.long
 def test_a_busy_s3_is_waited_for_when_all_is_stored(world):
     """Or the whole load would be repeated, for a listing that failed."""
-    rule = world.s3_proxy.on("GET", LISTING, SLOW_DOWN, skip=2, times=6)  # one more than botocore tries
-    run = world.refresh()
+    rule = world.s3_proxy.on("GET", LISTING, SLOW_DOWN, skip=2, times=6)  # for about 20 s
+    run = world.refresh(RETRY_SECONDS="60")
     world.expect(run, code=0)
     assert rule.seen == 9
     assert "listing again" in run.log
@@ -239,7 +239,7 @@ def test_an_s3_that_asks_for_time_gets_it(world, path, skip):
 )  # fmt: skip
 def test_an_s3_that_stays_too_busy_fails_the_run(world, path, skip, step):
     rule = world.s3_proxy.on("GET", path, SLOW_DOWN, skip=skip, times=None)
-    run = world.refresh(RETRY_SECONDS="3")
+    run = world.refresh(RETRY_SECONDS="5")
     place = f"s3://{sandbox.BUCKET}/{world.prefix}{'' if path == LISTING else 'c.csv'}"
     world.expect(run, code=1, message=rf"{place}.*SlowDown.*Please reduce your request rate")
     assert f"FAILED at: {step}" in run.err
