@@ -284,7 +284,7 @@ TYPES = {  # definition, value, and the names that can be counted
     "null": (WORD, None, []),
     "empty_list": (WORD, [], []),
     "empty": ({"type": "object"}, {}, []),
-    **({"semver": ({"type": "semver"}, "1.2.3", ["semver"])} if sandbox.MAJOR >= 3 else {}),
+    **({"version": ({"type": "version"}, "1.2.3", ["version"])} if sandbox.MAJOR >= 3 else {}),
 }  # fmt: skip
 PROPERTIES = {name: definition for name, (definition, _, _) in TYPES.items()}
 DOCUMENT = {name: value for name, (_, value, _) in TYPES.items() if value is not ...}
