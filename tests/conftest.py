@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
+import urllib3
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
@@ -33,6 +33,7 @@ TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
 # tests run side by side on one server: what each process names begins with this
 OWN = f"t-{os.environ.get('PYTEST_XDIST_WORKER', 'one')}"
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
+READER_PAUSE_S = 0.02  # what a reader could notice lasts a change of the cluster's state at least, 40 ms and more
 counter = itertools.count(1)
 STARTED = pytest.StashKey[sandbox.Sandbox]()
 
@@ -50,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @contextlib.contextmanager
 def running() -> Iterator[sandbox.Sandbox]:
-    with sandbox.running() as started:
+    with sandbox.running([*sandbox.JAVA, sandbox.BRIEF]) as started:
         if sandbox.SECURE:
             started.server.grant("tests", sandbox.refresh_role(TEST_PATTERNS))
         yield started
@@ -179,7 +180,7 @@ def fill(admin: Callable[..., Any], index: str, docs: list[dict[str, Any]]) -> N
 
 
 class Reader(threading.Thread):
-    """Asks the alias for the count and a sum in one search, without a pause, until stopped."""
+    """Asks the alias for the count and a sum in one search, again and again until stopped."""
 
     def __init__(self, endpoint: str, alias: str, field: str, *, outage_is_an_error: bool = True) -> None:
         super().__init__(daemon=True)
@@ -190,20 +191,19 @@ class Reader(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        with requests.Session() as session:
-            session.auth, session.verify = (sandbox.ADMIN, sandbox.ADMIN_PASSWORD), False
-            session.trust_env = False
-            while not self.stopped.is_set():
+        login = urllib3.make_headers(basic_auth=f"{sandbox.ADMIN}:{sandbox.ADMIN_PASSWORD}")
+        with urllib3.PoolManager(headers=login, cert_reqs="CERT_NONE", retries=False, timeout=30) as http:
+            while not self.stopped.wait(READER_PAUSE_S):
                 try:
-                    answer = session.post(self.url, json=self.body, timeout=30)
+                    answer = http.request("POST", self.url, json=self.body, headers=login)
                     parsed = answer.json()
-                except (requests.RequestException, ValueError) as error:
+                except (urllib3.exceptions.HTTPError, ValueError) as error:
                     self.outage(str(error))
                     continue
-                if answer.status_code in (502, 503, 504):
-                    self.outage(answer.text)
-                elif not answer.ok or parsed["_shards"]["failed"]:
-                    self.errors.append(answer.text[:300])
+                if answer.status in (502, 503, 504):
+                    self.outage(answer.data.decode())
+                elif answer.status != 200 or parsed["_shards"]["failed"]:
+                    self.errors.append(answer.data.decode()[:300])
                 else:
                     found = (parsed["hits"]["total"]["value"], parsed["aggregations"]["sum"]["value"])
                     if not self.seen or self.seen[-1] != found:
@@ -259,21 +259,42 @@ def put_csv(box: sandbox.Sandbox, name: Callable[[str], str]) -> Callable[..., s
     return put
 
 
-@pytest.fixture
-def may_recreate(box: sandbox.Sandbox) -> Iterator[Callable[..., None]]:
-    """Let the scripts' user drop and create indices too; with arguments, only what they name."""
-    if not sandbox.SECURE:
-        yield lambda *actions: None
-        return
+class Recreation:
+    """The role that lets the scripts' user drop and create indices; a change of it costs 0.2 s."""
 
     role = f"recreate-{OWN}"
 
+    def __init__(self) -> None:
+        self.granted: tuple[str, ...] = ()
+
+    def allow(self, server: sandbox.Server, actions: tuple[str, ...]) -> None:
+        if sandbox.SECURE and actions != self.granted:
+            if actions:
+                server.grant(self.role, sandbox.recreate_role([f"{OWN}-*"], actions))
+            else:
+                server.take_back(self.role)
+            self.granted = actions
+
+
+recreation = Recreation()
+
+
+@pytest.fixture(autouse=True)
+def role_of_the_test(request: pytest.FixtureRequest, box: sandbox.Sandbox) -> None:
+    """Only a test that asks for it may recreate an index; the next one that asks finds the role still there."""
+    if "may_recreate" not in request.fixturenames:
+        recreation.allow(box.server, ())
+
+
+@pytest.fixture
+def may_recreate(box: sandbox.Sandbox) -> Callable[..., None]:
+    """Let the scripts' user drop and create indices too; with arguments, only what they name."""
+
     def allow(*actions: str) -> None:
-        box.server.grant(role, sandbox.recreate_role([f"{OWN}-*"], actions))
+        recreation.allow(box.server, actions)
 
     allow(*sandbox.RECREATE_PERMISSIONS)
-    yield allow
-    box.server.take_back(role)
+    return allow
 
 
 @pytest.fixture

@@ -46,7 +46,8 @@ MAJOR = int(VERSION.split(".")[0])
 SECURE = MAJOR < 3  # the security plugin of 3.x wants a module that is not published
 CLASSLOADER_VERSION = VERSION if MAJOR >= 3 else "2.19.1"  # the newest of the 2.19 line
 JAVA = ["-Xms1g", "-Xmx1g"]
-SMALL_JAVA = ["-Xms512m", "-Xmx512m", "-XX:TieredStopAtLevel=1"]  # for nodes that start often and do little
+BRIEF = "-XX:TieredStopAtLevel=1"  # for some minutes: compiled only roughly, which halves what starting and tests cost
+SMALL_JAVA = ["-Xms512m", "-Xmx512m", BRIEF]  # for nodes that start often and do little
 START_TIMEOUT_S = 180  # a cold disk and a busy machine; usually 8 s
 SECURITY_TIMEOUT_S = 30  # some tests at once change roles; each change takes 0.1 s
 
@@ -527,14 +528,14 @@ class Sandbox:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Sandbox]:
+def running(java: list[str] = JAVA) -> Iterator[Sandbox]:
     """Start everything, yield it, and stop it again whatever happens."""
     urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # the sandbox trusts what it has just made
     home = install()
     data = filled_data(home)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE, prefix="run-")))
-        server = OpenSearch(home, folder / "opensearch", data)
+        server = OpenSearch(home, folder / "opensearch", data, java=java)
         server.start()
         stack.callback(server.kill)
         moto_port = free_port()
