@@ -1,8 +1,8 @@
 """Replace the documents of an index by the rows of all CSV files under an S3 prefix, each row exactly once.
 
 Example:    python bulkupdate.py --bucket your-bucket --prefix your/prefix/ --index my_index_primary --batch-size 1000
-Exit codes: 0 the index holds every row, counted; 1 failed; 2 usage; 3 finished, with more rejected rows than accepted;
-            4 refused before anything was touched; 75 locked; 129, 130, 143 signals.
+Exit codes: 0 the index holds every row, counted; 1 failed; 2 usage; 3 finished, with more rejected rows than
+            MAX_REJECTS; 4 refused before the load touched anything; 75 locked; 129, 130, 143 signals.
 
 From top to bottom in the order of the data: list, look, read, parse, type, render, batch, send, handle item results.
 `Renderer` makes bulk text of records and knows no cluster; `BulkStore` stores bulk text and knows no CSV; the script
@@ -141,11 +141,9 @@ class Bucket:
         try:
             return self.client.get_object(Bucket=self.name, Key=item.key, IfMatch=item.etag, Range=span)["Body"]
         except ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             if may_pass(error):
                 raise
-            if status in (404, 412):
-                done = "deleted" if status == 404 else "replaced"
+            if done := {404: "deleted", 412: "replaced"}.get(error.response["ResponseMetadata"]["HTTPStatusCode"]):
                 raise OperationFailed(f"{place} was {done} since it was listed; run again") from None
             with aws_errors(place, "s3:GetObject (and kms:Decrypt for a key of your own)"):
                 raise
@@ -227,8 +225,7 @@ def header_of(key: str, block: Block) -> list[str]:
     if not block.rows or not block.rows[0] or isinstance(block.rows[0], Defect):
         raise Refused(f"{key}: the first line is not a CSV header; add the column names")
     columns = [name.strip() for name in block.rows[0]]
-    doubled = sorted({name for name in columns if columns.count(name) > 1 and name})
-    if doubled:
+    if doubled := sorted({name for name in columns if columns.count(name) > 1 and name}):
         raise Refused(f"{key}: doubled column names: {', '.join(doubled)}; rename them")
     if wrong := [name for name in columns if not all(name.split(".")) or name in METADATA_FIELDS]:
         names = ", ".join(map(repr, wrong))
@@ -604,14 +601,11 @@ RENDERERS: dict[str, Render] = {  # every other type: render_other
     "short": signed(16),
     "byte": signed(8),
     "unsigned_long": partial(render_integer, low=0, high=2**64 - 1),
-    **dict.fromkeys(["double", "float", "half_float", "scaled_float", "rank_feature"], render_float),
     "boolean": render_boolean,
-    **dict.fromkeys(["text", "keyword", "match_only_text", "wildcard"], render_text),
-    **dict.fromkeys(["constant_keyword", "search_as_you_type"], render_text),
-    **dict.fromkeys(["object", "nested", "flat_object", "percolator"], render_json),
-    **dict.fromkeys(["integer_range", "long_range", "float_range", "double_range"], render_json),
-    **dict.fromkeys(["date_range", "ip_range"], render_json),
-    **dict.fromkeys(["knn_vector", "sparse_vector", "rank_features"], render_json),
+    **dict.fromkeys("double float half_float scaled_float rank_feature".split(), render_float),
+    **dict.fromkeys("text keyword match_only_text wildcard constant_keyword search_as_you_type".split(), render_text),
+    **dict.fromkeys("object nested flat_object percolator knn_vector sparse_vector rank_features".split(), render_json),
+    **dict.fromkeys("integer_range long_range float_range double_range date_range ip_range".split(), render_json),
 }
 
 
@@ -1172,8 +1166,7 @@ class BulkUpdate(OpenSearchBaseManager):
             self.target.empty()
             sums = self._load(objects, schema.types)
             self.target.restore_settings()
-            self._verify_objects(objects)
-            self._verify_sums(sums)
+            self._verify_all_loaded(objects, sums)
             self._verify_count(sums)
         return sums
 
@@ -1181,8 +1174,7 @@ class BulkUpdate(OpenSearchBaseManager):
         """Load beside what the index holds."""
         self._add_fields(schema.added)
         sums = self._load(objects, schema.types)
-        self._verify_objects(objects)
-        self._verify_sums(sums)
+        self._verify_all_loaded(objects, sums)
         return sums
 
     def _add_fields(self, added: Mapping[str, Any]) -> None:
@@ -1216,13 +1208,6 @@ class BulkUpdate(OpenSearchBaseManager):
                 f"({limit:g}); nothing was changed: see why the producer has written nothing since"
             )
 
-    def _csv_objects(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
-        """List the prefix; return the objects to load, and READY_OBJECT, which is none of them whatever its name."""
-        ready_key = f"{self.settings.prefix.rstrip('/')}/{self.settings.ready_object}"
-        found = self.bucket.list_objects(self.settings.prefix, retry_seconds)
-        ready = next((item for item in found if item.key == ready_key), None)
-        return [item for item in found if item.is_csv() and item is not ready], ready
-
     def _refuse_unready(self, ready: S3Object | None, newest: S3Object) -> None:
         what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
         if not ready:
@@ -1232,6 +1217,13 @@ class BulkUpdate(OpenSearchBaseManager):
                 f"{what} is older than the newest object, {newest}: {ready}; nothing was changed: the producer is "
                 "still writing; run again when it has finished"
             )
+
+    def _csv_objects(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
+        """List the prefix; return the objects to load, and READY_OBJECT, which is none of them whatever its name."""
+        prefix, name = self.settings.prefix, self.settings.ready_object
+        found = self.bucket.list_objects(prefix, retry_seconds)
+        ready = next((item for item in found if name and item.key in (prefix + name, f"{prefix}/{name}")), None)
+        return [item for item in found if item.is_csv() and item is not ready], ready
 
     def _look(self, objects: list[S3Object]) -> Schema:
         """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
@@ -1319,17 +1311,14 @@ class BulkUpdate(OpenSearchBaseManager):
 
     # --- does it add up? ---
 
-    def _verify_objects(self, objects: list[S3Object]) -> None:
-        """Raise OperationFailed when S3 no longer holds what was loaded."""
+    def _verify_all_loaded(self, objects: list[S3Object], sums: Sums) -> None:
+        """Raise OperationFailed unless S3 holds what was loaded, and each row was stored, rejected or skipped."""
         now, _ = self._csv_objects(self.bucket.retry_seconds)  # all is stored: waiting pays
         if changed := sorted({item.key for item in set(now) ^ set(objects)}):
             raise OperationFailed(
                 f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
                 "again when it has finished"
             )
-
-    def _verify_sums(self, sums: Sums) -> None:
-        """Raise OperationFailed unless each row read was stored, rejected or skipped, and in the index seen first."""
         self.target.verify_same()
         if sums.read != sums.stored + sums.rejected + sums.skipped:
             raise OperationFailed(f"the rows do not add up: {sums}; run again")

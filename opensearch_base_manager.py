@@ -144,7 +144,7 @@ class Interrupted(BaseException):
 # --- this process: settings -------------------------------------------------------------------------------------------
 
 
-def number(text: str) -> float:
+def non_negative(text: str) -> float:
     """Parse a number >= 0."""
     try:
         value = float(text) if text.isascii() and "_" not in text else math.nan
@@ -293,8 +293,8 @@ SETTINGS = [
     Setting("OPENSEARCH_AUTH", "", "basic", either("basic", "sigv4"), "how requests are authenticated"),
     Setting("VERIFY_SSL", "", "false", boolean, "verify the certificate"),
     Setting("CA_BUNDLE", "", "", ca_file, "authorities to verify it against"),
-    Setting("RETRY_SECONDS", "", "300", number, "how long one request is tried again"),
-    Setting("WAIT_SECONDS", "--wait-seconds", "900", number, "seconds to wait for the shard copies of the target",
+    Setting("RETRY_SECONDS", "", "300", non_negative, "how long one request is tried again"),
+    Setting("WAIT_SECONDS", "--wait-seconds", "900", non_negative, "seconds to wait for the shard copies of the target",
             "switch_alias", by_variable="bulkupdate index_cleanup reindex"),
     Setting("LOG_LEVEL", "", "INFO", log_level, "what is logged"),
     Setting("LOG_DIR", "", "logs", own_folder, "run logs and rejects files", f"{ALL} run_refresh"),
@@ -328,14 +328,14 @@ SETTINGS = [
             "bulkupdate"),
     Setting("", "--delimiter", ",", one_character, "the character between cells", "bulkupdate"),
     Setting("MAX_REJECTS", "--max-rejects", "0", whole_number, "rejected rows that are accepted", "bulkupdate"),
-    Setting("MAX_AGE_HOURS", "--max-age-hours", "", number, "refuse when the newest object is older, in hours",
+    Setting("MAX_AGE_HOURS", "--max-age-hours", "", non_negative, "refuse when the newest object is older, in hours",
             "bulkupdate"),
     Setting("READY_OBJECT", "--ready-object", "", str,
             "a key below the prefix that has to be there, and no older than the newest file", "bulkupdate"),
     Setting("", "--no-cleanup", "", boolean, "add to what the index holds, replacing documents of the same id",
             "bulkupdate"),
-    Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", number, "documents a second at most, 0 for no limit",
-            "reindex"),
+    Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", non_negative,
+            "documents a second at most, 0 for no limit", "reindex"),
     Setting("LOAD_WITHOUT_REPLICAS", "--no-replicas", "false", boolean,
             "replicas 0 while loading, faster and without a second copy meanwhile", "bulkupdate reindex"),
     Setting("", "--dry-run", "", boolean, "make all checks, change nothing"),
@@ -345,7 +345,7 @@ SETTINGS = [
     Setting("S3_BUCKET", "", "your-bucket", one_line, "the bucket of the CSV files", "run_refresh"),
     Setting("S3_PREFIX", "", "your/prefix/", one_line, "the prefix of their keys", "run_refresh"),
     Setting("BATCH_SIZE", "", "1000", positive_int, "documents per request", "run_refresh"),
-    Setting("STEP_DELAY_SECONDS", "", "5", number, "seconds between two steps", "run_refresh"),
+    Setting("STEP_DELAY_SECONDS", "", "5", non_negative, "seconds between two steps", "run_refresh"),
     Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"), "which way", "run_refresh"),
 ]  # fmt: skip
 
