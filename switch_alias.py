@@ -277,8 +277,8 @@ class SwitchAlias(OpenSearchBaseManager):
         """Raise Refused when fields have another type, or too large a share of the documents has them no longer."""
         old, new = (fields_of(self._get_mapping(index)) for index in (self.source, self.target))
         if accepted := self.args.accept_fields:
-            unknown = [name for name in accepted if name not in old]
-            log.warning("not looked at: %s; not in %s: %s", listed(accepted), self.source, listed(unknown))
+            unknown = listed([name for name in accepted if name not in old])
+            log.warning("not looked at: %s; no such field in %s: %s", listed(accepted), self.source, unknown)
         compared = {name: field for name, field in old.items() if field.told and name not in accepted}
         retyped = {
             name: f"{field.type} -> {new[name].type}" for name, field in compared.items()
