@@ -315,7 +315,8 @@ class SwitchAlias(OpenSearchBaseManager):
             except RequestFailed as error:
                 if error.kind != "query_shard_exception":
                     raise
-                return None  # a type that knows no `exists`, such as rank_features
+                log.warning("field %s is not compared: %s", name, error.reason)  # such as rank_features
+                return None
             return had, self._count_field(self.target, name, new[name].nested) if name in new else 0
 
         names = [name for name, field in old.items() if field.type not in ("object", "nested")]
