@@ -280,6 +280,8 @@ class Setting:
         told = "; ".join([default] * bool(self.given() and self.parse is not boolean)
                          + [f"env: {self.variable}"] * bool(self.variable))  # fmt: skip
         kind: dict[str, Any] = {"action": "store_true"} if self.parse is boolean else {"type": self.parse}
+        if self.parse is field_names:
+            kind["action"] = "extend"
         text = f"{self.help} ({told})" if told else self.help
         parser.add_argument(self.flag, default=argparse.SUPPRESS, help=text, **kind)
 

@@ -257,8 +257,8 @@ class SwitchAlias(OpenSearchBaseManager):
         """Raise Refused when fields have another type, or too large a share of the documents has them no longer."""
         old, new = (fields_of(self._get_mapping(index)) for index in (self.source, self.target))
         if accepted := self.accepted:
-            unknown = [name for name in accepted if name not in old]
-            log.warning("not looked at: %s; not in %s: %s", listed(accepted), self.source, listed(unknown))
+            unknown = listed([name for name in accepted if name not in old])
+            log.warning("not looked at: %s; no such field in %s: %s", listed(accepted), self.source, unknown)
         compared = {name: field for name, field in old.items() if field.told and name not in accepted}
         retyped = {
             name: f"{field.type} -> {new[name].type}" for name, field in compared.items()
@@ -295,7 +295,8 @@ class SwitchAlias(OpenSearchBaseManager):
             except RequestFailed as error:
                 if error.kind != "query_shard_exception":
                     raise
-                return None  # a type that knows no `exists`, such as rank_features
+                log.warning("field %s is not compared: %s", name, error.reason)  # such as rank_features
+                return None
             return had, self._count_field(self.target, name, new[name].nested) if name in new else 0
 
         names = [name for name, field in old.items() if field.type not in ("object", "nested")]
