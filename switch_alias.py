@@ -421,11 +421,11 @@ class SwitchAlias(OpenSearchBaseManager):
         """Return a command with the options of this run, or other values of them."""
         words = ["python", "switch_alias.py", "--alias", self.alias, "--source", source, "--target", target]
         undo = undo or self.settings.undo
-        for setting in (setting for setting in settings_of("switch_alias") if setting.name in REPEATED):
-            text = option_text(other.get(setting.name, getattr(self.settings, setting.name)))
-            default = (setting.given() or "") == text == setting.default
-            if not default and (setting.name == "wait_seconds" or not undo):
-                words += [setting.flag, text]
+        settings = {setting.name: setting for setting in settings_of("switch_alias")}
+        for name in REPEATED if not undo else ["wait_seconds"]:
+            text = option_text(other.get(name, getattr(self.settings, name)))
+            if not (settings[name].given() or "") == text == settings[name].default:
+                words += [settings[name].flag, text]
         return " ".join(map(shell_word, words + ["--undo"] * undo))
 
     def _show_command(self) -> str:

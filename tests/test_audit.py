@@ -14,13 +14,13 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import Reader, count, sources, state_of
+from conftest import OWN, Reader, count, sources, state_of
 from fault_proxy import answer, delayed, edited, refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 TOP = Path(__file__).resolve().parent.parent
-ALIAS = "t-audit"
+ALIAS = f"{OWN}-audit"
 WORD = {"type": "keyword"}
 FLIGHT = {"carrier": WORD, "n": {"type": "long"}}
 FLIGHTS = [{"carrier": "UA", "n": n} for n in range(10)]
