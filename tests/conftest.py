@@ -34,6 +34,13 @@ TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
 OWN = f"t-{os.environ.get('PYTEST_XDIST_WORKER', 'one')}"
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 READER_PAUSE_S = 0.02  # what a reader could notice lasts a change of the cluster's state at least, 40 ms and more
+OWN_SERVER = re.compile(r"test_(node|sandbox)\.py|test_each_command_that_can_run")
+# the inner loop, about a minute: what can be asked of each script without waiting, and one whole refresh
+QUICK = re.compile(
+    r"/test_(messages|bad_input|base_manager|bulkupdate_types|switch_alias|signed|reader)\.py|/test_readme\.py.*(parse|role|"
+    r"flag|variable|json|code)|test_the_list_of_changes|test_the_target_holds|test_without_the_merge|"
+    r"test_every_readable_kind|test_every_defective_row|test_an_index_is_dropped_and_created|test_a_dry_run"
+)
 counter = itertools.count(1)
 STARTED = pytest.StashKey[sandbox.Sandbox]()
 
@@ -43,6 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not OWN_SERVER.search(item.nodeid))  # stable; the longest first, or all wait for them
+    for item in items:
+        if QUICK.search(item.nodeid):
+            item.add_marker("quick")
     if not config.getoption("--faults"):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)

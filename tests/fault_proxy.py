@@ -173,6 +173,19 @@ def after(action: Callable[[], Any]) -> Fault:
     return fault
 
 
+def at_the_end(action: Callable[[], Any]) -> Fault:
+    """Run `action` once, when the task that is asked about has ended, however often it is asked about (times=None)."""
+    actions = [action]
+
+    def fault(exchange: Exchange) -> None:
+        response = exchange.forward()
+        if actions and response.json().get("completed"):
+            actions.pop()()
+        exchange.reply(response.status_code, response.content)
+
+    return fault
+
+
 @dataclass
 class Rule:
     method: str

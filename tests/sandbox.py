@@ -49,6 +49,7 @@ JAVA = ["-Xms1g", "-Xmx1g"]
 BRIEF = "-XX:TieredStopAtLevel=1"  # for some minutes: compiled only roughly, which halves what starting and tests cost
 SMALL_JAVA = ["-Xms512m", "-Xmx512m", BRIEF]  # for nodes that start often and do little
 START_TIMEOUT_S = 180  # a cold disk and a busy machine; usually 8 s
+GIVES_UP = "uncaught exception in thread [main]"  # what the log of a server says that does not start
 SECURITY_TIMEOUT_S = 30  # some tests at once change roles; each change takes 0.1 s
 
 SECURITY = "/_plugins/_security/api"
@@ -374,15 +375,28 @@ class OpenSearch(Server):
             )
 
     def wait(self) -> None:
-        """Wait until the server answers its users. Raises RuntimeError, with the end of its log, when it does not."""
+        """Wait until the server answers its users. Raises RuntimeError, with its last error, if it does not."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self.process and self.process.poll() is None:
+        while time.monotonic() < deadline and self.process and self.process.poll() is None and not self.gives_up():
             with contextlib.suppress(RuntimeError, requests.RequestException):
                 self.request("GET", "/_cluster/health?wait_for_status=yellow&timeout=30s")
                 return
             time.sleep(0.2)
-        tail = (self.run / "opensearch.log").read_text(errors="replace")[-3000:]
-        raise RuntimeError(f"OpenSearch did not start:\n{tail}")
+        raise RuntimeError(f"OpenSearch does not start: {self.last_words()}")
+
+    def gives_up(self) -> bool:
+        """Say whether it has failed to start: it takes half a minute more until its process ends."""
+        return GIVES_UP in (self.run / "opensearch.log").read_text(errors="replace")
+
+    def last_words(self) -> str:
+        """Return the error that the log ends with, in one line; the whole log stays in .sandbox/opensearch.log."""
+        kept = CACHE / "opensearch.log"
+        shutil.copy(self.run / "opensearch.log", kept)
+        text = kept.read_text(errors="replace")
+        reason = re.search(rf"{re.escape(GIVES_UP)}\n(.+)", text)
+        lines = re.findall(r"(?im)^(?!\s*at ).*(?:exception|error|cannot).*$", text)
+        said = reason[1] if reason else (lines or ["it says nothing"])[-1]
+        return f"{said.strip()[:300]}; all that it says is in {kept}"
 
     def kill(self) -> None:
         """Stop the node at once; an orderly stop takes half a minute without native code, and loses no more."""
@@ -591,6 +605,28 @@ def run_command(command: list[str], environment: dict[str, str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+ADVICE = {  # what an error says, and what to do about it; the first that fits
+    "CERTIFICATE_VERIFY_FAILED|certificate verify": "give your CA in REQUESTS_CA_BUNDLE and SSL_CERT_FILE",
+    "proxy": "the proxy does not answer: check HTTPS_PROXY, HTTP_PROXY and NO_PROXY",
+    "No space left|Errno 28": f"free some disk space below {CACHE} (1 GB is enough)",
+    "already in use": "run it again, with other ports",
+    "all that it says is in": "see there",
+    "Connection|timed out|resolve|Max retries|ConnectionPool": "check the network, behind a proxy set HTTPS_PROXY",
+}
+
+
+def what_failed(error: BaseException) -> str:
+    """Return one line: the error, and what to do about it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    causes = [text]
+    cause = error.__cause__ or error.__context__
+    while cause:
+        causes.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    known = (todo for pattern, todo in ADVICE.items() if re.search(pattern, " ".join(causes), re.I))
+    return f"{text[:400]}; {next(known, f'look at it, or delete {CACHE} and run again')}"
+
+
 def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
@@ -602,8 +638,8 @@ def main(argv: list[str]) -> int:
     except FileNotFoundError as error:
         say(f"cannot run {error.filename}: {error.strerror}")
         return 127
-    except RuntimeError as error:
-        say(str(error))
+    except Exception as error:
+        say(what_failed(error))
         return 1
     except KeyboardInterrupt:
         return 130

@@ -10,7 +10,7 @@ import index_cleanup
 import opensearch_base_manager as base
 import pytest
 from conftest import count, state_of
-from fault_proxy import after, answer, edited
+from fault_proxy import after, answer, at_the_end, edited
 
 NUMBER = {"n": {"type": "long"}}
 TASK = "/_tasks/[^/?]+$"
@@ -137,7 +137,7 @@ def test_an_alias_that_comes_between_the_check_and_the_first_change_is_seen(inde
 
 
 def test_documents_that_come_during_the_first_round_go_in_the_second(index, cleanup, admin, proxy):
-    proxy.on("GET", TASK, after(lambda: admin("POST", f"/{index}/_doc", {"n": 7})))
+    proxy.on("GET", TASK, at_the_end(lambda: admin("POST", f"/{index}/_doc", {"n": 7})), times=None)
     outcome = cleanup(index, "--no-force-merge")
     assert outcome.code == 0, outcome.err
     assert len(proxy.seen("POST", "_delete_by_query")) == 2
@@ -200,7 +200,7 @@ def test_an_index_that_is_replaced_meanwhile_is_a_failure(index, cleanup, admin,
         admin("DELETE", f"/{index}")
         admin("PUT", f"/{index}", {})
 
-    proxy.on("GET", TASK, after(replace))
+    proxy.on("GET", TASK, at_the_end(replace), times=None)
     outcome = cleanup(index, "--no-force-merge")
     assert outcome.code == 1, outcome.err
     assert f"index {index} was deleted and created anew by somebody else" in outcome.last

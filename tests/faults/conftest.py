@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sandbox
 
-from .driver import World
+from .driver import OWN_PASSWORD, Account, World, add_roles
 
 
 @pytest.fixture
@@ -17,3 +17,29 @@ def world(
 ) -> Iterator[World]:
     with World(box, name, environment, tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+def account(world, name):
+    made = Account(world, name("user"))
+    yield made
+    made.delete()
+    assert OWN_PASSWORD not in "".join(run.out + run.err + run.log for run in world.runs)
+
+
+@pytest.fixture(scope="session")
+def alone(box: sandbox.Sandbox) -> Iterator[sandbox.OpenSearch]:
+    with sandbox.cluster(1) as [node]:
+        add_roles(node)
+        yield node
+
+
+@pytest.fixture
+def world_alone(
+    alone: sandbox.OpenSearch, box: sandbox.Sandbox, name: Callable[[str], str], environment: dict[str, str],
+    tmp_path: Path,
+) -> Iterator[World]:  # fmt: skip
+    """A world on a node of its own, for what changes a whole node: others share that of the session."""
+    with World(sandbox.Sandbox(alone, box.environment), name, environment, tmp_path) as made:
+        yield made
+    alone.request("DELETE", f"/{made.primary},{made.secondary}")

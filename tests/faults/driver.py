@@ -8,6 +8,7 @@ def test_something(world):
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
 import hashlib
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import sandbox
-from conftest import Reader, fill
+from conftest import TEST_PATTERNS, Reader, fill
 from fault_proxy import FaultProxy
 
 TOP = Path(__file__).resolve().parents[2]
@@ -33,6 +34,7 @@ MAPPING = {"properties": {name: {"type": kind} for name, kind in TYPES.items()},
 SETTINGS = {"number_of_replicas": 1, "refresh_interval": "7s"}
 OLD = [{"n": n, "half": n / 2, "word": "old"} for n in range(40)]
 NEW_ROWS = 43  # within the threshold of 10 %
+OWN_PASSWORD = "of-the-Test-only-2026!"
 BATCH_SIZE = 10  # so that a load takes several requests
 SECRETS = [sandbox.PASSWORD, b64encode(f"{sandbox.USER}:{sandbox.PASSWORD}".encode()).decode()]
 GIVEN = ("uuid", "creation_date")  # by the server, to each index that is created
@@ -209,3 +211,38 @@ class World:
 
 def changes_state(method: str, path: str) -> bool:
     return method in ("PUT", "DELETE") or (method == "POST" and not READ_ONLY.search(path.split("?")[0]))
+
+
+class Account:
+    """A user of one's own with the role of the README on the indices of one world, less what is taken away."""
+
+    def __init__(self, world: World, user: str) -> None:
+        self.server, self.user = world.box.server, user
+        self.whole = sandbox.refresh_role([world.primary, world.secondary, world.alias])
+        self.login = {"OPENSEARCH_USERNAME": user, "OPENSEARCH_PASSWORD": OWN_PASSWORD}
+        self.server.add_user(user, OWN_PASSWORD)
+        self.allow_all()
+
+    def allow_all(self) -> None:
+        self.server.grant(self.user, self.whole, self.user)
+
+    def take_away(self, kind: str, permission: str) -> None:
+        role = copy.deepcopy(self.whole)
+        actions = role["cluster_permissions"] if kind == "cluster" else role["index_permissions"][0]["allowed_actions"]
+        actions.remove(permission)
+        self.server.grant(self.user, role, self.user)
+
+    def lacks(self, permission: str) -> str:
+        """Return what one line has to say: the user, and the action, where the role has a pattern."""
+        action = re.escape(permission).replace(r"\*", r"[\w/]*(\[\w+\])?")
+        return rf"(?m)^(?=.*\b{self.user}\b).*[ \[]{action}($|[\],; ])"
+
+    def delete(self) -> None:
+        self.server.take_back(self.user)
+        self.server.change_security("DELETE", f"internalusers/{self.user}")
+
+
+def add_roles(node: sandbox.OpenSearch) -> None:
+    if sandbox.SECURE:
+        node.grant("tests", sandbox.refresh_role(TEST_PATTERNS))
+        node.grant("recreate", sandbox.recreate_role(["t-*"]))

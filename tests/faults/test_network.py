@@ -15,7 +15,7 @@ from fault_proxy import (
     reset_in_request,
 )  # fmt: skip
 
-from .driver import World
+from .driver import OWN_PASSWORD, World
 
 # What is disturbed, in the order of a refresh: method, path, how many like it come before, the step it belongs to.
 POINTS = {
@@ -345,15 +345,15 @@ def test_a_user_who_is_no_longer_accepted_ends_the_run_and_is_named(world, point
 @pytest.mark.long
 @pytest.mark.skipif(not sandbox.SECURE, reason="no users without the security plugin")
 @pytest.mark.parametrize("point", ["the start of the copy", "a bulk request"])
-def test_a_password_that_is_changed_during_the_run_ends_it(world, point):
+def test_a_password_that_is_changed_during_the_run_ends_it(world, point, account):
     def change(password: str) -> None:
-        world.admin("PUT", f"/_plugins/_security/api/internalusers/{sandbox.USER}", {"password": password})
+        account.server.add_user(account.user, password)
 
     rule = disturb(world, point, after(lambda: change("Another-0ne-From-Now-On")))
     try:
-        run = world.refresh()
+        run = world.refresh(**account.login)
     finally:
-        change(sandbox.PASSWORD)
-    world.expect(run, code=1, message=f"401 Unauthorized; user {sandbox.USER} is not accepted: check user and password")
+        change(OWN_PASSWORD)
+    world.expect(run, code=1, message=f"401 Unauthorized; user {account.user} is not accepted: check user and password")
     assert took_place(rule)
-    world.heal()
+    world.heal(**account.login)

@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import requests
 import sandbox
-from conftest import TEST_PATTERNS, Reader
+from conftest import Reader
 from fault_proxy import Exchange, Fault
 
-from .driver import OLD, Run, World
+from .driver import OLD, Run, World, add_roles
 
 PATIENCE = {"RETRY_SECONDS": "150", "WAIT_SECONDS": "150"}  # a node is back in 10 s, on a busy machine in 60
 FEW_AT_A_TIME = {"REQUESTS_PER_SECOND": "3"}  # copies 30 documents, then waits 10 s for the other ten
 Nodes = list[sandbox.OpenSearch]
+pytestmark = pytest.mark.xdist_group("node")  # the nodes are started once
 
 
 def eventually(look: Callable[[], Any], seconds: float = 90) -> Any:
@@ -32,12 +33,6 @@ def eventually(look: Callable[[], Any], seconds: float = 90) -> Any:
             return found
         time.sleep(0.1)
     raise AssertionError("it did not come about")
-
-
-def add_roles(node: sandbox.OpenSearch) -> None:
-    if sandbox.SECURE:
-        node.grant("tests", sandbox.refresh_role(TEST_PATTERNS))
-        node.grant("recreate", sandbox.recreate_role(["t-*"]))
 
 
 def revive(nodes: Nodes) -> None:
@@ -94,13 +89,6 @@ class Witness(Reader):
     def outage(self, text: str) -> None:
         self.outages.append(text[:300])
         super().outage(text)
-
-
-@pytest.fixture(scope="module")
-def alone(box: sandbox.Sandbox) -> Iterator[sandbox.OpenSearch]:
-    with sandbox.cluster(1) as [node]:
-        add_roles(node)
-        yield node
 
 
 @pytest.fixture

@@ -186,15 +186,17 @@ class Breaker:
 
 
 @pytest.fixture
-def breaker(world: World) -> Iterator[Breaker]:
-    made = Breaker(world)
-    world.proxy.on("POST", "/_bulk", made, times=None)
+def breaker(world_alone: World) -> Iterator[Breaker]:
+    made = Breaker(world_alone)
+    world_alone.proxy.on("POST", "/_bulk", made, times=None)
     yield made
     made.set(None)
 
 
 @pytest.mark.long
-def test_a_circuit_breaker_that_closes_again_is_waited_for(world, breaker):
+@pytest.mark.xdist_group("node")
+def test_a_circuit_breaker_that_closes_again_is_waited_for(world_alone, breaker):
+    world = world_alone
     breaker.lift_after = 5
     run = world.refresh()
     world.expect(run, code=0)
@@ -205,7 +207,9 @@ def test_a_circuit_breaker_that_closes_again_is_waited_for(world, breaker):
 
 
 @pytest.mark.long
-def test_a_circuit_breaker_that_stays_open_ends_the_run_with_its_reason(world, breaker):
+@pytest.mark.xdist_group("node")
+def test_a_circuit_breaker_that_stays_open_ends_the_run_with_its_reason(world_alone, breaker):
+    world = world_alone
     message = f"POST /{world.primary}/_bulk: 429 circuit_breaking_exception: .*Data too large"
     world.expect(world.refresh(RETRY_SECONDS="3"), code=1, message=message)
     assert breaker.tripped > 3

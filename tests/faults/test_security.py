@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import re
 import socket
@@ -19,10 +18,9 @@ import sandbox
 from conftest import fill, secured
 from fault_proxy import HOP_BY_HOP, Exchange, FaultProxy, answer
 
-from .driver import OLD, SECRETS, TOP, World
+from .driver import OLD, SECRETS, TOP
 
 long = pytest.mark.long
-OWN_PASSWORD = "of-the-Test-only-2026!"
 
 
 # --- the role ---------------------------------------------------------------------------------------------------------
@@ -36,43 +34,6 @@ NEEDED = [(kind, permission) for kind, permissions in
           (("cluster", sandbox.CLUSTER_PERMISSIONS), ("index", sandbox.INDEX_PERMISSIONS))
           for permission in permissions if permission not in OTHERWISE]  # fmt: skip
 SHORT = "indices:data/write/delete"  # is missed inside a task on the server, where the answer to its start is 200
-
-
-class Account:
-    """A user of one's own with the role of the README on the indices of one world, less what is taken away."""
-
-    def __init__(self, world: World, user: str) -> None:
-        self.server, self.user = world.box.server, user
-        self.whole = sandbox.refresh_role([world.primary, world.secondary, world.alias])
-        self.login = {"OPENSEARCH_USERNAME": user, "OPENSEARCH_PASSWORD": OWN_PASSWORD}
-        self.server.add_user(user, OWN_PASSWORD)
-        self.allow_all()
-
-    def allow_all(self) -> None:
-        self.server.grant(self.user, self.whole, self.user)
-
-    def take_away(self, kind: str, permission: str) -> None:
-        role = copy.deepcopy(self.whole)
-        actions = role["cluster_permissions"] if kind == "cluster" else role["index_permissions"][0]["allowed_actions"]
-        actions.remove(permission)
-        self.server.grant(self.user, role, self.user)
-
-    def lacks(self, permission: str) -> str:
-        """Return what one line has to say: the user, and the action, where the role has a pattern."""
-        action = re.escape(permission).replace(r"\*", r"[\w/]*(\[\w+\])?")
-        return rf"(?m)^(?=.*\b{self.user}\b).*[ \[]{action}($|[\],; ])"
-
-    def delete(self) -> None:
-        self.server.take_back(self.user)
-        self.server.change_security("DELETE", f"internalusers/{self.user}")
-
-
-@pytest.fixture
-def account(world, name):
-    made = Account(world, name("user"))
-    yield made
-    made.delete()
-    assert OWN_PASSWORD not in "".join(run.out + run.err + run.log for run in world.runs)
 
 
 def test_each_permission_of_the_role_is_taken_away_by_a_test():
