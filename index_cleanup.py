@@ -45,25 +45,28 @@ class TargetIndex:
             ...                             # counted
                                             # the marker is gone: only here is the index finished
 
-    What a kill leaves on the server, after each request that changes something, and who heals it:
+    What a kill leaves on the server, by the request that was sent last. A run is healed by the next script that is to
+    write to the index, on whatever host: `claim` restores the index and its settings, and a `fill` that ends well
+    replaces the marker. Until then switch_alias.py refuses the index, and reindex.py does not copy from it.
 
-        sent last                 what stands there                       healed by
-        the marker                marker, all documents                   claim() of the next load or copy: its own
-        settings of the load      marker, refresh_interval -1             marker replaces this one, and goes at its
-        a deletion, documents     marker, -1, a part of the documents     end; settings that still have the value of
-        settings restored         marker, documents not counted           the load are restored at once. Until then
-                                                                          switch_alias.py refuses the index.
-        task started              the task runs on                        claim(): cancelled, being ours and of
-                                                                          this host; awaited if of another host
-      empty() by recreate, in a fill() as above:
-        creation of the backup    index and backup index                  claim(): the index has the UUID that the
-                                                                          backup names, so the backup is deleted
-        deletion of the index     backup index alone, with the marker     claim(): the index is created from it
-        creation of the index     both, the index empty                   claim(): the same definition, so the
-                                                                          backup is deleted
-        deletion of the backup    the index, empty, with the marker       as above
-      somebody creates the missing index from guesses (a stray write): claim() refuses where mapping or settings
-      differ from the backup, and says which of the two to delete.
+        the marker is written     marker; all documents are there
+        settings are changed      marker, refresh interval -1 (and replicas 0, if asked)
+        a deletion, documents     the same, and a part of the documents; a task of the server runs on: claim() cancels
+                                  ours of this host, waits for ours of another host, refuses a stranger's
+        settings are restored     marker; the documents are not counted
+        the marker is taken out   nothing is left to heal
+
+    and while a fill empties by recreate, the marker and the settings of the load being part of the definition:
+
+        backup index created      index and backup: claim() sees the UUID that the backup names, and deletes the backup
+        PUT of the index          as above; it is sent to be refused, and shows that the index could be created
+        index deleted             the backup alone: claim() creates the index from it
+        index created             index, empty, and backup: claim() sees the same definition, and deletes the backup
+        backup deleted            the index, empty, with the marker
+
+    Where somebody else creates the missing index (a stray write does, from guesses), claim() refuses if it lacks
+    anything that the backup holds. A backup that may not be read (403) is told where the index is missing, and keeps
+    the index from being recreated. Where no marker can be written, nothing tells that an index is unfinished.
     """
 
     def __init__(self, manager: OpenSearchBaseManager, name: str, *, method: str, shared: bool = False) -> None:
@@ -71,6 +74,7 @@ class TargetIndex:
         self.backup = BackupIndex(manager, name)
         self.uuid = ""
         self._marker: dict[str, Any] | None = None  # ours, while it stands
+        self._emptied = False  # or a part of it
 
     # --- claim ---
 
@@ -109,6 +113,8 @@ class TargetIndex:
             return self._go_on_without_backup(error)
         if kept is None:
             return
+        # a deletion without a response may still be queued: what is read next is read when it is carried out
+        self.manager.request("GET", "/_cluster/health", params={"wait_for_events": "languid"}, accept=[408])
         if now := read_index(self.manager, self.name):
             self.backup.refuse_another_index(kept, now)
             if not self.manager.dry_run:
@@ -124,11 +130,12 @@ class TargetIndex:
         """Whoever never recreates needs no right to read backups; only where one may be needed its lack is told."""
         if self.manager.request("HEAD", f"/{self.name}", accept=[404]).status == 404:
             raise OperationFailed(
-                f"index {self.name} does not exist, and whether {self.backup.name} holds its definition cannot be "
-                f"seen: {forbidden}. Give that permission and run again, or create the index"
+                f'index {self.name} does not exist; create it first (README, "Setting up"), unless {self.backup.name} '
+                f"holds its definition, which could not be read: {forbidden}"
             )
         if self.method == "recreate":
-            log.warning("whether a run died while it recreated %s cannot be seen: %s", self.name, forbidden)
+            log.warning("index %s is not recreated, its documents are deleted one by one: %s", self.name, forbidden)
+            self.method = "delete"
 
     def _recover_settings(self) -> None:
         """Restore what a load that died left changed; its marker stays until a fill has replaced it and ended well."""
@@ -163,13 +170,13 @@ class TargetIndex:
         except BaseException as failure:
             try:
                 finished_in_any_case(self.restore_settings)
-                if self._marker and isinstance(failure, Refused):  # nothing was deleted, or another run has filled it
+                if self._marker and isinstance(failure, Refused) and not self._emptied:
                     self._write_marker(former)
             except OperationFailed as error:
                 log.error("index %s: its settings are not restored yet, the next run does it: %s", self.name, error)
             raise
         if self._marker:
-            self._write_marker(None)
+            self._write_marker(None)  # only here the index is finished
 
     def restore_settings(self) -> None:
         """Restore what `fill` has changed, and read it back."""
@@ -189,9 +196,18 @@ class TargetIndex:
             return False
 
     def _write_marker(self, marker: Mapping[str, Any] | None) -> None:
-        """Put our marker into `_meta` beside what others keep there, or take it out; an update replaces all of it."""
+        """Put a marker into `_meta` beside what others keep there, or take it out; an update replaces all of it.
+
+        Raises OperationFailed where ours was to be replaced and another run's is there instead.
+        """
         meta = dict(self.manager._get_mapping(self.name).get("_meta", {}))
-        meta.pop(SUITE, None)
+        there = meta.pop(SUITE, None)
+        if marker != self._marker != there:
+            self.verify_same()
+            raise OperationFailed(
+                f"index {self.name}: another run has begun to fill it meanwhile, and its marker stays: {there}; see "
+                "that one of the two has ended well, or run again"
+            )
         self.manager.request("PUT", f"/{self.name}/_mapping", {"_meta": {**meta, SUITE: marker} if marker else meta})
 
     def _change_settings(self, wanted: Mapping[str, str]) -> None:
@@ -233,6 +249,7 @@ class TargetIndex:
         if self.method == "recreate" and self._recreate():
             return found
         found = self.manager._get_index_count(self.name) if found is None else found
+        self._emptied = True
         self._delete_documents(found)
         return found
 
@@ -266,20 +283,24 @@ class TargetIndex:
 
     def _recreate(self) -> bool:
         """Delete the index and create it anew; say whether it was done, or is forbidden and everything is as it was."""
-        began, deleting = time.monotonic(), False
+        began = time.monotonic()
         try:
             definition = self._validate_definition()
             self.refuse_live()
             self.verify_same()
-            deleting = True
+            self._emptied = True
             self._delete_index()
             create_index(self.manager, self.name, definition)
         except CannotRecreate as error:
+            self._emptied = False
             self.backup.delete()
             log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, error)
             return False
         except BaseException as failure:
-            self._after_failed_recreate(deleting, failure)
+            if not self._emptied:
+                finished_in_any_case(self.backup.delete)
+            else:  # a deletion that was sent may yet be carried out: then the backup is all that is left
+                self._restore_after(failure, definition)
             raise
         self.backup.delete()
         self.uuid = self.manager._uuid(self.name)  # the new one is ours from here on
@@ -321,10 +342,9 @@ class TargetIndex:
                 raise
             raise CannotRecreate(str(error)) from None
 
-    def _after_failed_recreate(self, deleting: bool, failure: BaseException) -> None:
-        """Clean up; a deletion that was sent may yet be carried out: then the backup is all that is left."""
+    def _restore_after(self, failure: BaseException, definition: Mapping[str, Any]) -> None:
         try:
-            finished_in_any_case(self.backup.restore if deleting else self.backup.delete)
+            finished_in_any_case(lambda: self.backup.restore(definition))
         except OperationFailed as error:
             log.error("index %s is not restored yet, the next run does it: %s", self.name, error)
             self._marker = None  # it is in the backup, and comes back with the index
@@ -364,10 +384,15 @@ class BackupIndex:
             definition["mappings"]["_meta"] = meta
         return definition, str(kept["uuid"])
 
-    def restore(self) -> None:
-        """Create the index from its definition, if it is gone; the backup of one that is there stays."""
-        if (kept := self.read()) and not read_index(self.manager, self.index):
-            create_index(self.manager, self.index, kept[0])
+    def restore(self, known: Mapping[str, Any] | None = None) -> None:
+        """Create the index from its definition, if it is gone; the backup of one that is there stays.
+
+        `known` is that definition, where somebody may have deleted the backup.
+        """
+        kept = self.read()
+        definition = kept[0] if kept else known
+        if definition and not read_index(self.manager, self.index):
+            create_index(self.manager, self.index, definition)
             self.delete()
             log.info("index %s is restored, empty", self.index)
 
@@ -379,15 +404,17 @@ class BackupIndex:
             log.warning("the empty index %s stays; delete it: %s", self.name, error)
 
     def refuse_another_index(self, kept: tuple[dict[str, Any], str], now: Mapping[str, Any]) -> None:
-        """Raise Refused when an index was created meanwhile, and not from this definition."""
+        """Raise Refused when an index was created meanwhile that lacks something of this definition."""
         definition, uuid = kept
         if now["settings"]["index.uuid"] == uuid:  # it was never deleted
             return
         if different := differences(definition, definition_of(now)):
+            live = ", ".join(now["aliases"])
+            delete = f"Delete {self.index}, so that the next run creates it from {self.name}, or delete {self.name}"
             raise Refused(
                 f"index {self.index} has lost its definition of {', '.join(different)}: a run died between deleting "
-                f"and creating it, and somebody else created it. Delete {self.index}, so that the next run creates it "
-                f"from {self.name}, or delete {self.name} if {self.index} is right"
+                f"and creating it, and somebody else created it. {f'Delete {self.name}' if live else delete} if "
+                f"{self.index} is right{live and f' (readers are on it, by {live})'}"
             )
 
 
@@ -413,15 +440,28 @@ def definition_of(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(definition: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the fields, parameters of the mapping and settings that are not the same; our marker does not count."""
+    """Return what another index has not, or otherwise: fields, parameters of the mapping, settings.
 
-    def parts(of: Mapping[str, Any]) -> dict[str, Any]:
-        mappings = {name: value for name, value in of["mappings"].items() if name not in ("properties", "_meta")}
-        meta = {name: value for name, value in of["mappings"].get("_meta", {}).items() if name != SUITE}
-        return {**dict(field_definitions(of["mappings"])), **mappings, **of["settings"], "_meta": meta}
+    Further fields are none, since documents bring them; nor are our marker, the settings that it says to restore, and
+    the block that the server sets and removes by itself.
+    """
+    ours, theirs = parts_of(definition), parts_of(other)
+    further = {name for name, _ in field_definitions(other["mappings"])} - set(ours)
+    return [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name) and name not in further]
 
-    ours, theirs = parts(definition), parts(other)
-    return [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+
+def parts_of(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a definition name by name, as it is when no load is under way."""
+    mappings, settings = dict(definition["mappings"]), dict(definition["settings"])
+    meta = dict(mappings.pop("_meta", {}))
+    marker = meta.pop(SUITE, None) or {"found": {}, "set": {}}
+    for name, value in marker["found"].items():
+        if settings.get(name) == marker["set"].get(name):
+            settings[name] = value
+    settings.pop("index.blocks.read_only_allow_delete", None)
+    fields = dict(field_definitions(mappings))
+    mappings.pop("properties", None)
+    return {**fields, **mappings, **settings, "_meta": meta}
 
 
 def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping[str, Any]) -> None:
@@ -441,7 +481,7 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
         return
     if exists:
         raise exists
-    manager.request("DELETE", f"/{index}", accept=[404])
+    manager.request("DELETE", f"/{index}", idempotent=False, retry=False, accept=[404])  # once: as in _delete_index
     brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
     raise OperationFailed(
         f"an index template (or another run) gives a new index {index} {brought}, so it is deleted again; change the "

