@@ -128,7 +128,7 @@ class TargetIndex:
 
     def _go_on_without_backup(self, forbidden: RequestFailed) -> None:
         """Whoever never recreates needs no right to read backups; only where one may be needed its lack is told."""
-        if self.manager.request("HEAD", f"/{self.name}", accept=[404]).status == 404:
+        if self.manager.request("GET", f"/{self.name}/_settings", accept=[404]).status == 404:
             raise OperationFailed(
                 f'index {self.name} does not exist; create it first (README, "Setting up"), unless {self.backup.name} '
                 f"holds its definition, which could not be read: {forbidden}"

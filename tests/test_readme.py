@@ -97,7 +97,7 @@ NOT_RUN = ("tests/sandbox.sh ", "tests/run.sh", "python3 -m venv")
 @pytest.mark.timeout(900)
 def test_each_command_that_can_run_does_one_after_the_other(tmp_path):
     """In a sandbox of its own, in which the names of the README stand for real indices, alias and objects."""
-    with sandbox.running([*sandbox.JAVA, sandbox.BRIEF]) as own:
+    with sandbox.running() as own:
         variables = {
             **os.environ, **own.environment, "ENDPOINT": own.server.endpoint,
             "ADMIN": f"{sandbox.ADMIN}:{sandbox.ADMIN_PASSWORD}",
