@@ -1,4 +1,4 @@
-"""Emptying an index by dropping and creating it: the same index afterwards, whatever comes in between."""
+"""Emptying an index by deleting and creating it: the same index afterwards, whatever comes in between."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def kinds_of(proxy):
 # --- it is the same index, empty --------------------------------------------------------------------------------------
 
 
-def test_an_index_is_dropped_and_created_with_the_same_definition(index, recreate, admin, proxy):
+def test_an_index_is_deleted_and_created_with_the_same_definition(index, recreate, admin, proxy):
     wanted, former = definition(admin, index), uuid_of(admin, index)
     outcome = recreate(index)
     assert outcome.code == 0, outcome.err
@@ -69,7 +69,7 @@ def test_an_index_is_dropped_and_created_with_the_same_definition(index, recreat
     assert count(admin, index) == 0
     assert not exists(admin, f"{index}-recreate")
     assert proxy.seen("POST", "_delete_by_query") == []
-    # the sibling, the try that cannot succeed, the drop, the index, and the sibling goes
+    # the backup, the try that cannot succeed, the deletion, the index, and the backup goes
     assert kinds_of(proxy) == [("PUT", "-recreate"), ("PUT", ""), ("DELETE", ""), ("PUT", ""), ("DELETE", "-recreate")]
 
 
@@ -108,7 +108,7 @@ def test_a_live_index_is_refused_untouched(index, name, recreate, admin):
     assert state_of(admin, index) == before
 
 
-def test_an_alias_that_comes_right_before_the_drop_is_seen(index, name, recreate, admin, proxy):
+def test_an_alias_that_comes_right_before_the_deletion_is_seen(index, name, recreate, admin, proxy):
     add = {"actions": [{"add": {"index": index, "alias": name("alias")}}]}
     proxy.on("PUT", f"^/{index}-recreate", after(lambda: admin("POST", "/_aliases", add)))
     outcome = recreate(index)
@@ -129,7 +129,7 @@ def assert_deleted_instead(outcome, admin, index, former, reason):
 
 @secured
 @pytest.mark.parametrize("missing", ["indices:admin/create", "indices:admin/delete"])
-def test_without_a_permission_nothing_is_dropped(missing, index, may_recreate, recreate, admin):
+def test_without_a_permission_nothing_is_deleted(missing, index, may_recreate, recreate, admin):
     may_recreate(*(set(sandbox.RECREATE_PERMISSIONS) - {missing}))
     former = uuid_of(admin, index)
     outcome = recreate(index, "--no-force-merge")
@@ -138,7 +138,7 @@ def test_without_a_permission_nothing_is_dropped(missing, index, may_recreate, r
         assert f"the empty index {index}-recreate stays" in outcome.err
 
 
-def test_an_index_named_like_the_sibling_is_left_alone(index, make_index, recreate, admin):
+def test_an_index_named_like_the_backup_is_left_alone(index, make_index, recreate, admin):
     other = make_index("index-recreate", NUMBER, docs=2, alias=f"{index}-of-somebody")
     former, before = uuid_of(admin, index), state_of(admin, other)
     outcome = recreate(index, "--no-force-merge")
@@ -146,7 +146,7 @@ def test_an_index_named_like_the_sibling_is_left_alone(index, make_index, recrea
     assert state_of(admin, other) == before
 
 
-def test_a_running_snapshot_forbids_the_drop(index, make_index, recreate, admin, box, name):
+def test_a_running_snapshot_forbids_the_deletion(index, make_index, recreate, admin, box, name):
     large = make_index("large", {"text": {"type": "keyword"}})
     noise = random.Random(1)
     lines = "".join(f'{{"index":{{}}}}\n{{"text":"{noise.randbytes(200).hex()}"}}\n' for _ in range(2000))
@@ -214,13 +214,15 @@ def test_an_index_that_a_template_for_its_name_alone_changes_stays_away_until_th
     assert list(admin("GET", f"/{index}*")) == [index]
 
 
-# --- lost answers, and runs that died ---------------------------------------------------------------------------------
+# --- no response, and runs that died ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "path"), [("PUT", "index-recreate"), ("DELETE", "index"), ("PUT", "index"),
                                               ("DELETE", "index-recreate")])  # fmt: skip
 @pytest.mark.parametrize("fault", [lost_answer, answer(504, "<html>Gateway Time-out</html>")])
-def test_a_lost_answer_is_got_over_and_no_drop_is_sent_twice(method, path, fault, index, recreate, admin, proxy, name):
+def test_no_response_is_got_over_and_no_deletion_is_sent_twice(
+    method, path, fault, index, recreate, admin, proxy, name
+):
     def lost(exchange: Exchange) -> None:
         exchange.forward()
         fault(exchange) if fault is not lost_answer else exchange.drop()
@@ -236,8 +238,8 @@ def test_a_lost_answer_is_got_over_and_no_drop_is_sent_twice(method, path, fault
     assert not exists(admin, f"{index}-recreate")
 
 
-def test_a_drop_that_arrives_late_costs_nothing(index, recreate, admin, proxy, run):
-    """The answer is lost and the index is still there: nobody goes on, and the sibling keeps the definition."""
+def test_a_deletion_that_arrives_late_costs_nothing(index, recreate, admin, proxy, run):
+    """The answer is lost and the index is still there: nobody goes on, and the backup keeps the definition."""
     wanted = definition(admin, index)
     proxy.on("DELETE", f"^/{index}$", Exchange.drop)
     outcome = recreate(index)
@@ -250,7 +252,7 @@ def test_a_drop_that_arrives_late_costs_nothing(index, recreate, admin, proxy, r
     assert not exists(admin, f"{index}-recreate")
 
 
-def test_an_index_that_another_run_has_created_and_made_live_meanwhile_is_not_dropped(
+def test_an_index_that_another_run_has_created_and_made_live_meanwhile_is_not_deleted(
     index, recreate, admin, proxy, name
 ):
     """The creation is answered by "already exists": it may be the other run's index, with readers on it."""
@@ -270,8 +272,8 @@ def test_an_index_that_another_run_has_created_and_made_live_meanwhile_is_not_dr
 
 
 @pytest.fixture
-def dropped(index, recreate, proxy, admin):
-    """An index that is missing, since a run died between the drop and the creation; and what it was."""
+def deleted(index, recreate, proxy, admin):
+    """An index that is missing, since a run died between the deletion and the creation; and what it was."""
     wanted = definition(admin, index)
     dead = proxy.on("PUT", f"^/{index}$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
                     skip=1, times=None)  # fmt: skip
@@ -294,8 +296,8 @@ def commands(index, make_index, put_csv, properties):
 
 @pytest.mark.parametrize(("script", "documents"), [("cleanup", 0), ("copy", 2), ("load", 2)])
 @pytest.mark.parametrize("method", ["delete", "recreate"])
-def test_the_next_run_on_whatever_machine_puts_the_index_back(
-    script, documents, method, dropped, index, make_index, put_csv, run, admin, monkeypatch, tmp_path
+def test_the_next_run_on_whatever_machine_restores_the_index(
+    script, documents, method, deleted, index, make_index, put_csv, run, admin, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(base, "HOST", "another")
     monkeypatch.setenv("LOCK_DIR", str(tmp_path / "locks of another"))
@@ -303,14 +305,14 @@ def test_the_next_run_on_whatever_machine_puts_the_index_back(
     outcome = run(*commands(index, make_index, put_csv, PROPERTIES)[script])
     assert outcome.code == 0, outcome.err
     assert f"index {index} is missing: a run died between deleting and creating it" in outcome.err
-    assert definition(admin, index) == dropped
+    assert definition(admin, index) == deleted
     assert count(admin, index) == documents
     assert not exists(admin, f"{index}-recreate")
 
 
 @pytest.mark.parametrize("script", ["cleanup", "copy", "load"])
 def test_a_dry_run_meets_a_missing_index_and_changes_nothing(
-    script, dropped, index, make_index, put_csv, run, admin, proxy
+    script, deleted, index, make_index, put_csv, run, admin, proxy
 ):
     command = commands(index, make_index, put_csv, PROPERTIES)[script]
     proxy.requests.clear()
@@ -320,8 +322,8 @@ def test_a_dry_run_meets_a_missing_index_and_changes_nothing(
     assert {method for method, path, _ in proxy.requests if not path.endswith("_refresh")} == {"GET"}
 
 
-def test_an_index_that_somebody_creates_from_guesses_is_refused_while_the_sibling_knows_better(
-    dropped, index, recreate, admin
+def test_an_index_that_somebody_creates_from_guesses_is_refused_while_the_backup_knows_better(
+    deleted, index, recreate, admin
 ):
     admin("POST", f"/{index}/_doc?refresh=true", {"n": 1, "text": "a stray write creates the index"})
     for more in ([], ["--dry-run"]):
@@ -331,10 +333,10 @@ def test_an_index_that_somebody_creates_from_guesses_is_refused_while_the_siblin
     assert exists(admin, f"{index}-recreate")
     admin("DELETE", f"/{index}")
     assert recreate(index).code == 0
-    assert definition(admin, index) == dropped
+    assert definition(admin, index) == deleted
 
 
-def test_an_index_that_is_blocked_fails_and_its_sibling_goes(index, recreate, admin):
+def test_an_index_that_is_blocked_fails_and_its_backup_goes(index, recreate, admin):
     admin("PUT", f"/{index}/_settings", {"index.blocks.read_only": True})
     outcome = recreate(index)
     assert outcome.code == 1
@@ -345,7 +347,7 @@ def test_an_index_that_is_blocked_fails_and_its_sibling_goes(index, recreate, ad
 
 
 @pytest.mark.parametrize("method", ["delete", "recreate"])
-def test_the_sibling_of_a_run_that_died_before_the_drop_is_no_obstacle(method, index, recreate, admin, proxy):
+def test_the_backup_of_a_run_that_died_before_the_deletion_is_no_obstacle(method, index, recreate, admin, proxy):
     wanted = definition(admin, index)
     proxy.on("DELETE", f"^/{index}$", Exchange.drop)
     assert recreate(index).code == 1
@@ -356,8 +358,10 @@ def test_the_sibling_of_a_run_that_died_before_the_drop_is_no_obstacle(method, i
 
 
 @pytest.mark.parametrize(("method", "path"), [("PUT", "-recreate"), ("DELETE", "")])
-def test_an_index_that_somebody_drops_meanwhile_is_a_failure_and_put_back(method, path, index, recreate, admin, proxy):
-    """Such as the late drop of a former run."""
+def test_an_index_that_somebody_deletes_meanwhile_is_a_failure_and_restored(
+    method, path, index, recreate, admin, proxy
+):
+    """Such as the late deletion of a former run."""
     wanted = definition(admin, index)
     proxy.on(method, f"^/{index}{path}$", before(lambda: admin("DELETE", f"/{index}")))
     outcome = recreate(index)
@@ -367,14 +371,14 @@ def test_an_index_that_somebody_drops_meanwhile_is_a_failure_and_put_back(method
     assert not exists(admin, f"{index}-recreate")
 
 
-def test_a_drop_that_the_cluster_has_no_time_for_is_not_sent_again(index, recreate, admin, proxy):
+def test_a_deletion_that_the_cluster_has_no_time_for_is_not_sent_again(index, recreate, admin, proxy):
     former = uuid_of(admin, index)
     proxy.on("DELETE", f"^/{index}$", answer(429, {"error": {"type": "busy", "reason": "too many requests"}}))
     assert_deleted_instead(recreate(index, "--no-force-merge"), admin, index, former, "too many requests")
     assert len(proxy.seen("DELETE", f"^/{index}$")) == 1
 
 
-def test_a_stop_before_the_drop_leaves_no_sibling(index, recreate, admin, proxy):
+def test_a_stop_before_the_deletion_leaves_no_backup(index, recreate, admin, proxy):
     wanted = definition(admin, index)
     stop = after(lambda: os.kill(os.getpid(), signal.SIGTERM))
     proxy.on("PUT", f"^/{index}-recreate$", stop)
@@ -384,8 +388,8 @@ def test_a_stop_before_the_drop_leaves_no_sibling(index, recreate, admin, proxy)
     assert (definition(admin, index)["settings"], count(admin, index)) == (wanted["settings"], 3)
 
 
-def test_a_note_of_an_unfinished_load_comes_along(index, recreate, admin, run, put_csv, proxy, monkeypatch):
-    """A load that dies between drop and creation leaves the mark of an unfinished index in what is put back."""
+def test_the_marker_of_an_unfinished_load_comes_along(index, recreate, admin, run, put_csv, proxy, monkeypatch):
+    """A load that dies between deletion and creation leaves the mark of an unfinished index in what is restored."""
     monkeypatch.setenv("CLEANUP_METHOD", "recreate")
     prefix = put_csv({"a.csv": "n\n7\n"})
     dead = proxy.on("PUT", f"^/{index}$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
@@ -495,7 +499,7 @@ def test_a_permission_that_is_lost_in_the_middle_is_named_and_what_stands_where(
 
 @secured
 @pytest.mark.parametrize("method", ["delete", "recreate"])
-def test_a_backup_that_may_not_be_read_is_not_taken_for_none(method, dropped, index, may_recreate, recreate, admin):
+def test_a_backup_that_may_not_be_read_is_not_taken_for_none(method, deleted, index, may_recreate, recreate, admin):
     may_recreate("indices:monitor/stats")
     outcome = recreate(index, "--method", method)
     assert outcome.code == 1, outcome.err
@@ -504,7 +508,7 @@ def test_a_backup_that_may_not_be_read_is_not_taken_for_none(method, dropped, in
     assert "lacks indices:admin/get" in outcome.last
     may_recreate(*sandbox.RECREATE_PERMISSIONS)
     assert recreate(index).code == 0
-    assert definition(admin, index) == dropped
+    assert definition(admin, index) == deleted
 
 
 @secured
