@@ -98,8 +98,8 @@ class S3Object:
 class Bucket:
     """The objects of one bucket, read through one client; failures are OperationFailed and name the object.
 
-    What may pass is tried again by `list_objects` and S3Body; the client itself tries once, or each of their attempts
-    would be several. `retry_seconds` is for how long a read that brings nothing is tried again.
+    `list_objects` and S3Body try again; the client itself tries once, or each of their attempts would be several.
+    `retry_seconds` is for how long a read that brings nothing, or the listing after a load, is tried again.
     """
 
     def __init__(self, name: str, aws: Aws, retry_seconds: float) -> None:

@@ -288,6 +288,7 @@ class Setting:
 
 # The one table: a new setting is a row here and one in the README (and .env.example). Not in it are the credentials,
 # since what is here may be logged, and what a run is about (--index and the like), which each script has of its own.
+# A value that the commands printed by switch_alias.py have to repeat is named in its REPEATED too.
 SETTINGS = [
     # variable, flag, default, parser, help, scripts
     Setting("AWS_REGION", "", "", str, "region of Parameter Store and S3"),
@@ -525,7 +526,8 @@ class Retry:
     """Says whether there is another attempt, and waits for it.
 
     There is one for `limit_s` seconds since the first attempt or the last progress; after a signal, for the 20 s of the
-    clean-up. Whatever waits and tries again does it by this, so that no two layers multiply.
+    clean-up. The last attempt may begin right before the end, and take its own time-out beyond it. Whatever waits and
+    tries again does it by this.
     """
 
     def __init__(self, limit_s: float) -> None:

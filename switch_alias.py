@@ -32,7 +32,7 @@ NAMED = 10  # fields or queries in a message; the command beside it has them all
 NOTICED_SHARE = Fraction(1, 100)  # a field that fewer documents have may come and go
 QUERY_TIMEOUT_S = 30  # the server's limit for a reader's query; where it does not answer, READ_TIMEOUT_S is ours
 AGAIN = "A refresh refused for this is refused again the next night."
-# by the commands that are printed, where they are not the default
+# by the commands that are printed, where they are not the default, or a variable would be another one; values alone
 REPEATED = ["threshold", "field_threshold", "min_documents", "accept_fields", "queries", "wait_seconds"]
 
 

@@ -502,6 +502,53 @@ def whole_refresh(bench: Bench, rounds: int) -> None:
           f"{spread(beyond)} s more than the load of copy-back")  # fmt: skip
 
 
+def audit_cost(bench: Bench, rounds: int) -> None:
+    """Time what the audit of fields adds to a switch: dry runs with and without it, in turn."""
+    wide = {f"field_{at:03d}": {"type": "keyword"} for at in range(1000)}
+    cases = [("19 fields, 336,776 documents", 1, {}), ("19 fields, 1,010,328 documents", 3, {}),
+             ("1,000 fields, 1,000 documents", 0, wide)]  # fmt: skip
+    user, password = os.environ["ADMIN"].split(":", 1)
+    login = {"OPENSEARCH_ENDPOINT": bench.endpoint, "OPENSEARCH_USERNAME": user, "OPENSEARCH_PASSWORD": password}
+    for name, copies_of_the_year, fields in cases:
+        pair = ["audit-old", "audit-new"]
+        for index in pair:
+            fill_for_audit(bench, index, copies_of_the_year, fields, login)
+        bench.admin("POST", "/_aliases", {"actions": [{"add": {"index": pair[0], "alias": "audit"}}]})
+        added = []
+        for _ in range(rounds):
+            seconds = []
+            for more in ([], ["--field-threshold", "100"]):
+                command = [sys.executable, str(TOP / "switch_alias.py"), "--alias", "audit", "--source", pair[0],
+                           "--target", pair[1], "--dry-run", *more]  # fmt: skip
+                began = time.monotonic()
+                subprocess.run(command, env={**os.environ, **login}, check=True, capture_output=True)
+                seconds.append(time.monotonic() - began)
+            added.append(seconds[0] - seconds[1])
+        print(f"the audit of {name}: {spread(added)} s")
+        for index in pair:
+            bench.admin("DELETE", f"/{index}")
+
+
+def fill_for_audit(
+    bench: Bench, index: str, copies_of_the_year: int, fields: dict[str, Any], login: dict[str, str]
+) -> None:
+    """Create an index of the flights, as often as asked for, or of 1,000 documents with one value in each field."""
+    bench.admin("PUT", f"/{index}", {"mappings": {"properties": fields} if fields else sandbox.FLIGHTS_MAPPING})
+    if fields:
+        lines = "".join(f'{{"index":{{}}}}\n{json.dumps(dict.fromkeys(fields, "x"))}\n' for _ in range(1000))
+        headers = {"Content-Type": "application/x-ndjson"}
+        url = f"{bench.endpoint}/{index}/_bulk?refresh=true"
+        assert not bench.session.post(url, data=lines.encode(), headers=headers).json()["errors"]
+    for copy in range(copies_of_the_year):
+        prefix = f"audit/{copy}/"
+        for item in bench.s3.list_objects_v2(Bucket=sandbox.BUCKET, Prefix=sandbox.PREFIX)["Contents"]:
+            key, source = prefix + item["Key"].rsplit("/", 1)[1], {"Bucket": sandbox.BUCKET, "Key": item["Key"]}
+            bench.s3.copy_object(Bucket=sandbox.BUCKET, Key=key, CopySource=source)
+        load = ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index, "--no-cleanup"]
+        command = [sys.executable, str(TOP / "bulkupdate.py"), *load]
+        subprocess.run(command, env={**os.environ, **login}, check=True, capture_output=True)
+
+
 def refresh(bench: Bench, **variables: str) -> tuple[float, str, list[dict[str, Any]]]:
     """Run one refresh without pauses; return its seconds, its closing table, and what the steps have answered."""
     with tempfile.TemporaryDirectory() as logs:
@@ -524,7 +571,8 @@ def main() -> int:
     parser.add_argument("--chart", type=Path, help="draw the medians as SVG into this file")
     parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--prefix", help=argparse.SUPPRESS)
-    parser.add_argument("--refresh", action="store_true", help="only whole refreshes, by both strategies")
+    parser.add_argument("--refresh", action="store_true", help="only whole refreshes, and the audit")
+    parser.add_argument("--audit", action="store_true", help="only what the audit of a switch costs")
     parser.add_argument("--memory", action="store_true", help="only peak memory, up to 3 GB of CSV (ten minutes)")
     parser.add_argument("--delay-line", nargs=3, type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -538,7 +586,11 @@ def main() -> int:
         return 0
     if args.refresh:
         whole_refresh(bench, args.rounds)
+        audit_cost(bench, args.rounds)
         return int(bench.wrong)
+    if args.audit:
+        audit_cost(bench, args.rounds)
+        return 0
     if args.memory:
         memory(bench)
         return int(bench.wrong)
