@@ -36,7 +36,7 @@ SERVER_SETTINGS = re.compile(
 class TargetIndex:
     """An index that is about to be emptied or filled, from the lock to the last count.
 
-        target = TargetIndex(manager, "my_index_primary")
+        target = TargetIndex(manager, "my_index_primary", method="delete")
         target.claim()                      # nobody else works on it, and what a run that died left is recovered
         with target.fill():                 # marked as unfinished, settings of a load
             target.empty()
