@@ -20,13 +20,13 @@ import io
 import itertools
 import json
 import os
-import queue
 import re
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -34,17 +34,21 @@ from functools import partial
 from json.encoder import encode_basestring
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from index_cleanup import TargetIndex
 from opensearch_base_manager import (
-    Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry, TooManyRejects, add_settings,
-    aws_errors, field_definitions, index_name, log, per_second, run_cli, seconds_since,
+    MAX_CONNECTIONS, Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry, TooManyRejects,
+    add_settings, aws_errors, documents_at_once, field_definitions, index_name, log, per_second, run_cli,
+    seconds_since,
 )  # fmt: skip
 
 MIB = 1024 * 1024
 HEAD_BYTES = 64 * 1024  # enough to see a header and some hundred rows of each object
-HEADS_AT_ONCE = 8
+KEPT_BYTES = 16 * MIB  # of objects that were whole in their heads, together; others are read again
+READS_AT_ONCE = 32  # S3 takes 50 to 200 ms for a first byte, and answers thousands of requests side by side
+AHEAD_BYTES = MIB  # of an object, before its turn comes; the rest is asked for when it has come
+READ_AHEAD_BYTES = 4 * MIB  # of all objects whose turn has not come
 READ_BYTES = 256 * 1024  # at once from S3
 S3_READ_TIMEOUT_S = 20  # S3 begins to answer within a second; after that long it hangs, and reading on costs little
 S3_FIRST_CONTACT_S = 10  # a wrong endpoint or region shows at once
@@ -52,9 +56,16 @@ CHUNK_BYTES = 16 * 1024  # of text a step: the cells stay in the processor's cac
 MAX_CELL_CHARS = 8 * MIB  # a quote still open after that much is a stray one
 MAX_LINE_BYTES = 16 * MIB  # and a record's
 MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes refuse requests above 10 MiB
-BATCH_SIZE = 5000  # documents a request
-WORKERS = 3  # requests at the same time
-WORKERS_FOR_SMALL = 4  # for batches of less than half of BATCH_SIZE: 7 % faster than 3
+MAX_BYTES_UNDER_WAY = 64 * MIB  # a node takes 10 % of its heap: 107 MB of 1 GB, from all that write to it
+FIRST_REQUESTS = 3  # under way at the beginning: the best number on two cores without a distance
+GROWTH = 1.2  # the factor by which more requests have to raise the documents a second for their number to go on rising
+ONE_MORE = 1.05  # and by which one more has to, to stay
+PROPORTIONAL, LEAP = 0.8, 4  # where the factor is nearly that of the requests, they are multiplied by so much
+WARMED_UP = 1.25  # more than so much beyond that, and it is the cluster that has become faster, not the number
+STALLED = 0.9  # with more requests than before, a window that brings less than that is measured again
+WINDOW_S = 0.5  # at least, or one slow response decides
+TRIAL_S = 5  # with one more, after as long without: one trial in ten seconds
+SEARCHED_AT_ONCE = 5000  # documents; a search returns 10,000 at most
 REFRESH_EVERY_DOCUMENTS = 100_000  # 2 to 4 % faster than one refresh at the end
 CACHED_CELLS = 4000  # remembered values a column, and no longer than this many characters each
 CACHED_CELL_CHARS = 32
@@ -70,6 +81,8 @@ BULK_PARAMS = {
 METADATA_FIELDS = frozenset(
     ["_id", "_index", "_source", "_routing", "_field_names", "_ignored", "_size", "_type", "_seq_no", "_version"]
 )
+
+Result = TypeVar("Result")
 
 csv.field_size_limit(MAX_CELL_CHARS)
 
@@ -104,8 +117,13 @@ class Bucket:
 
     def __init__(self, name: str, aws: Aws, retry_seconds: float) -> None:
         self.name, self.retry_seconds = name, retry_seconds
+        self.kept: dict[str, bytes] = {}  # small objects, by key: whole since their heads were read
+        self.closed = False  # whatever is still read is not wanted any more
         with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
-            self.client = aws.client("s3", attempts=1, read_timeout_s=S3_READ_TIMEOUT_S)
+            self.client = aws.client("s3", attempts=1, read_timeout_s=S3_READ_TIMEOUT_S, connections=READS_AT_ONCE + 1)
+
+    def close(self) -> None:
+        self.closed = True
 
     def list_objects(self, prefix: str, retry_seconds: float) -> list[S3Object]:
         """Return all objects under a prefix, in the order of their keys.
@@ -181,11 +199,14 @@ class Schema:
 
 
 def read_heads(bucket: Bucket, objects: Iterable[S3Object], delimiter: str, known: Container[str]) -> list[Head]:
-    def head_of(item: S3Object) -> Head:
-        return look_at(item, S3Body(bucket, item, HEAD_BYTES).readall(), delimiter, known)
-
-    with ThreadPoolExecutor(HEADS_AT_ONCE) as pool:
-        return list(pool.map(head_of, (item for item in objects if item.size)))
+    """Look at the heads of all objects; those that are whole in it are kept for the load, 16 MiB in all."""
+    heads, kept = list[Head](), 0
+    for item, data in read_ahead(bucket, [item for item in objects if item.size], HEAD_BYTES):
+        heads.append(look_at(item, data, delimiter, known))
+        if len(data) == item.size and kept + item.size <= KEPT_BYTES:
+            bucket.kept[item.key] = data
+            kept += item.size
+    return heads
 
 
 def look_at(item: S3Object, data: bytes, delimiter: str, known: Container[str]) -> Head:
@@ -317,26 +338,73 @@ def properties_of(added: Mapping[str, Any]) -> dict[str, Any]:
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
-class S3Body(io.RawIOBase):
-    """The bytes of one object, or the first `limit` of them; a read that breaks off is resumed there."""
+def in_background(call: Callable[[], Result]) -> Future[Result]:
+    """Begin a call in a daemon thread: the process ends without it, whatever a read that hangs does."""
+    future = Future[Result]()
 
-    def __init__(self, bucket: Bucket, item: S3Object, limit: int | None = None) -> None:
+    def carry_out() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=carry_out, daemon=True).start()
+    return future
+
+
+def read_ahead(bucket: Bucket, objects: Iterable[S3Object], limit: int) -> Iterator[tuple[S3Object, bytes]]:
+    """Yield each object, in order, with its first `limit` bytes; those of the next ones are on their way meanwhile.
+
+    They are 32 requests and 4 MiB at most. Raises OperationFailed for an object when its turn comes.
+    """
+    coming, left = deque[tuple[S3Object, Callable[[], bytes]]](), READ_AHEAD_BYTES
+    for item in [*objects, None]:
+        size = min(item.size, limit) if item else READ_AHEAD_BYTES  # at the end: wait for all
+        while coming and (size > left or len(coming) == READS_AT_ONCE):
+            left += min(coming[0][0].size, limit)
+            yield coming[0][0], coming.popleft()[1]()  # in no variable: it would live until the next one
+        if item and item.key in bucket.kept:
+            coming.append((item, partial(bucket.kept.pop, item.key)))
+        elif item:
+            coming.append((item, in_background(S3Body(bucket, item, limit).read_all).result))
+        left -= size
+
+
+class S3Body(io.RawIOBase):
+    """The bytes of one object, or the first `limit` of them; a read that breaks off is resumed there.
+
+    `first` are those that were read before: the others are asked for at once, and come while these are taken.
+    """
+
+    def __init__(self, bucket: Bucket, item: S3Object, limit: int | None = None, first: bytes = b"") -> None:
         self.bucket, self.item = bucket, item
         self.position, self.end = 0, min(item.size, limit or item.size)
+        self._first: memoryview | bytes = memoryview(first)
+        self._opening: Future[Any] | None = None
+        if 0 < len(first) < self.end:
+            self._opening = in_background(partial(bucket.get, item, len(first), self.end - 1))
         self._body: Any = None
 
     def readable(self) -> bool:
         return True
 
+    def read_all(self) -> bytes:
+        return b"".join(iter(partial(self.read, READ_BYTES), b""))  # readall() of the library takes 8 KiB a step
+
     def readinto(self, buffer: Any) -> int:
+        data: Any = self._first[: len(buffer)] or self._read(len(buffer))
+        self._first = self._first[len(data) :] or b""  # an empty view would still hold all of it
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
         retry = Retry(self.bucket.retry_seconds)
-        while self.position < self.end:
+        while self.position < self.end and not self.bucket.closed:
             try:
-                self._body = self._body or self.bucket.get(self.item, self.position, self.end - 1)
-                if data := self._body.read(len(buffer)):
-                    buffer[: len(data)] = data
-                    self.position += len(data)
-                    return len(data)
+                self._body = self._body or self._open()
+                if data := self._body.read(size):
+                    return bytes(data)
                 raise OSError("it ended early")
             except OperationFailed:
                 raise
@@ -345,7 +413,11 @@ class S3Body(io.RawIOBase):
                 place = f"s3://{self.bucket.name}/{self.item.key}, byte {self.position:,}"
                 if not retry.wait(f"{place}: {error}; reading on from there"):
                     raise OperationFailed(f"{place}: cannot be read on: {error}; run again") from None
-        return 0
+        return b""
+
+    def _open(self) -> Any:
+        opening, self._opening = self._opening, None
+        return opening.result() if opening else self.bucket.get(self.item, self.position, self.end - 1)
 
 
 def plain(body: io.RawIOBase) -> BinaryIO:
@@ -854,64 +926,195 @@ def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
 
 
 class Pace:
-    """How many bulk requests may be under way; a busy cluster (429) halves that, at most once a second."""
+    """How many bulk requests may be under way: as many as bring more documents a second.
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self._halved, self._lock = limit, 0.0, threading.Lock()
+    A window is as many first sendings as may be under way, or that many times. The number is doubled first, and rises
+    as long as a window brings a fifth more documents a second than the one before: fourfold where they rose with the
+    requests, else by the factor that they rose by, so that it does not go far beyond what helps (3, 6, 8 and back at a
+    cluster that lets four in). At the first window that brings less it steps back and holds. From then on five seconds
+    with one more follow five seconds without, and one more stays where it brings 5 %. It never rises beyond what the
+    loader could fill: one that waits for a free worker half of the time could use twice as many, one that never waits
+    none.
 
-    def halve(self) -> None:
+    A busy cluster (429) halves the number, once a round trip; then it grows by one a window up to where it was refused,
+    and holds there. Response times are no guide: they rise with the load, and with the age of the index.
+    """
+
+    def __init__(self, fixed: int | None = None) -> None:
+        self.limit, self._most = fixed or FIRST_REQUESTS, fixed or MAX_CONNECTIONS
+        self._lock = threading.Lock()  # of what follows
+        self._judge: Callable[[float, float], None] = self._grow  # what becomes of the number at the end of a window
+        self._former, self._former_rate = 0, 0.0  # the number and the documents a second of the window before
+        self._stalled = False  # the window before was thrown away
+        self._ceiling, self._halved = self._most + 1, 0.0  # where it was refused, and when last
+        self._waiting_since = 0.0  # or not at all
+        self._began, self._documents, self._completed, self._waited = 0.0, 0, 0, 0.0  # of this window
+
+    @contextlib.contextmanager
+    def loader_waits(self) -> Iterator[None]:
+        """Count the time of the body as waiting for a free worker."""
         with self._lock:
-            if self.limit > 1 and time.monotonic() - self._halved > 1:
-                self.limit, self._halved = self.limit // 2, time.monotonic()
-                log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit)
+            self._waiting_since = time.monotonic()
+        yield
+        with self._lock:
+            self._waited += time.monotonic() - self._waiting_since
+            self._waiting_since = 0.0
+
+    def completed(self, documents: int, sent: float) -> None:
+        """Count a first sending that was taken whole, and when it was sent."""
+        with self._lock:
+            now = time.monotonic()
+            self._began = self._began or sent
+            self._documents += documents
+            self._completed += 1
+            seconds = max(now - self._began, 0.001)
+            shortest_s = {self._grow: WINDOW_S, self._climb: 0}.get(self._judge, TRIAL_S)
+            if self._completed % self.limit == 0 and seconds >= shortest_s:  # whole rounds: responses come together
+                waited = self._waited + (now - self._waiting_since if self._waiting_since else 0)
+                former, rate = self.limit, self._documents / seconds
+                self._judge(rate, waited / seconds)
+                log.debug("%s requests: %.0f documents/s in %.1f s, the loader waited %.1f s: %s from here on", former,
+                          rate, seconds, waited, self.limit)  # fmt: skip
+                self._begin_window(now)
+
+    def halve(self, sent: float) -> None:
+        """Take back: a request that was sent at this time was refused with 429."""
+        with self._lock:
+            if sent <= self._halved:  # refused for what was under way before
+                return
+            if self.limit > 1:
+                log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit // 2)
+            self._ceiling, self.limit = self.limit, max(1, self.limit // 2)
+            self._judge = self._climb
+            self._halved = time.monotonic()
+            self._begin_window(self._halved)
+
+    def _begin_window(self, now: float) -> None:
+        self._began, self._documents, self._completed, self._waited = now, 0, 0, 0.0
+        self._waiting_since = now if self._waiting_since else 0.0
+
+    # --- what becomes of the number, by the documents a second and the share of the time that the loader waited ---
+
+    def _grow(self, rate: float, waited: float) -> None:
+        grew, gain = self.limit / (self._former or self.limit), rate / (self._former_rate or rate)
+        if grew > 1 and gain < STALLED and not self._stalled:
+            self._stalled = True  # it is not the requests that do that
+            return
+        self._stalled = False
+        if grew > 1 and gain > WARMED_UP * grew:
+            self.limit, self._former, self._former_rate = self._former, 0, 0.0  # begin anew
+            return
+        if grew > 1 and gain < GROWTH:
+            self.limit, self._judge = max(self._former, round(self._former * gain)), self._hold
+            return
+        self._former, self._former_rate = self.limit, rate
+        if waited > 1 - 1 / GROWTH:
+            factor = 2 if grew == 1 else LEAP if gain > PROPORTIONAL * grew else gain
+            could_fill = self.limit / (1 - min(waited, 0.9))
+            self.limit = round(min(self.limit * factor, could_fill, self._most))
+
+    def _hold(self, rate: float, waited: float) -> None:
+        if waited > 1 - 1 / ONE_MORE and self.limit < self._most:
+            self.limit, self._former_rate, self._judge = self.limit + 1, rate, self._try_one_more
+
+    def _try_one_more(self, rate: float, _waited: float) -> None:
+        self.limit -= rate < self._former_rate * ONE_MORE
+        self._judge = self._hold
+
+    def _climb(self, _rate: float, _waited: float) -> None:
+        if self.limit + 1 < self._ceiling:
+            self.limit += 1
+        else:
+            self._judge = self._hold
+
+
+class Throttle:
+    """Lets documents pass evenly, so many a second at most; 0 for no limit."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self._free_at = rate, 0.0
+
+    def wait(self, documents: int) -> None:
+        """Return when so many documents may pass."""
+        if self.rate:
+            time.sleep(max(0, self._free_at - time.monotonic()))
+            self._free_at = max(self._free_at, time.monotonic()) + documents / self.rate
 
 
 class BulkWorkers:
-    """Threads that store batches from a short queue, as many as the pace allows; used as a context manager.
+    """Threads that store batches, as many at a time as the pace allows and 64 MiB; used as a context manager.
 
-    The first error of one is raised in the main thread. They are daemons: after a failure nobody waits for a request
-    that hangs.
+    One more batch waits for the next that is free. The first error of one is raised in the main thread. They are
+    daemons: after a failure nobody waits for a request that hangs.
     """
 
     def __init__(self, store: Callable[[Batch], None], pace: Pace) -> None:
         self._store, self._pace = store, pace
-        self._queue: queue.Queue[Batch] = queue.Queue(maxsize=1)
-        self._complete = self._stopped = False  # no more batches will come; none is to be stored any more
+        self._changed = threading.Condition()  # and the lock of what follows
+        self._next: Batch | None = None
+        self._ended = False  # nothing more is to be stored
         self._error: BaseException | None = None
-        self._threads = [threading.Thread(target=self._work, args=(place,), daemon=True) for place in range(pace.limit)]
+        self._threads = 0
+        self._bytes = 0  # under way
+        self.under_way = self.most = 0  # batches; and how many of them at most
 
     def __enter__(self) -> BulkWorkers:
-        for thread in self._threads:
-            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped = True
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     def put(self, batch: Batch) -> None:
-        while not self._error:
-            with contextlib.suppress(queue.Full):
-                return self._queue.put(batch, timeout=0.2)
-        raise self._error
+        """Hand a batch over, as soon as the one before is under way. Raises what stopped a worker."""
+        with self._changed:
+            if self._next and not self._error:
+                with self._pace.loader_waits():
+                    self._changed.wait_for(lambda: not self._next or self._error)
+            if self._error:
+                raise self._error
+            self._next = batch
+            if self._threads == self.under_way < self._pace.limit:
+                self._threads += 1
+                threading.Thread(target=self._work, daemon=True).start()
+            self._changed.notify_all()
 
     def finish(self) -> None:
         """Return when all batches are stored; raise what stopped a worker."""
-        self._complete = True
-        for thread in self._threads:
-            while thread.is_alive() and not self._error:
-                thread.join(0.2)
-        if self._error:
-            raise self._error
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or not (self._next or self.under_way))
+            if self._error:
+                raise self._error
 
-    def _work(self, place: int) -> None:
-        while place < self._pace.limit and not (self._stopped or self._error):
+    def _work(self) -> None:
+        while batch := self._take():
             try:
-                self._store(self._queue.get(timeout=0.05))
-            except queue.Empty:
-                if self._complete and self._queue.empty():
-                    return
+                self._store(batch)
             except BaseException as error:
                 self._error = self._error or error
+            with self._changed:
+                self.under_way -= 1
+                self._bytes -= len(batch.body)
+                self._changed.notify_all()
+
+    def _take(self) -> Batch | None:
+        """Wait for a batch that may be sent; return None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._error or self._may_send())
+            batch, self._next = self._next, None
+            if self._ended or self._error or not batch:
+                return None
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            self._bytes += len(batch.body)
+            self._changed.notify_all()
+            return batch
+
+    def _may_send(self) -> bool:
+        if not self._next or self.under_way >= self._pace.limit:
+            return False
+        return not self.under_way or self._bytes + len(self._next.body) <= MAX_BYTES_UNDER_WAY
 
 
 @dataclass(frozen=True)
@@ -952,18 +1155,20 @@ class BulkStore:
         self._store(batch)
         self._refresh_now_and_then()
 
-    def _store(self, batch: Batch, resent: bool = False) -> None:
+    def _store(self, batch: Batch, resent: bool = False, too_large: bool = False) -> None:
         retry = Retry(self._retry_seconds)
         while count := batch.count():
             if len(batch.body) > self._max_bytes and count > 1:
-                return self._store_halves(batch, resent)
+                return self._store_halves(batch, resent, too_large)
             response = self._requests.send(batch.body)
             resent = resent or response.resent
             if response.status == 413:
                 return self._too_large(batch, resent)
             batch, refusal = self._handle_item_results(batch, response, resent)
-            if response.throttled or batch.count():
-                self._pace.halve()
+            if batch.count():
+                self._pace.halve(response.sent)
+            elif response.first and not (resent or too_large):
+                self._pace.completed(count, response.sent)
             if batch.count() < count:
                 retry.restart()
             if refusal and not retry.wait(f"{batch.count():,} documents were not taken: {refusal}"):
@@ -973,9 +1178,9 @@ class BulkStore:
                 )
             resent = True
 
-    def _store_halves(self, batch: Batch, resent: bool) -> None:
+    def _store_halves(self, batch: Batch, resent: bool, too_large: bool) -> None:
         for half in batch.cut(batch.count() // 2):
-            self._store(half, resent)
+            self._store(half, resent, too_large)
 
     def _too_large(self, batch: Batch, resent: bool) -> None:
         size = len(batch.body)
@@ -983,7 +1188,7 @@ class BulkStore:
             self._max_bytes = most = min(self._max_bytes, max(size // 2, 1))
         log.warning("the cluster refuses requests of %s bytes (413): at most %s from here on", size, most)
         if batch.count() > 1:
-            self._store_halves(batch, resent)
+            self._store_halves(batch, resent, too_large=True)
         else:
             self._refused(batch, f"larger than the cluster accepts ({size:,} bytes)")
 
@@ -1027,9 +1232,9 @@ class BulkStore:
         if self._is_own_version:  # tells by itself
             return set()
         found: set[bytes] = set()
-        for start in range(0, len(documents), BATCH_SIZE):  # a search returns 10,000 at most
+        for start in range(0, len(documents), SEARCHED_AT_ONCE):
             parsed = [(document.body, *map(json.loads, document.body.splitlines()))
-                      for document in documents[start : start + BATCH_SIZE]]  # fmt: skip
+                      for document in documents[start : start + SEARCHED_AT_ONCE]]  # fmt: skip
             wanted = {next(iter(action.values()))["_id"]: (body, source) for body, action, source in parsed}
             held = self._requests.find(list(wanted))
             found |= {body for name, (body, source) in wanted.items() if held.get(name) == source}
@@ -1133,6 +1338,7 @@ class Sums:
     skipped: int
     replaced: int  # of the stored ones, those whose id another row has as well
     unsure: int  # of the stored ones, perhaps replaced
+    requests_under_way: int  # at most
 
 
 class BulkUpdate(OpenSearchBaseManager):
@@ -1252,48 +1458,47 @@ class BulkUpdate(OpenSearchBaseManager):
     # --- load ---
 
     def _load(self, objects: list[S3Object], types: Mapping[str, str]) -> Sums:
-        began, pace = time.monotonic(), Pace(self._workers())
+        began, rate, pace = time.monotonic(), self.settings.requests_per_second, Pace(self.settings.workers)
         renderer = Renderer(
             types, self.rejects.add, bucket=self.bucket.name, delimiter=self.delimiter, id_column=self.id_column,
             operation="index" if self.keep else "create",
         )  # fmt: skip
         store = BulkStore(
-            self.target.name, self._bulk_requests(), self.rejects.add, pace, retry_seconds=self.settings.retry_seconds,
-            refresh_every=0 if self.keep else REFRESH_EVERY_DOCUMENTS,
+            self.target.name, self._bulk_requests(pace), self.rejects.add, pace,
+            retry_seconds=self.settings.retry_seconds, refresh_every=0 if self.keep else REFRESH_EVERY_DOCUMENTS,
             is_own_version=renderer.is_own_version if self.id_column else None,
         )  # fmt: skip
+        throttle, size = Throttle(rate), documents_at_once(rate, self.settings.batch_size)
         with BulkWorkers(store.store, pace) as workers:
-            for batch in batches(self._documents(objects, renderer), self.settings.batch_size):
+            for batch in batches(self._documents(objects, renderer, workers), size):
+                throttle.wait(batch.count())
                 workers.put(batch)
             workers.finish()
-        log.info("loaded %s rows in %.1f s, %s/s", f"{store.stored:,}", time.monotonic() - began,
-                 f"{per_second(store.stored, began):,}")  # fmt: skip
+        log.info("loaded %s rows in %.1f s, %s/s, %s requests under way at most", f"{store.stored:,}",
+                 time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.most)  # fmt: skip
         return Sums(
             read=renderer.read, stored=store.stored, rejected=self.rejects.count, skipped=renderer.skipped,
-            replaced=store.replaced, unsure=store.unsure,
+            replaced=store.replaced, unsure=store.unsure, requests_under_way=workers.most,
         )  # fmt: skip
 
-    def _workers(self) -> int:
-        small = self.settings.batch_size < BATCH_SIZE // 2
-        return int(self.settings.workers or (WORKERS_FOR_SMALL if small else WORKERS))
-
-    def _documents(self, objects: list[S3Object], renderer: Renderer) -> Iterator[Batch]:
+    def _documents(self, objects: list[S3Object], renderer: Renderer, workers: BulkWorkers) -> Iterator[Batch]:
         """Yield the good rows of all objects as bulk text."""
         progress = Progress(f"loading {self.target.name}", sum(item.size for item in objects), "bytes")
         before = 0
-        for item in objects:
-            body = S3Body(self.bucket, item)
+        for item, first in read_ahead(self.bucket, objects, AHEAD_BYTES):
+            body = S3Body(self.bucket, item, first=first)
+            del first  # the body lets them go as they are taken
             blocks = read_blocks(plain(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter)
             for documents in renderer.documents(item.key, blocks):
                 yield documents
-                progress.update(before + body.position, f"{renderer.read:,} rows")
+                progress.update(before + body.position, f"{renderer.read:,} rows, {workers.under_way} requests")
             before += item.size
         progress.close()
 
-    def _bulk_requests(self) -> BulkRequests:
+    def _bulk_requests(self, pace: Pace) -> BulkRequests:
         path = f"/{self.target.name}/_bulk"
         return BulkRequests(
-            send=lambda body: self.request("POST", path, body, params=BULK_PARAMS, accept=[413]),
+            send=lambda body: self.request("POST", path, body, params=BULK_PARAMS, accept=[413], busy=pace.halve),
             find=self._find,
             refresh=self._refresh,
             failure=partial(self._failure, f"POST {path}"),
@@ -1338,6 +1543,7 @@ class BulkUpdate(OpenSearchBaseManager):
         result: dict[str, Any] = {
             "index": self.target.name, "objects": len(objects), "read": sums.read, "stored": sums.stored,
             "rejected": sums.rejected, "skipped": sums.skipped, "replaced": sums.replaced,
+            "requests_under_way": sums.requests_under_way,
             "documents": self._get_index_count(self.target.name), "seconds": seconds_since(began),
             "rows_per_second": per_second(sums.read, began),
         }  # fmt: skip
@@ -1368,7 +1574,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(settings: argparse.Namespace) -> dict[str, Any]:
-    with BulkUpdate(settings) as update:
+    with BulkUpdate(settings) as update, contextlib.closing(update.bucket):
         return update.run()
 
 

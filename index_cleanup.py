@@ -18,7 +18,7 @@ from typing import Any
 
 from opensearch_base_manager import (
     SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Refused, RequestFailed, add_settings,
-    field_definitions, finished_in_any_case, index_name, log, per_second, run_cli, seconds_since,
+    documents_at_once, field_definitions, finished_in_any_case, index_name, log, per_second, run_cli, seconds_since,
 )  # fmt: skip
 
 MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more would chase somebody who writes
@@ -263,12 +263,13 @@ class TargetIndex:
     def _delete_documents(self, found: int) -> None:
         """Delete all documents. Raises OperationFailed when some are left after three rounds."""
         began, left, rounds = time.monotonic(), found, 0
+        size = documents_at_once(self.manager.settings.requests_per_second, SCROLL_SIZE)
         while left and rounds < MAX_ROUNDS:
             if rounds:  # a run on another host may have finished meanwhile, and have moved readers here
                 self.refuse_live()
             self.manager.run_task(
                 f"/{self.name}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {self.name}",
-                total=left, slices="auto", conflicts="proceed", scroll_size=SCROLL_SIZE,
+                total=left, conflicts="proceed", scroll_size=size,
             )  # fmt: skip
             left, rounds = self.manager._get_index_count(self.name), rounds + 1
         if left:

@@ -70,6 +70,7 @@ FIRST_CONTACT_S = 10  # a wrong endpoint shows at once; RETRY_SECONDS is for a c
 CLEANUP_S = 20  # after a signal: supervisors send SIGKILL 30 s after SIGTERM, or later
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30
 RETRY_AFTER_MAX_S = 60  # some proxies say an hour
+EVENLY_S = 0.1  # what is held back goes in batches of so much time: larger ones would be bursts, then silence
 POLL_FIRST_S, POLL_MAX_S = 0.1, 2  # short tasks end fast, long ones are not asked too often
 PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
 PROGRESS_TTY_S = 0.2
@@ -325,7 +326,7 @@ SETTINGS = [
             "do not wait for the disk space to come back (half a minute); for an index that is filled right away",
             "index_cleanup"),
     Setting("", "--batch-size", "5000", positive_int, "documents per request", "bulkupdate"),
-    Setting("", "--workers", "", positive_int, "requests at the same time (default: 3, 4 for small batches)",
+    Setting("", "--workers", "", positive_int, "requests at the same time (default: found while loading)",
             "bulkupdate"),
     Setting("", "--id-column", "", str, "the column that holds the id; a later row replaces an earlier one",
             "bulkupdate"),
@@ -338,7 +339,8 @@ SETTINGS = [
     Setting("", "--no-cleanup", "", boolean, "add to what the index holds, replacing documents of the same id",
             "bulkupdate"),
     Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", non_negative,
-            "documents a second at most, 0 for no limit", "reindex"),
+            "documents a second that a copy, a load or a deletion takes at most, 0 for no limit",
+            "bulkupdate index_cleanup reindex"),
     Setting("LOAD_WITHOUT_REPLICAS", "--no-replicas", "false", boolean,
             "replicas 0 while loading, faster and without a second copy meanwhile", "bulkupdate reindex"),
     Setting("", "--dry-run", "", boolean, "make all checks, change nothing"),
@@ -642,14 +644,15 @@ class Aws:
             raise ConfigurationError("no AWS region: set AWS_REGION")
         return session
 
-    def client(self, service: str, *, attempts: int = 5, read_timeout_s: float = 60) -> Any:
+    def client(self, service: str, *, attempts: int = 5, read_timeout_s: float = 60, connections: int = 10) -> Any:
         """Return a client; `attempts` is 1 where the caller tries again by itself, or the two would multiply."""
         from botocore.config import Config
 
         retries: Any = {"mode": "standard", "total_max_attempts": attempts}
         config = Config(
-            connect_timeout=CONNECT_TIMEOUT_S, read_timeout=read_timeout_s, retries=retries, max_pool_connections=16
-        )
+            connect_timeout=CONNECT_TIMEOUT_S, read_timeout=read_timeout_s, retries=retries,
+            max_pool_connections=connections,
+        )  # fmt: skip
         return self.session.client(service, config=config)
 
 
@@ -777,7 +780,8 @@ class Response:
     status: int
     body: bytes
     resent: bool = False
-    throttled: bool = False  # the cluster answered 429 before
+    first: bool = True  # of the first attempt
+    sent: float = 0  # the last attempt, on the monotonic clock
 
     @property
     def data(self) -> Any:
@@ -861,23 +865,28 @@ class Connection:
         idempotent: bool = True,
         retry: bool = True,
         accept: Sequence[int] = (),
+        busy: Callable[[float], None] | None = None,
     ) -> Response:
         """Send one request (bytes are sent as NDJSON, anything else as JSON) and return the response.
 
         Connection errors, 502, 503, 504 and 429 are tried again with growing pauses, for RETRY_SECONDS in all; for 10 s
         before the cluster has answered once, and for 20 s after a signal. A request with `idempotent=False` is only
         sent again when it was certainly not carried out; otherwise OutcomeUnknown is raised. With `retry=False` it is
-        not sent again at all. Statuses in `accept` are returned, every other failure raises RequestFailed.
+        not sent again at all. Statuses in `accept` are returned, every other failure raises RequestFailed. `busy` is
+        told of each 429 at once, with the time when the attempt was sent.
         """
-        attempts, resent, throttled = Retry(self._retry_seconds()), False, False
+        attempts, resent = Retry(self._retry_seconds()), False
         while True:
+            sent = time.monotonic()
             try:
                 response = self._attempt(method, path, body, params, accept, attempts)
-                return Response(response.status_code, response.content, resent, throttled)
+                return Response(response.status_code, response.content, resent, attempts.attempt == 0, sent)
             except RequestFailed as failure:
                 if not (failure.may_pass() and retry and (idempotent or failure.never_sent)):
                     raise
-                throttled, resent = throttled or failure.status == 429, resent or not failure.never_sent
+                resent = resent or not failure.never_sent
+                if busy and failure.status == 429:
+                    busy(sent)
                 attempts.limit_s = self._retry_seconds()
                 if not attempts.wait(f"{failure}; trying again", failure.retry_after):
                     failure.args = (f"{failure}{self._after_giving_up(attempts.began)}",)
@@ -1117,7 +1126,10 @@ class OpenSearchBaseManager(Connection):
         its node. A start without a response is looked up by X-Opaque-Id before it is started again.
         """
         progress, pause = Progress(label, total, "documents"), POLL_FIRST_S
-        task = self._start_task(path, body, {**params, "wait_for_completion": "false"})
+        params = {**params, "slices": "auto", "wait_for_completion": "false"}
+        if rate := self.settings.requests_per_second:
+            params["requests_per_second"] = rate
+        task = self._start_task(path, body, params)
         while True:
             response = self.request("GET", f"/_tasks/{task}", accept=[404])
             if response.status == 404:
@@ -1182,6 +1194,11 @@ class OpenSearchBaseManager(Connection):
                 log.warning("cancelling task %s", task)
                 self.request("POST", f"/_tasks/{task}/_cancel", accept=[404])
             time.sleep(0.5)
+
+
+def documents_at_once(rate: float, most: int) -> int:
+    """Return the size of a batch that is held back to `rate` documents a second; 0 holds nothing back."""
+    return max(1, min(most, int(rate * EVENLY_S))) if rate else most
 
 
 def field_definitions(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -573,6 +573,7 @@ def main() -> int:
     parser.add_argument("--prefix", help=argparse.SUPPRESS)
     parser.add_argument("--refresh", action="store_true", help="only whole refreshes, and the audit")
     parser.add_argument("--audit", action="store_true", help="only what the audit of a switch costs")
+    parser.add_argument("--distance", action="store_true", help="only distant and busy ends, and readers (an hour)")
     parser.add_argument("--memory", action="store_true", help="only peak memory, up to 3 GB of CSV (ten minutes)")
     parser.add_argument("--delay-line", nargs=3, type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -591,6 +592,11 @@ def main() -> int:
     if args.audit:
         audit_cost(bench, args.rounds)
         return 0
+    if args.distance:
+        from distance import distance
+
+        distance(bench, min(args.rounds, 3), args.chart)
+        return int(bench.wrong)
     if args.memory:
         memory(bench)
         return int(bench.wrong)
@@ -609,4 +615,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["benchmark"] = sys.modules["__main__"]  # for distance.py
     raise SystemExit(main())

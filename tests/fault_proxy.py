@@ -216,13 +216,13 @@ class FaultProxy:
     `watch` is asked about each request that no rule takes; when it returns True it has dealt with it.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, port: int = 0) -> None:
         self.target, self.rules = target, list[Rule]()
         self.requests: list[tuple[str, str, bytes]] = []
         self._lock, self._session = threading.Lock(), requests.Session()
         self._session.trust_env = False
         self.watch: Callable[[Exchange], bool] = lambda exchange: False
-        self._listen(0)
+        self._listen(port)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def on(

@@ -470,7 +470,7 @@ def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, 
     since = ended[2 + bodies[1:].index(bodies[0])] + 0.3
     late = [moment for moment in began.values() if moment > since]
     at_once = [sum(start <= moment < ended[nth] for nth, start in began.items()) for moment in late]
-    assert max(at_once) == 2
+    assert max(at_once) == 3  # from two it has risen to one below where it was refused
     assert len(at_once) > 10
 
 
@@ -986,14 +986,14 @@ def test_a_year_needs_no_more_memory_than_a_month_and_each_row_of_a_month_arrive
     mapping = sandbox.FLIGHTS_MAPPING["properties"]
     peaks, indices = [], [make_index(suffix, mapping, settings={"max_result_window": 50_000}) for suffix in "ab"]
     for prefix, index in zip([f"{sandbox.PREFIX}flights-01", sandbox.PREFIX], indices):
-        words = [sys.executable, "-c", MEASURED, *command(prefix, index)]
+        words = [sys.executable, "-c", MEASURED, *command(prefix, index, "--workers", "3")]  # or that differs
         env = {**environment, "PATH": os.environ["PATH"], "PYTHONPATH": str(SCRIPT.parent)}
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
     month, year = peaks
-    assert abs(year - month) < 10
-    assert max(peaks) < 120
+    assert abs(year - month) < 20  # 5 MiB of the next objects are there before their turn
+    assert max(peaks) < 110
     assert count(admin, indices[1]) == 336_776
 
     with sandbox.month_files()[0].open(newline="") as file:
@@ -1141,3 +1141,63 @@ def test_an_object_that_is_written_again_as_it_was_is_no_change(load_of, put_csv
     outcome, index = load_of(prefix)
     assert outcome.code == 0, outcome.err
     assert sources(admin, index) == [{"n": 7}]
+
+
+# --- at the pace of what is on the other end --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_a_load_and_its_deletion_are_held_back_evenly(by, make_index, put_csv, load, proxy, monkeypatch):
+    index = make_index("index", NUMBERS, docs=30)
+    if by == "variable":
+        monkeypatch.setenv("REQUESTS_PER_SECOND", "100")
+    outcome = load(put_csv({"a.csv": numbers(1, 90)}), index, *["--requests-per-second=100"] * (by == "flag"))
+    assert outcome.result["documents"] == 90
+    assert outcome.result["seconds"] >= 1
+    bodies = proxy.seen("POST", "/_bulk")
+    assert [len(ids_of(body)) for body in bodies] == [10] * 9
+    [path] = [path for verb, path, _ in proxy.requests if verb == "POST" and "_delete_by_query" in path]
+    assert "requests_per_second=100" in path
+    assert "scroll_size=10&" in path + "&"
+
+
+def test_the_number_of_requests_follows_a_distant_cluster_and_is_reported(make_index, put_csv, load, proxy):
+    proxy.on("POST", "/_bulk", delayed(0.5), times=None)
+    index = make_index("index", NUMBERS)
+    prefix = put_csv({"a.csv": numbers(1, 120)})
+    outcome = load(prefix, index, "--batch-size", "1")
+    assert outcome.result["requests_under_way"] > 12
+    assert f"{outcome.result['requests_under_way']} requests under way at most" in outcome.err
+    assert "requests_under_way=" in outcome.last
+    assert load(prefix, index, "--batch-size", "1", "--workers", "4").result["requests_under_way"] == 4
+
+
+def test_an_object_that_is_whole_in_its_head_is_fetched_once(make_index, put_csv, load, environment, monkeypatch):
+    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as s3_proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
+        files = {"a.csv": numbers(1, 3), "b.csv": numbers(4, 30_000), "c.csv": numbers(30_001, 30_002)}
+        outcome = load(put_csv(files), make_index("index", NUMBERS))
+        assert outcome.result["documents"] == 30_002
+        fetched = [path[-5:] for verb, path, _ in s3_proxy.requests if verb == "GET" and "list-type" not in path]
+    assert sorted(fetched) == ["a.csv", "b.csv", "b.csv", "c.csv"]
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_read_that_hangs_does_not_keep_the_process(part, make_index, put_csv, start, environment, monkeypatch):
+    """Whatever a thread waits for, after a signal the process ends within its clean-up time."""
+    released = threading.Event()
+    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as s3_proxy:
+        environment["AWS_ENDPOINT_URL"] = s3_proxy.endpoint
+        skip = 2 if part == "body" else 0
+        files = {"a.csv": numbers(1, 30_000), "b.csv": numbers(1, 30_000)}
+        rule = s3_proxy.on("GET", r"\.csv", lambda exchange: released.wait(60), skip=skip, times=None)
+        process = start(put_csv(files), make_index("index", NUMBERS))
+        deadline = time.monotonic() + 20
+        while rule.seen <= skip and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(30) == 143
+        assert time.monotonic() - began < 10
+        released.set()

@@ -195,7 +195,7 @@ def busy(count, *refused):
     """Answer without the cluster that it was too busy for those of `count` documents that stand at these places."""
     error = {"type": "rejected_execution_exception", "reason": "full"}
     items = [{"create": {"status": 429, "error": error} if at in refused else {"status": 201}} for at in range(count)]
-    return Response(200, json.dumps({"errors": True, "items": items}).encode())
+    return Response(200, json.dumps({"errors": True, "items": items}).encode(), sent=time.monotonic())
 
 
 def test_each_document_is_stored_and_counted(store, cluster, rejects):
@@ -226,6 +226,25 @@ def test_only_documents_answered_429_are_sent_again_and_the_pace_is_halved(clust
     assert cluster.sent == [batch.body, batch.documents()[1].body]
     assert cluster.numbers() == [0, 1, 2]
     assert (store.stored, pace.limit) == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["whole", "resent", "retried", "partly refused", "halved"])
+def test_only_first_sendings_that_were_taken_whole_are_measured(kind, cluster, rejects, monkeypatch):
+    pace, measured = Pace(4), []
+    monkeypatch.setattr(pace, "completed", lambda documents, sent: measured.append((documents, sent)))
+    store = BulkStore("index", cluster.requests, rejects, pace, retry_seconds=5)
+
+    def answer(body):
+        real = cluster.real(body)
+        return Response(real.status, real.body, kind == "resent", kind not in ("resent", "retried"), 7.0)
+
+    if kind == "halved":
+        cluster.answers = [lambda body: Response(413, b"")]
+    else:
+        cluster.answers = [lambda body: busy(3, 0, 1, 2)] * (kind == "partly refused") + [answer]
+    store.store(documents(3))
+    assert store.stored == 3
+    assert measured == ([(3, 7.0)] if kind == "whole" else [])
 
 
 def test_documents_that_stay_refused_fail_the_store_with_the_reason(cluster, rejects):
@@ -338,29 +357,172 @@ def test_the_first_error_of_a_worker_is_raised_where_batches_are_put():
         put_five(workers)
 
 
+class Busy:
+    """Takes a while for each batch; notes how many documents and bytes are under way, and the most so far."""
+
+    def __init__(self, seconds):
+        self.seconds, self.lock, self.under_way, self.most, self.most_bytes = seconds, threading.Lock(), [], 0, 0
+
+    def __call__(self, batch):
+        with self.lock:
+            self.under_way.append(batch)
+            self.most = max(self.most, len(self.under_way))
+            self.most_bytes = max(self.most_bytes, sum(len(batch.body) for batch in self.under_way))
+        time.sleep(self.seconds)
+        with self.lock:
+            self.under_way.remove(batch)
+
+
+def put_all(workers, *made):
+    for batch in made:
+        workers.put(batch)
+    workers.finish()
+
+
 def test_as_many_requests_are_under_way_as_the_pace_allows_and_fewer_after_it_was_halved():
-    pace, lock, under_way, most = Pace(4), threading.Lock(), [], []
-
-    def store(batch):
-        with lock:
-            under_way.append(batch)
-            most.append(len(under_way))
-        time.sleep(0.05)
-        with lock:
-            under_way.remove(batch)
-
+    pace, store = Pace(4), Busy(0.05)
     with BulkWorkers(store, pace) as workers:
-        for at in range(12):
-            workers.put(documents(1, str(at)))
-        pace.halve()
-        pace.halve()  # at most once a second
-        time.sleep(0.2)
-        del most[:-1]
-        for at in range(12):
-            workers.put(documents(1, str(at)))
-        workers.finish()
-    assert pace.limit == 2
-    assert max(most[4:]) == 2
+        put_all(workers, *(documents(1, str(at)) for at in range(12)))
+        assert (store.most, workers.most) == (4, 4)
+        pace.halve(time.monotonic())
+        store.most = 0
+        put_all(workers, *(documents(1, str(at)) for at in range(12)))
+    assert (store.most, workers.most) == (2, 4)
+
+
+def test_no_more_bytes_are_under_way_than_64_mib_but_for_one_batch_alone(monkeypatch):
+    monkeypatch.setattr(bulkupdate, "MAX_BYTES_UNDER_WAY", 2 * len(documents(5).body))
+    store = Busy(0.05)
+    with BulkWorkers(store, Pace(8)) as workers:
+        put_all(workers, *[documents(5)] * 6, documents(40), *[documents(1)] * 6)
+    assert store.most_bytes == len(documents(40).body)  # which is more than that by itself
+    assert 2 < workers.most <= 8
+
+
+def test_workers_that_have_nothing_to_do_take_no_time():
+    with BulkWorkers(Busy(0), Pace(8)) as workers:
+        put_all(workers, *[documents(1)] * 50)
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.05
+
+
+# --- the pace, on a clock of the test's own ---------------------------------------------------------------------------
+
+
+class Clock:
+    now = 1.0
+
+    def monotonic(self):
+        return self.now
+
+
+class Load:
+    """Lets windows pass: the cluster takes `rate(requests)` documents a second, the loader waits for so much of it."""
+
+    def __init__(self, monkeypatch, rate, waits=0.9, fixed=None):
+        self.clock, self.rate, self.waits, self.pace = Clock(), rate, waits, Pace(fixed)
+        monkeypatch.setattr(bulkupdate, "time", self.clock)
+
+    def window(self, slower=1):
+        count = self.pace.limit
+        seconds, sent = slower * count * 1000 / self.rate(count), self.clock.now
+        with self.pace.loader_waits():
+            self.clock.now += seconds * self.waits
+        self.clock.now += seconds * (1 - self.waits)
+        for _ in range(count):
+            self.pace.completed(1000, sent)
+        return self.pace.limit
+
+    def seconds(self, seconds):
+        """Return the numbers of requests in that time, each once while it stays."""
+        until, numbers = self.clock.now + seconds, [self.pace.limit]
+        while self.clock.now < until:
+            if self.window() != numbers[-1]:
+                numbers.append(self.pace.limit)
+        return numbers
+
+
+@pytest.mark.parametrize(
+    ("admitted", "numbers"),
+    [(1000, [6, 24, 64, 64]), (24, [6, 24, 64, 24]), (6, [6, 24, 6]), (4, [6, 8, 6]), (3, [6, 3])],
+)
+def test_the_number_rises_while_more_requests_bring_more_documents(admitted, numbers, monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * min(requests, admitted))
+    assert [load.window() for _ in numbers] == numbers
+
+
+@pytest.mark.parametrize(("waits", "number"), [(0, 3), (0.1, 3), (0.5, 6)])
+def test_a_loader_that_hardly_waits_needs_no_more_requests(waits, number, monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * requests, waits)
+    assert load.window() == number
+
+
+def test_no_more_requests_than_the_loader_could_fill(monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * requests, waits=0.9)
+    load.window()
+    load.waits = 0.5
+    assert load.window() == 12  # not 24
+
+
+def test_a_window_in_which_the_cluster_stalled_is_no_measurement(monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * requests)
+    assert [load.window(), load.window(slower=6), load.window()] == [6, 6, 24]
+    assert [load.window(slower=6), load.window(slower=6)] == [24, 6]  # twice is no stall: at least as many as before
+
+
+def test_a_cluster_that_becomes_faster_by_itself_says_nothing_of_the_number(monkeypatch):
+    speed = 300
+    load = Load(monkeypatch, lambda requests: speed * min(requests, 4))
+    assert load.window() == 6
+    speed = 1000
+    assert [load.window(), load.window(), load.window(), load.window()] == [3, 6, 8, 6]
+
+
+def test_one_more_is_tried_every_ten_seconds_and_stays_where_it_brings_5_percent(monkeypatch):
+    helps = 6
+    load = Load(monkeypatch, lambda requests: 1000 * min(requests, helps))
+    assert [load.window() for _ in range(3)] == [6, 24, 6]
+    assert load.seconds(44) == [6, *[7, 6] * 4]
+    helps = 8
+    assert max(load.seconds(60)) == 9
+    assert load.pace.limit in (8, 9)
+
+
+def test_429_halves_the_number_once_a_round_trip_and_it_rises_to_below_where_it_was_refused(monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * requests)
+    load.window(), load.window()
+    assert load.pace.limit == 24
+    sent = load.clock.now
+    load.clock.now += 1
+    load.pace.halve(sent)
+    load.pace.halve(sent)
+    load.pace.halve(load.clock.now)
+    assert load.pace.limit == 12
+    assert [load.window() for _ in range(13)] == [*range(13, 24), 23, 23]
+    assert load.seconds(8)[:2] == [23, 24]
+    load.clock.now += 1
+    number = load.pace.limit
+    load.pace.halve(load.clock.now)
+    assert load.pace.limit == number // 2
+
+
+def test_a_number_that_was_given_is_not_exceeded_and_reached_again_after_429(monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * requests, fixed=5)
+    assert load.seconds(30) == [5]
+    load.pace.halve(load.clock.now)
+    assert load.seconds(30) == [2, 3, 4, 5]
+
+
+def test_documents_that_are_held_back_pass_evenly():
+    throttle, began, passed = bulkupdate.Throttle(1000), time.monotonic(), []
+    for _ in range(6):
+        throttle.wait(100)
+        passed.append(time.monotonic() - began)
+    assert all(at / 10 <= moment for at, moment in enumerate(passed))
+    assert passed[-1] < 2
+    bulkupdate.Throttle(0).wait(10**9)
+    assert [base.documents_at_once(rate, 5000) for rate in (0, 1, 1000, 10_000, 10**6)] == [5000, 1, 100, 1000, 5000]
 
 
 # --- S3, and trying again ---------------------------------------------------------------------------------------------
@@ -400,7 +562,7 @@ def test_s3_is_asked_once_an_attempt(fault, put_csv, s3_proxy):
     [item] = bucket.list_objects(prefix, 0)
     rules = [s3_proxy.on("GET", path, fault, times=None) for path in (r"a\.csv", "list-type=2")]
     with pytest.raises(base.OperationFailed, match=r"a\.csv, byte 0: cannot be read on: "):
-        S3Body(bucket, item).readall()
+        S3Body(bucket, item).read_all()
     with pytest.raises(base.OperationFailed, match=prefix):
         bucket.list_objects(prefix, 0)
     assert [rule.seen for rule in rules] == [1, 1]
@@ -413,9 +575,84 @@ def test_a_read_that_hangs_is_given_up_soon_and_read_on(put_csv, s3_proxy, monke
     [item] = bucket.list_objects(prefix, 0)
     rule = s3_proxy.on("GET", r"a\.csv", delayed(8))
     began = time.monotonic()
-    assert S3Body(bucket, item).readall() == b"n\n1\n"
+    assert S3Body(bucket, item).read_all() == b"n\n1\n"
     assert time.monotonic() - began < 7
     assert rule.seen == 2
+
+
+def listed(put_csv, files, retry_seconds=5):
+    """Return a bucket, and the objects of these files, which it holds under a prefix of its own."""
+    bucket = Bucket(sandbox.BUCKET, Aws(os.environ["AWS_REGION"]), retry_seconds)
+    return bucket, bucket.list_objects(put_csv(files), 5)
+
+
+def reads(s3_proxy):
+    return [path.rsplit("/", 1)[1] for method, path, _ in s3_proxy.requests if method == "GET" and "list-" not in path]
+
+
+def test_the_next_objects_are_read_while_one_is_loaded_within_a_number_of_requests_and_bytes(put_csv, s3_proxy):
+    files = {f"{at:02d}.csv": f"n\n{at}\n" for at in range(50)} | {"x.csv": "n\n" + "1\n" * 3_000_000, "y.csv": "n\n"}
+    bucket, objects = listed(put_csv, files)
+    coming = bulkupdate.read_ahead(bucket, objects, bulkupdate.AHEAD_BYTES)
+    assert next(coming) == (objects[0], b"n\n0\n")
+    deadline = time.monotonic() + 10
+    while len(reads(s3_proxy)) < 32 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert sorted(reads(s3_proxy)) == sorted(files)[:32]  # not one more
+    rest = list(coming)
+    assert [item.key for item, _ in rest] == [item.key for item in objects[1:]]
+    assert [len(data) for item, data in rest[-2:]] == [bulkupdate.AHEAD_BYTES, 2]
+
+
+def test_no_more_bytes_are_read_ahead_than_allowed(put_csv, s3_proxy, monkeypatch):
+    monkeypatch.setattr(bulkupdate, "READ_AHEAD_BYTES", 1000)
+    bucket, objects = listed(put_csv, {f"{at}.csv": "n\n" + "1\n" * 199 for at in range(6)} | {"7.csv": "n\n" * 2000})
+    coming = bulkupdate.read_ahead(bucket, objects, 5000)
+    next(coming)
+    time.sleep(0.5)
+    assert sorted(reads(s3_proxy)) == ["0.csv", "1.csv"]  # 400 bytes each: the third would be more than 1,000
+    assert [len(data) for _, data in coming] == [400] * 5 + [4000]
+
+
+def test_an_object_that_breaks_off_fails_when_its_turn_comes(put_csv, s3_proxy):
+    bucket, objects = listed(put_csv, {f"{at}.csv": f"n\n{at}\n" for at in range(4)}, retry_seconds=0)
+    s3_proxy.on("GET", r"2\.csv", reset_in_answer(2), times=None)
+    found = []
+    with pytest.raises(base.OperationFailed, match=r"2\.csv, byte \d: cannot be read on: "):
+        found += (item.key[-5:] for item, _ in bulkupdate.read_ahead(bucket, objects, 100))
+    assert found == ["0.csv", "1.csv"] or not found  # list.__iadd__ may take all or nothing
+
+
+def test_what_comes_behind_the_first_bytes_is_asked_for_at_once_and_read_on_when_it_breaks_off(put_csv, s3_proxy):
+    text = "n\n" + "".join(f"{at}\n" for at in range(100_000))
+    bucket, [item] = listed(put_csv, {"a.csv": text})
+    s3_proxy.on("GET", r"a\.csv", reset_in_answer(200_000))
+    body = S3Body(bucket, item, first=text[:1000].encode())
+    time.sleep(0.3)
+    assert reads(s3_proxy) == ["a.csv"]
+    assert body.read_all() == text.encode()
+    assert len(reads(s3_proxy)) == 2
+
+
+def test_a_small_object_is_read_once_and_beyond_16_mib_again(put_csv, s3_proxy, monkeypatch):
+    files = {f"{at}.csv": f"n\n{at}\n" for at in range(5)} | {"5.csv": "n\n" + "1\n" * 50_000}
+    monkeypatch.setattr(bulkupdate, "KEPT_BYTES", 9)
+    bucket, objects = listed(put_csv, files)
+    heads = bulkupdate.read_heads(bucket, objects, ",", {"n"})
+    assert [head.key for head in heads] == [item.key for item in objects]
+    loaded = {item.key[-5:]: S3Body(bucket, item, first=first).read_all().decode()
+              for item, first in bulkupdate.read_ahead(bucket, objects, bulkupdate.AHEAD_BYTES)}  # fmt: skip
+    assert loaded == files
+    assert sorted(reads(s3_proxy)) == sorted([*files, "2.csv", "3.csv", "4.csv", "5.csv"])
+    assert bucket.kept == {}
+
+
+def test_a_bucket_that_is_closed_reads_no_further(put_csv, s3_proxy):
+    bucket, [item] = listed(put_csv, {"a.csv": "n\n1\n"})
+    bucket.close()
+    assert S3Body(bucket, item).read_all() == b""
+    assert reads(s3_proxy) == []
 
 
 def test_there_is_another_attempt_until_the_time_is_up_or_a_signal_has_come(monkeypatch):

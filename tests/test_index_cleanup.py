@@ -228,3 +228,13 @@ def test_space_that_a_stopped_run_left_is_freed_by_the_next_one(index, cleanup, 
     admin("POST", f"/{index}/_delete_by_query?refresh=true", {"query": {"match_all": {}}})
     assert cleanup(index).code == 0
     assert proxy.seen("POST", "_forcemerge")
+
+
+def test_a_deletion_is_held_back_evenly(make_index, cleanup, proxy, no_wait):
+    index = make_index("index", NUMBER, docs=60)
+    outcome = cleanup(index, "--requests-per-second", "50", "--no-force-merge")
+    assert (outcome.code, outcome.result["deleted"]) == (0, 60)
+    assert outcome.result["seconds"] >= 1
+    [path] = [path for verb, path, _ in proxy.requests if verb == "POST" and "_delete_by_query" in path]
+    assert "requests_per_second=50" in path
+    assert "scroll_size=5&" in path + "&"

@@ -14,7 +14,7 @@ from fault_proxy import Exchange, Fault, after, answer, before, reset_in_answer
 from .driver import NEW_ROWS, World, changes_state
 
 LISTING = "list-type=2"
-LOOKS = 2  # each object is looked at twice before it is read: in step 0, and by the load
+LOOKS = 2  # an object that is not whole in its head is looked at twice before it is read: in step 0, and by the load
 LARGE_CELL_BYTES = 22_500  # 30,000 characters: an object of 15 rows takes two reads of 256 KiB, packed too
 ONE_MORE = {"d.csv": b"n,half,word\n200,100.0,more\n"}
 
@@ -212,7 +212,7 @@ def test_an_object_that_appears_between_step_0_and_the_load_is_loaded(world):
     ids=["listed in step 0", "listed by the load", "looked at by the load"],
 )
 def test_an_object_that_vanishes_before_it_is_read_fails_the_run(world, path, skip, step):
-    replace_by(world, "d.csv", ONE_MORE["d.csv"])
+    replace_by(world, "d.csv", large(200, 10))
     world.s3_proxy.on("GET", path, after(lambda: delete(world, "d.csv")), skip=skip)
     run = world.refresh()
     world.expect(run, code=1, message=r"d\.csv was deleted since it was listed; run again")
@@ -227,6 +227,7 @@ def test_an_object_that_vanishes_before_it_is_read_fails_the_run(world, path, sk
 @pytest.mark.long
 @pytest.mark.parametrize(("path", "skip"), [(LISTING, 2), (r"c\.csv", LOOKS)])
 def test_an_s3_that_asks_for_time_gets_it(world, path, skip):
+    put_large(world)
     rule = world.s3_proxy.on("GET", path, SLOW_DOWN, skip=skip, times=2)
     world.expect(world.refresh(), code=0)
     assert rule.seen >= skip + 3
@@ -238,6 +239,7 @@ def test_an_s3_that_asks_for_time_gets_it(world, path, skip):
     ("path", "skip", "step"), [(LISTING, 0, "check the load"), (r"c\.csv", LOOKS, "3 load")]
 )  # fmt: skip
 def test_an_s3_that_stays_too_busy_fails_the_run(world, path, skip, step):
+    put_large(world)
     rule = world.s3_proxy.on("GET", path, SLOW_DOWN, skip=skip, times=None)
     run = world.refresh(RETRY_SECONDS="5")
     place = f"s3://{sandbox.BUCKET}/{world.prefix}{'' if path == LISTING else 'c.csv'}"
@@ -257,6 +259,7 @@ def test_an_s3_that_stays_too_busy_fails_the_run(world, path, skip, step):
     ],
 )  # fmt: skip
 def test_credentials_that_expire_fail_the_run(world, status, path, skip, step):
+    put_large(world)
     world.s3_proxy.on("GET", path, s3_error(status, "ExpiredToken", EXPIRED), skip=skip, times=None)
     run = world.refresh()
     key = {LISTING: "", r"b\.csv": r"b\.csv\.gz", r"c\.csv": r"c\.csv"}[path]
