@@ -1359,7 +1359,7 @@ class BulkUpdate(OpenSearchBaseManager):
         schema = self._look(objects)
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
-            return {"index": self.target.name, "objects": len(objects), "dry_run": True}
+            return {"index": self.target.name, "objects": len(objects), **self._newest_age(objects), "dry_run": True}
         sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
         return self._report(objects, sums, began)
 
@@ -1413,6 +1413,10 @@ class BulkUpdate(OpenSearchBaseManager):
                 f"{self.place}: the newest object, {newest}, is {newest.age_h(now):.1f} h old, more than MAX_AGE_HOURS "
                 f"({limit:g}); nothing was changed: see why the producer has written nothing since"
             )
+
+    def _newest_age(self, objects: list[S3Object]) -> dict[str, float]:
+        now = datetime.now(timezone.utc)
+        return {"newest_object_age_hours": round(min(item.age_h(now) for item in objects), 2)}
 
     def _refuse_unready(self, ready: S3Object | None, newest: S3Object) -> None:
         what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
@@ -1543,7 +1547,7 @@ class BulkUpdate(OpenSearchBaseManager):
         result: dict[str, Any] = {
             "index": self.target.name, "objects": len(objects), "read": sums.read, "stored": sums.stored,
             "rejected": sums.rejected, "skipped": sums.skipped, "replaced": sums.replaced,
-            "requests_under_way": sums.requests_under_way,
+            "requests_under_way": sums.requests_under_way, **self._newest_age(objects),
             "documents": self._get_index_count(self.target.name), "seconds": seconds_since(began),
             "rows_per_second": per_second(sums.read, began),
         }  # fmt: skip

@@ -31,7 +31,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -71,7 +70,7 @@ CLEANUP_S = 20  # after a signal: supervisors send SIGKILL 30 s after SIGTERM, o
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30
 RETRY_AFTER_MAX_S = 60  # some proxies say an hour
 EVENLY_S = 0.1  # what is held back goes in batches of so much time: larger ones would be bursts, then silence
-POLL_FIRST_S, POLL_MAX_S = 0.1, 2  # short tasks end fast, long ones are not asked too often
+POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks end fast, long ones are not asked too often
 PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
 PROGRESS_TTY_S = 0.2
 CERTIFICATE_ADVICE = "renew the certificate, use the host name it is for, or set CA_BUNDLE to its CA"
@@ -236,6 +235,13 @@ def ca_file(text: str) -> str:
     return text
 
 
+def host_name(text: str) -> str:
+    """Accept what can be a part of an X-Opaque-Id: its parts are separated by slashes."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host name (letters, digits, points, hyphens)")
+    return text
+
+
 def log_level(text: str) -> str:
     return either("DEBUG", "INFO", "WARNING", "ERROR")(text.upper())
 
@@ -300,6 +306,7 @@ SETTINGS = [
     Setting("RETRY_SECONDS", "", "300", non_negative, "how long one request is tried again"),
     Setting("WAIT_SECONDS", "--wait-seconds", "900", non_negative, "seconds to wait for the shard copies of the target",
             "switch_alias", by_variable="bulkupdate index_cleanup reindex"),
+    Setting("RUN_HOST", "", "", host_name, "whose orphans are ours, where the host's name changes with each run"),
     Setting("LOG_LEVEL", "", "INFO", log_level, "what is logged"),
     Setting("LOG_DIR", "", "logs", own_folder, "run logs and rejects files", f"{ALL} run_refresh"),
     Setting("LOCK_DIR", "", ".locks", own_folder, "lock files", f"{ALL} run_refresh"),
@@ -415,19 +422,55 @@ class LogFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
+class Beside:
+    """Where the runner shows what a step says, beside its stderr, which is the log file there.
+
+    A descriptor that is handed on and not a `tee`, which would die first at Ctrl-C. Nothing is kept in a buffer: when a
+    terminal is gone, what was meant for it is lost, and nothing else.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @classmethod
+    def given(cls) -> Beside | None:
+        """Return what the runner has handed on in REFRESH_BESIDE, if it is open."""
+        try:
+            descriptor = int(os.environ.get("REFRESH_BESIDE", ""))
+            os.fstat(descriptor)
+        except (ValueError, OSError):
+            return None
+        return cls(descriptor)
+
+    def write(self, text: str) -> None:
+        os.write(self.descriptor, text.encode(errors="replace"))
+
+    def flush(self) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # has no [] before Python 3.11
-    """Writes to stderr; on a terminal it first wipes the progress line."""
+    """Writes to stderr, or beside it; on a terminal it first wipes the progress line, which it leaves to Progress."""
 
     def format(self, record: logging.LogRecord) -> str:
         return ("\r\x1b[K" if self.stream.isatty() else "") + super().format(record)
+
+    def filter(self, record: logging.LogRecord) -> Any:
+        return not (hasattr(record, "progress") and self.stream.isatty())
 
 
 def set_up_logging(script: str) -> None:
     """Log this suite only: botocore's and urllib3's own lines would carry what must not be written."""
     logging.raiseExceptions = False  # a closed stderr or a full disk under it must not stop a load
-    handler = LogHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(script))
-    log.handlers[:] = [handler]
+    log.handlers[:] = [LogHandler(stream) for stream in (sys.stderr, Beside.given()) if stream]
+    for handler in log.handlers:
+        handler.setFormatter(LogFormatter(script))
     log.propagate = False
     log.setLevel("INFO")  # until LOG_LEVEL is known to be right
 
@@ -441,33 +484,41 @@ def per_second(count: float, began: float) -> int:
 
 
 class Progress:
-    """One line that renews itself on a terminal; a plain line every 30 s otherwise."""
+    """One line that renews itself on a terminal; and a plain line every 30 s in a log file."""
 
     def __init__(self, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.began = self.shown = time.monotonic()
-        self.live = sys.stderr.isatty()
+        self.began = self.renewed = self.logged = time.monotonic()
+        self.in_log = not sys.stderr.isatty()
+        self.terminal: Any = Beside.given() if self.in_log else sys.stderr
+        if self.terminal and not self.terminal.isatty():
+            self.terminal = None
 
     def update(self, done: int, remark: str = "") -> None:
         now = time.monotonic()
-        if now - self.shown < (PROGRESS_TTY_S if self.live else PROGRESS_EVERY_S):
-            return
-        self.shown = now
-        if not self.live:
-            log.info("%s", self._line(done, remark))
-            return
-        width = shutil.get_terminal_size().columns - 1
-        with contextlib.suppress(OSError):
-            print(f"\r\x1b[K{self._line(done, remark)[:width]}", end="", file=sys.stderr, flush=True)
+        if self.terminal and now - self.renewed >= PROGRESS_TTY_S:
+            self.renewed = now
+            self._renew(self._line(done, remark, now))
+        if self.in_log and now - self.logged >= PROGRESS_EVERY_S:
+            self.logged = now
+            log.info("%s", self._line(done, remark, now), extra={"progress": True})
 
     def close(self) -> None:
-        if self.live:
-            with contextlib.suppress(OSError):
-                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if self.terminal:
+            self._renew("")
 
-    def _line(self, done: int, remark: str) -> str:
+    def _renew(self, line: str) -> None:
+        """Show the line in place of the one before, unless the run is in the background of its terminal."""
+        with contextlib.suppress(OSError):
+            terminal = self.terminal.fileno()
+            if os.tcgetpgrp(terminal) == os.getpgrp():
+                width = (os.get_terminal_size(terminal).columns or 80) - 1
+                self.terminal.write(f"\r\x1b[K{line[:width]}")
+                self.terminal.flush()
+
+    def _line(self, done: int, remark: str, now: float) -> str:
         """Return what counts first: a terminal of 80 columns may cut the rest off."""
-        rate = done / max(self.shown - self.began, 0.001)
+        rate = done / max(now - self.began, 0.001)
         share = f"{done * 100 // self.total} %, " if self.total else ""
         left = f"{timedelta(seconds=round(max(self.total - done, 0) / rate))} left, " if self.total and rate else ""
         of_all = f" of {self.total:,}" if self.total else ""
@@ -823,7 +874,7 @@ class Connection:
         self.settings = settings
         self.aws = Aws(settings.aws_region)
         self.credentials = Credentials.load(self.aws, settings)
-        self.host = HOST  # whose orphans are ours
+        self.host: str = settings.run_host or HOST  # whose orphans are ours
         self.opaque_id = f"{SUITE}/{self.host}/{uuid.uuid4().hex[:12]}"
         self._session = self._open_session()
         self._answered = False  # at least once, so that the endpoint is right

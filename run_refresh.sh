@@ -2,13 +2,15 @@
 # Replace the data behind an alias: copy, switch readers to the copy, load, switch readers back (copy-back);
 # or load the index that is not live and switch readers to it (alternate).
 #
-# Usage: run_refresh.sh [--dry-run | --help]
+# Usage: run_refresh.sh [--dry-run] [--verbose] | --help
+#        --verbose: what the steps say goes to stderr too, as on a terminal; for containers, journals and CI
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
 #        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/)  BATCH_SIZE (1000)  STEP_DELAY_SECONDS (5)
 #        REFRESH_STRATEGY (copy-back, or alternate)
 #        READER_QUERIES (unset: searches that are tried before each switch; here on the live index, before anything)
 #        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
 # Hold:  while LOCK_DIR/HOLD-<alias> exists, nothing is done (4); its first line says why, since when
+# Last:  LOG_DIR/last-<alias>.json tells a monitor how the last run ended, and when one last succeeded
 # Exit:  0 readers are on the fresh data; otherwise the code of the step that failed (see README), 2 usage, 75 locked
 set -euo pipefail
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
@@ -17,7 +19,9 @@ umask 077
 
 readonly KEEP_DAYS=30
 step="preparing" last="" result="" began=$SECONDS log_file=/dev/null
-table=()
+began_at=$(date -u +%Y-%m-%dT%H:%M:%SZ)
+live="" live_documents="" newest_age="" message="" # for last-<alias>.json
+table=() took=()
 declare -A setting
 
 say() { # say TEXT: on the terminal and in the log
@@ -26,8 +30,14 @@ say() { # say TEXT: on the terminal and in the log
 }
 
 die() { # die TEXT CODE
+  message=$1
   say "run_refresh: $1"
   exit "$2"
+}
+
+show_steps() { # hand the terminal on to the steps, whose stderr is the log file; with --verbose whatever stderr is
+  exec 8>&2
+  export REFRESH_BESIDE=8
 }
 
 choose_python() {
@@ -74,7 +84,7 @@ take_lock() { # the steps inherit it: while one of them lives, no other refresh 
 }
 
 run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run with its exit code
-  local step_began=$SECONDS rc=0 documents
+  local step_began=$SECONDS rc=0 age
   step=$1
   shift
   say "==> $step"
@@ -84,9 +94,13 @@ run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run wit
   last=$(tail -n 1 "$log_file")
   sed "s/^/> /" "$result" >>"$log_file"
   documents=$(sed -n 's/.*"documents": \([0-9]*\).*/\1/p' "$result")
+  age=$(sed -n 's/.*"newest_object_age_hours": \(-\{0,1\}[0-9.]*\).*/\1/p' "$result")
+  newest_age=${age:-$newest_age}
+  took+=("$step" "$((SECONDS - step_began))")
   say "<== $step: exit $rc, $((SECONDS - step_began)) s${documents:+, $documents documents}"
   if ((rc != 0)); then
-    say "${last#* }"
+    message=${last#* }
+    [[ -n ${REFRESH_BESIDE:-} ]] || say "$message"
     exit "$rc"
   fi
   [[ $step == check* ]] || table+=("$(printf '%-50s %8d %12s' "$step" "$((SECONDS - step_began))" "${documents:--}")")
@@ -101,7 +115,8 @@ on_signal() { # on_signal NAME CODE: pass it on at once, and wait until the step
     [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # just started by `&`, it still ignores INT
     wait "$child" || true
   done
-  say "stopped by SIG$1"
+  message="stopped by SIG$1"
+  say "$message"
   exit "$2"
 }
 
@@ -109,11 +124,38 @@ on_signal() { # on_signal NAME CODE: pass it on at once, and wait until the step
 on_exit() {
   local rc=$?
   rm -f "$result"
+  [[ -n $dry_run ]] || remember "$rc" || true
   if ((rc == 0)); then
     say "finished in $((SECONDS - began)) s"
   else
     say "FAILED at: $step (exit $rc) after $((SECONDS - began)) s; log: $log_file"
   fi
+}
+
+# shellcheck disable=SC2329  # called by a trap
+remember() { # remember CODE: for monitors, and replaced whole, so that they never see half of it
+  "$PYTHON" - "$LOG_DIR/last-$ALIAS.json" "$ALIAS" "$began_at" "$1" "$step" "$message" "$live" "$live_documents" \
+    "$newest_age" "${took[@]}" <<'END' || say "run_refresh: $LOG_DIR/last-$ALIAS.json could not be written"
+import json, os, sys, time
+
+path, alias, began, code, step, message, live, documents, age, *took = sys.argv[1:]
+ended, failed = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), code != "0"
+try:
+    with open(path) as file:
+        last_success = json.load(file)["last_success"]
+except (OSError, ValueError, LookupError, TypeError):
+    last_success = None
+found = {
+    "alias": alias, "began": began, "ended": ended, "exit_code": int(code), "step": step if failed else None,
+    "message": message if failed else None, "live_index": live or None,
+    "documents": int(documents) if documents else None,
+    "steps": [{"step": name, "seconds": int(seconds)} for name, seconds in zip(took[::2], took[1::2])],
+    "newest_object_age_hours": float(age) if age else None, "last_success": last_success if failed else ended,
+}
+with open(f"{path}.{os.getpid()}", "w") as file:
+    file.write(json.dumps(found) + "\n")
+os.replace(file.name, path)
+END
 }
 
 pause() {
@@ -148,21 +190,25 @@ check() { # step 0, before readers are moved: whatever can be known beforehand
 copy_back() {
   if [[ $live == "$PRIMARY" ]]; then
     run_step "1 copy $PRIMARY to $SECONDARY" reindex.py "${both[@]}"
+    live_documents=$documents
     pause
     # the copy has to be equal, field by field; whether the data are good readers know already
     run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" \
       --threshold 0 --field-threshold 0 --min-documents 0 --queries ""
+    live=$SECONDARY
     pause
   fi
   run_step "3 load $PRIMARY from S3" bulkupdate.py "${load[@]}"
   pause
   run_step "4 switch readers to $PRIMARY" switch_alias.py --alias "$ALIAS" --source "$SECONDARY" --target "$PRIMARY"
+  live=$PRIMARY live_documents=$documents
 }
 
 alternate() {
   run_step "1 load $idle from S3" bulkupdate.py "${load[@]}"
   pause
   run_step "2 switch readers to $idle" switch_alias.py --alias "$ALIAS" "${both[@]}"
+  live=$idle live_documents=$documents
 }
 
 closing_table() {
@@ -176,16 +222,18 @@ closing_table() {
 }
 
 main() {
-  local dry_run="" live="" idle="" both load
-  case "$*" in
-    "") ;;
-    --dry-run) dry_run=yes ;;
-    --help | -h)
-      sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$SELF"
-      exit 0
-      ;;
-    *) die "unknown argument: $* (see --help)" 2 ;;
-  esac
+  local dry_run="" verbose="" idle="" both load argument documents=""
+  for argument in "$@"; do
+    case "$argument" in
+      --dry-run) dry_run=yes ;;
+      --verbose) verbose=yes ;;
+      --help | -h)
+        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$SELF"
+        exit 0
+        ;;
+      *) die "unknown argument: $argument (see --help)" 2 ;;
+    esac
+  done
   choose_python
   read_settings
   load=(--bucket "${setting[S3_BUCKET]}" --prefix="${setting[S3_PREFIX]}" --batch-size "${setting[BATCH_SIZE]}")
@@ -197,7 +245,7 @@ main() {
   trap 'on_signal TERM 143' TERM
   refuse_hold
   take_lock
-  [[ ! -t 2 ]] || say "progress: tail -f $log_file"
+  [[ ! -t 2 && -z $verbose ]] || show_steps
   check
   if [[ -n $dry_run ]]; then
     say "dry run: all checks passed, nothing was changed"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
+import pty
 import re
 import signal
+import struct
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,7 +116,7 @@ def environment(box: sandbox.Sandbox, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def own_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let nothing of the caller's environment, no stray .env and no working directory decide what a test sees."""
-    mine = "AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|MIN|FIELD|DOCUMENT|READER|VERIFY|CA"
+    mine = "AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|MIN|FIELD|DOCUMENT|READER|VERIFY|CA|RUN|REFRESH|REQUESTS"
     own = re.compile(rf"({mine})_|(https?|no|all)_proxy", re.I)
     for name in [name for name in os.environ if own.match(name)]:
         monkeypatch.delenv(name)
@@ -321,3 +325,18 @@ def proxy(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fau
         monkeypatch.setenv("OPENSEARCH_USERNAME", sandbox.USER)
         monkeypatch.setenv("OPENSEARCH_PASSWORD", sandbox.PASSWORD)
         yield running
+
+
+def on_terminal(words: list[str], environment: dict[str, str], columns: int = 80) -> tuple[int, str]:
+    """Run a command on a terminal of its own; return its exit code and all that was written there."""
+    child, terminal = pty.fork()
+    if not child:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        os.execvpe(words[0], words, environment)  # noqa: S606
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal is gone with its last process
+        while part := os.read(terminal, 65536):
+            shown += part
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(status), shown.decode()

@@ -22,7 +22,7 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import OWN, count, fill
+from conftest import OWN, count, fill, on_terminal
 from fault_proxy import answer, edited, lost_answer, refused
 
 SCRIPTS = [bulkupdate, index_cleanup, reindex, switch_alias]
@@ -364,27 +364,67 @@ def test_an_unknown_exception_is_one_line_with_type_and_place(level, present, lo
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+PROGRESS = """
+import os, sys, time
+import opensearch_base_manager as base
+base.PROGRESS_TTY_S, base.PROGRESS_EVERY_S = 0, 0
+if "background" in sys.argv:
+    os.setpgrp()
+base.set_up_logging("test")
+progress = base.Progress("copying", 200, "documents")
+progress.update(50)
+progress.update(100, "a note " * 50)
+base.log.info("between")
+progress.close()
+"""
 
 
-def test_progress_on_a_terminal_is_one_line_that_renews_itself(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    monkeypatch.setattr(base, "PROGRESS_TTY_S", 0)
-    monkeypatch.setattr(base.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
-    base.set_up_logging("test")
-    progress = base.Progress("copying", 200, "documents")
-    progress.update(50)
-    progress.update(100, "a note")
-    base.log.info("between")
-    progress.close()
-    wipe, first, second, between, rest = re.split(r"\r\x1b\[K", terminal.getvalue())
+def progress_on_a_terminal(*words, columns=80, log=None):
+    command = [sys.executable, "-c", PROGRESS]
+    if "background" in words:  # the leader of a session cannot leave its group
+        parent = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+        command = [sys.executable, "-c", parent, *command, *words]
+    if log:  # as the runner does it
+        command = ["bash", "-c", 'exec 8>&2; REFRESH_BESIDE=8 "$@" 2>"$0"', str(log), *command]
+    code, shown = on_terminal(command, {**os.environ, "PYTHONPATH": str(Path(base.__file__).parent)}, columns)
+    assert code == 0, shown
+    return shown
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("logged", [False, True])
+def test_progress_on_a_terminal_is_one_line_that_renews_itself(columns, logged, tmp_path):
+    log = tmp_path / "log" if logged else None
+    wipe, first, second, between, rest = re.split(r"\r\x1b\[K", progress_on_a_terminal(columns=columns, log=log))
     assert (wipe, rest) == ("", "")
     assert first.startswith("copying: 25 %, ")
     assert second.startswith("copying: 50 %, ")
-    assert max(map(len, (first, second))) < 60
-    assert re.fullmatch(r"\S+Z INFO test: between\n", between)
+    assert (len(first) < columns, len(second)) == (True, columns - 1)
+    assert re.fullmatch(r"\S+Z INFO test: between\r\n", between)
+    if log:
+        lines = log.read_text().splitlines()
+        assert [line.split(" INFO test: ")[1][:13] for line in lines] == ["copying: 25 %", "copying: 50 %", "between"]
+        assert "\x1b" not in log.read_text()
+
+
+def test_a_run_in_the_background_of_its_terminal_renews_nothing():
+    assert re.fullmatch(r"\r\x1b\[K\S+Z INFO test: between\r\n", progress_on_a_terminal("background"))
+
+
+@pytest.mark.parametrize("given", ["", "x", "99", "-1"])
+def test_where_nothing_is_handed_on_there_is_nothing_beside_the_log(given, monkeypatch):
+    monkeypatch.setenv("REFRESH_BESIDE", given)
+    assert base.Beside.given() is None
+
+
+def test_a_terminal_that_is_gone_stops_nothing(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setenv("REFRESH_BESIDE", str(write))
+    base.set_up_logging("test")
+    base.log.info("still here")
+    os.close(write)
+    assert "still here" in capsys.readouterr().err
 
 
 def test_progress_in_a_log_is_a_plain_line_every_half_minute(monkeypatch):

@@ -541,3 +541,23 @@ def test_a_copy_that_runs_long_shows_how_far_it_is(pair, copy, monkeypatch):
     outcome = copy(*pair, "--requests-per-second", "2")
     assert outcome.code == 0, outcome.err
     assert re.search(rf"copying {pair[0]} to {pair[1]}: 100 %, 0:00:00 left, 3 of 3 documents, \d+/s", outcome.err)
+
+
+def test_an_orphan_of_another_host_name_is_ours_where_run_host_is_the_same(foreign_copy, pair, copy, monkeypatch):
+    monkeypatch.setenv("RUN_HOST", "nightly.refresh-1")
+    task = foreign_copy(f"{base.SUITE}/nightly.refresh-1/x")
+    outcome = copy(*pair)
+    assert outcome.code == 0, outcome.err
+    assert f"cancelling task {task} on index {pair[1]}, left by a run that died" in outcome.err
+
+
+def test_run_host_is_in_the_note_and_has_to_be_a_name(pair, copy, proxy, note_of, monkeypatch):
+    monkeypatch.setenv("RUN_HOST", "nightly")
+    seen = []
+    proxy.on("POST", START, after(lambda: seen.append(note_of(pair[1])["host"])))
+    assert copy(*pair).code == 0
+    assert seen == ["nightly"]
+    for wrong in ("a/b", "a b", "a\nb", "x" * 101):
+        monkeypatch.setenv("RUN_HOST", wrong)
+        outcome = copy(*pair)
+        assert (outcome.code, "RUN_HOST" in outcome.last) == (2, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import sandbox
-from conftest import Reader, count, sources, state_of
+from conftest import Reader, count, on_terminal, sources, state_of
 
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = ["opensearch_base_manager.py", "reindex.py", "switch_alias.py", "bulkupdate.py", "index_cleanup.py"]
@@ -378,3 +379,96 @@ def test_it_can_be_called_through_a_link_and_with_odd_names(pair, refresh, put_c
     (tmp_path / "run_refresh.sh").symlink_to(tmp_path / "link")
     code, _, err = finish(refresh(f"{prefix}daily $1 'x' ", "--dry-run"))
     assert code == 0, err
+
+
+# --- what it shows, and what it leaves for a monitor ------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_names(environment, name):
+    """The environment of a runner on this test's own names."""
+    return {
+        **os.environ, **environment, "PRIMARY_INDEX": name("primary"), "SECONDARY_INDEX": name("secondary"),
+        "INDEX_ALIAS": name("alias"), "S3_BUCKET": sandbox.BUCKET, "PYTHON": sys.executable,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_on_a_terminal_each_step_looks_as_it_does_by_hand(columns, pair, put_csv, own_names, tmp_path):
+    pair(sandbox.FLIGHTS_MAPPING["properties"])
+    variables = {"S3_PREFIX": put_csv(flights(1, 2)), "DOCUMENT_COUNT_THRESHOLD": "100", "REQUESTS_PER_SECOND": "20000"}
+    code, shown = on_terminal([str(TOP / "run_refresh.sh")], {**own_names, **variables}, columns)
+    assert code == 0, shown
+    assert "==> 3 load" in shown
+    assert re.search(r"INFO bulkupdate: loaded 51,955 rows", shown)
+    renewed = [part for part in re.split(r"\r\x1b\[K", shown) if re.match(r"loading \S+: \d+ %", part)]
+    assert len(renewed) > 3
+    assert max(len(part.splitlines()[0]) for part in renewed) < columns
+    [log] = (tmp_path / "logs").glob("refresh-*.log")
+    assert "INFO bulkupdate: loaded 51,955 rows" in log.read_text()
+    assert not re.search(r"[\x1b\r]", log.read_text())
+
+
+def test_verbose_puts_what_the_steps_say_on_stderr_and_without_it_there_are_short_lines(pair, refresh, put_csv):
+    pair({"n": {"type": "long"}}, docs=1)
+    prefix = put_csv({"a.csv": "n\n1\n"})
+    code, _, err = finish(refresh(prefix, "--verbose"))
+    assert code == 0
+    assert "INFO bulkupdate: done: " in err
+    assert "\x1b" not in err
+    code, _, err = finish(refresh(prefix))
+    assert code == 0
+    assert " INFO " not in err
+    code, _, err = finish(refresh(put_csv({"a.csv": "x\n1\n"}), "--verbose", "--dry-run"))
+    assert code == 4
+    assert err.count("the mapping of") == 1
+
+
+@pytest.fixture
+def last(own_names, tmp_path):
+    return lambda: json.loads((tmp_path / "logs" / f"last-{own_names['INDEX_ALIAS']}.json").read_text())
+
+
+def test_each_run_leaves_how_it_ended_for_a_monitor(pair, refresh, put_csv, last, tmp_path, name):
+    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=1)
+    good = put_csv({"good/a.csv": "n\n1\n", "bad/a.csv": 'n\n"x, ""y"\n'}) + "good/"
+    bad = good.replace("good", "bad")
+    assert finish(refresh(good))[0] == 0
+    first = last()
+    assert (first["exit_code"], first["step"], first["message"]) == (0, None, None)
+    assert (first["alias"], first["live_index"], first["documents"]) == (alias, primary, 1)
+    assert [step["step"][:7] for step in first["steps"] if step["step"][0].isdigit()] == [
+        "1 copy ", "2 switc", "3 load ", "4 switc"
+    ]  # fmt: skip
+    assert first["began"] <= first["ended"] == first["last_success"]
+    assert 0 <= first["newest_object_age_hours"] < 1
+    assert finish(refresh(good, "--dry-run"))[0] == 0
+    assert last() == first
+
+    assert finish(refresh(bad))[0] == 3
+    failed = last()
+    assert (failed["exit_code"], failed["live_index"], failed["documents"]) == (3, secondary, 1)
+    assert failed["step"] == f"3 load {primary} from S3"
+    assert "1 rows were rejected" in failed["message"]
+    assert failed["last_success"] == first["last_success"]
+
+    hold = tmp_path / "locks" / f"HOLD-{alias}"
+    hold.write_text('wrong "prices", monday\n')
+    assert finish(refresh(good))[0] == 4
+    assert last()["message"].startswith('held: wrong "prices", monday; delete ')
+    assert (last()["exit_code"], last()["last_success"]) == (4, first["last_success"])
+    hold.unlink()
+    assert [path.name for path in (tmp_path / "logs").glob("last-*")] == [f"last-{alias}.json"]
+
+
+def test_a_signal_and_a_broken_file_of_the_last_run_are_no_obstacle(pair, refresh, put_csv, last, own_names, tmp_path):
+    pair({"n": {"type": "long"}}, docs=3)
+    path = tmp_path / "logs" / f"last-{own_names['INDEX_ALIAS']}.json"
+    path.parent.mkdir()
+    path.write_text("[1")
+    process = refresh(put_csv({"a.csv": "n\n1\n"}), REQUESTS_PER_SECOND="1")
+    log = tmp_path / "logs"
+    wait_until(lambda: any("copying 3 documents" in file.read_text() for file in log.glob("refresh-*.log")))
+    process.terminate()
+    assert finish(process)[0] == 143
+    assert (last()["exit_code"], last()["message"], last()["last_success"]) == (143, "stopped by SIGTERM", None)
