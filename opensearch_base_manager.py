@@ -31,6 +31,7 @@ import math
 import os
 import random
 import re
+import select
 import signal
 import socket
 import ssl
@@ -73,8 +74,9 @@ EVENLY_S = 0.1  # what is held back goes in batches of so much time: larger ones
 POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks end fast, long ones are not asked too often
 PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
 PROGRESS_TTY_S = 0.2
+BESIDE_WAIT_S = 0.1  # for a terminal or pipe that takes nothing
 CERTIFICATE_ADVICE = "renew the certificate, use the host name it is for, or set CA_BUNDLE to its CA"
-MAX_CONNECTIONS = 64  # a pool, not a target: connections are opened when needed
+MAX_CONNECTIONS = 64  # opened when needed; so many bulk requests can be under way at most
 GC_THRESHOLD = 50_000  # new objects; the AWS service models are many small ones, none garbage: 40 ms a run saved
 
 log = logging.getLogger(SUITE)
@@ -343,6 +345,8 @@ SETTINGS = [
             "bulkupdate"),
     Setting("READY_OBJECT", "--ready-object", "", str,
             "a key below the prefix that has to be there, and no older than the newest file", "bulkupdate"),
+    Setting("SKIP_UNCHANGED", "", "false", boolean, "do nothing when the live index holds what S3 holds", "run_refresh",
+            by_variable="bulkupdate"),
     Setting("", "--no-cleanup", "", boolean, "add to what the index holds, replacing documents of the same id",
             "bulkupdate"),
     Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", non_negative,
@@ -443,7 +447,9 @@ class Beside:
         return cls(descriptor)
 
     def write(self, text: str) -> None:
-        os.write(self.descriptor, text.encode(errors="replace"))
+        """Write it, unless nobody takes it (Ctrl-S, a pager): a load must not wait for that, and the log has it."""
+        if select.select([], [self.descriptor], [], BESIDE_WAIT_S)[1]:
+            os.write(self.descriptor, text.encode(errors="replace"))
 
     def flush(self) -> None:
         pass

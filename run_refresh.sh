@@ -8,6 +8,7 @@
 #        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/)  BATCH_SIZE (1000)  STEP_DELAY_SECONDS (5)
 #        REFRESH_STRATEGY (copy-back, or alternate)
 #        READER_QUERIES (unset: searches that are tried before each switch; here on the live index, before anything)
+#        SKIP_UNCHANGED (false; true ends at once when the live index provably holds what S3 holds)
 #        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
 # Hold:  while LOCK_DIR/HOLD-<alias> exists, nothing is done (4); its first line says why, since when
 # Last:  LOG_DIR/last-<alias>.json tells a monitor how the last run ended, and when one last succeeded
@@ -21,6 +22,7 @@ readonly KEEP_DAYS=30
 step="preparing" last="" result="" began=$SECONDS log_file=/dev/null
 began_at=$(date -u +%Y-%m-%dT%H:%M:%SZ)
 live="" live_documents="" newest_age="" message="" # for last-<alias>.json
+dry_run="" documents="" # not local to main: an exit by `set -e` takes those away before the trap
 table=() took=()
 declare -A setting
 
@@ -100,7 +102,7 @@ run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run wit
   say "<== $step: exit $rc, $((SECONDS - step_began)) s${documents:+, $documents documents}"
   if ((rc != 0)); then
     message=${last#* }
-    [[ -n ${REFRESH_BESIDE:-} ]] || say "$message"
+    [[ -n ${REFRESH_BESIDE:-} && $last == *" ERROR "* ]] || say "$message"
     exit "$rc"
   fi
   [[ $step == check* ]] || table+=("$(printf '%-50s %8d %12s' "$step" "$((SECONDS - step_began))" "${documents:--}")")
@@ -123,8 +125,9 @@ on_signal() { # on_signal NAME CODE: pass it on at once, and wait until the step
 # shellcheck disable=SC2329  # called by a trap
 on_exit() {
   local rc=$?
+  trap '' HUP INT TERM
   rm -f "$result"
-  [[ -n $dry_run ]] || remember "$rc" || true
+  [[ -n $dry_run || $rc == 75 ]] || remember "$rc" # 75: the run that has the lock tells
   if ((rc == 0)); then
     say "finished in $((SECONDS - began)) s"
   else
@@ -134,8 +137,9 @@ on_exit() {
 
 # shellcheck disable=SC2329  # called by a trap
 remember() { # remember CODE: for monitors, and replaced whole, so that they never see half of it
+  [[ $1 == [04] || $step != *switch* ]] || live="" live_documents="" # broken off: nobody knows
   "$PYTHON" - "$LOG_DIR/last-$ALIAS.json" "$ALIAS" "$began_at" "$1" "$step" "$message" "$live" "$live_documents" \
-    "$newest_age" "${took[@]}" <<'END' || say "run_refresh: $LOG_DIR/last-$ALIAS.json could not be written"
+    "$newest_age" ${took[@]+"${took[@]}"} <<'END' || say "run_refresh: $LOG_DIR/last-$ALIAS.json could not be written"
 import json, os, sys, time
 
 path, alias, began, code, step, message, live, documents, age, *took = sys.argv[1:]
@@ -174,6 +178,14 @@ check() { # step 0, before readers are moved: whatever can be known beforehand
   esac
   if [[ -n ${setting[READER_QUERIES]} ]]; then
     run_step "check the queries" switch_alias.py --alias "$ALIAS" --show --queries="${setting[READER_QUERIES]}"
+  fi
+  if [[ ${setting[SKIP_UNCHANGED],,} =~ ^(true|yes|1)$ ]]; then
+    run_step "check what has changed" bulkupdate.py "${load[@]}" --index "$live" --dry-run
+    if grep -q '"unchanged": true' "$result"; then
+      live_documents=$documents
+      say "nothing has changed since $live was loaded: nothing to do"
+      exit 0
+    fi
   fi
   both=(--source "$live" --target "$idle")
   load+=(--index "$([[ ${setting[REFRESH_STRATEGY]} == alternate ]] && echo "$idle" || echo "$PRIMARY")")
@@ -222,7 +234,7 @@ closing_table() {
 }
 
 main() {
-  local dry_run="" verbose="" idle="" both load argument documents=""
+  local verbose="" idle="" both load argument
   for argument in "$@"; do
     case "$argument" in
       --dry-run) dry_run=yes ;;

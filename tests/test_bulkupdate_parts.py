@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import threading
 import time
 
@@ -479,14 +480,31 @@ def test_a_cluster_that_becomes_faster_by_itself_says_nothing_of_the_number(monk
     assert [load.window(), load.window(), load.window(), load.window()] == [3, 6, 8, 6]
 
 
-def test_one_more_is_tried_every_ten_seconds_and_stays_where_it_brings_5_percent(monkeypatch):
+def test_more_and_fewer_are_tried_every_ten_seconds_and_stay_where_that_is_worth_it(monkeypatch):
     helps = 6
     load = Load(monkeypatch, lambda requests: 1000 * min(requests, helps))
     assert [load.window() for _ in range(3)] == [6, 24, 6]
-    assert load.seconds(44) == [6, *[7, 6] * 4]
-    helps = 8
-    assert max(load.seconds(60)) == 9
-    assert load.pace.limit in (8, 9)
+    assert load.seconds(40)[:6] == [6, 7, 6, 5, 6, 7]
+    helps = 9
+    assert max(load.seconds(80)) == 10
+    assert load.pace.limit in (8, 9, 10)
+    helps = 4
+    load.seconds(120)
+    assert load.pace.limit in (3, 4, 5)
+
+
+def test_noise_alone_adds_no_requests(monkeypatch):
+    made = random.Random(1)
+    load = Load(monkeypatch, lambda requests: 1000 * min(requests, 4) * made.uniform(0.9, 1.1))
+    numbers = load.seconds(3600)
+    assert max(numbers[10:]) <= 9
+    assert min(numbers) == 3
+
+
+def test_among_many_requests_a_tenth_more_is_tried(monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * requests)
+    assert [load.window(), load.window(), load.window(slower=3.5)] == [6, 24, 7]  # by a window that says too little
+    assert max(load.seconds(600)) == 64
 
 
 def test_429_halves_the_number_once_a_round_trip_and_it_rises_to_below_where_it_was_refused(monkeypatch):
@@ -500,7 +518,7 @@ def test_429_halves_the_number_once_a_round_trip_and_it_rises_to_below_where_it_
     load.pace.halve(load.clock.now)
     assert load.pace.limit == 12
     assert [load.window() for _ in range(13)] == [*range(13, 24), 23, 23]
-    assert load.seconds(8)[:2] == [23, 24]
+    assert load.seconds(8)[:2] == [23, 25]
     load.clock.now += 1
     number = load.pace.limit
     load.pace.halve(load.clock.now)
