@@ -127,7 +127,7 @@ on_exit() {
   local rc=$?
   trap '' HUP INT TERM
   rm -f "$result"
-  [[ -n $dry_run || $rc == 75 ]] || remember "$rc" # 75: the run that has the lock tells
+  [[ -n $dry_run || $rc == 75 ]] || remember "$rc" || true # 75: the run that has the lock tells
   if ((rc == 0)); then
     say "finished in $((SECONDS - began)) s"
   else
@@ -139,7 +139,7 @@ on_exit() {
 remember() { # remember CODE: for monitors, and replaced whole, so that they never see half of it
   [[ $1 == [04] || $step != *switch* ]] || live="" live_documents="" # broken off: nobody knows
   "$PYTHON" - "$LOG_DIR/last-$ALIAS.json" "$ALIAS" "$began_at" "$1" "$step" "$message" "$live" "$live_documents" \
-    "$newest_age" ${took[@]+"${took[@]}"} <<'END' || say "run_refresh: $LOG_DIR/last-$ALIAS.json could not be written"
+    "$newest_age" ${took[@]+"${took[@]}"} 2>/dev/null <<'END' || say "$LOG_DIR/last-$ALIAS.json could not be written"
 import json, os, sys, time
 
 path, alias, began, code, step, message, live, documents, age, *took = sys.argv[1:]
