@@ -1179,6 +1179,8 @@ class OpenSearchBaseManager(Connection):
     def run_task(self, path: str, body: Any, *, label: str, total: int, **params: Any) -> dict[str, Any]:
         """Start a task on the server, follow it, and return its response once it is known to be whole.
 
+        It runs in slices, one a shard, held back to REQUESTS_PER_SECOND in all.
+
         Raises OperationFailed when it ended with an error, failures, a time-out or a cancellation, or vanished with
         its node. A start without a response is looked up by X-Opaque-Id before it is started again.
         """
