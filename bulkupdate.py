@@ -1356,9 +1356,7 @@ class Sums:
 
 def written_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
     """Return the number of writes between two moments; -1 where the index is not the same any more."""
-    if {number: history for number, (history, _) in before.items()} != {
-        number: history for number, (history, _) in after.items()
-    }:
+    if before.keys() != after.keys() or any(before[number][0] != after[number][0] for number in before):
         return -1
     return sum(after[number][1] - before[number][1] for number in before)
 
@@ -1378,8 +1376,8 @@ class BulkUpdate(OpenSearchBaseManager):
         self.target.claim(may_be_live=self.keep or self.dry_run)
         self.rejects.prepare()
         objects = self._list()
-        if self.dry_run and self.settings.skip_unchanged and self._is_unchanged(objects):
-            return self._nothing_to_do(objects)
+        if self.dry_run and self.settings.skip_unchanged and (record := self._standing_record(objects)):
+            return self._nothing_to_do(objects, record)
         schema = self._look(objects)
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
@@ -1573,28 +1571,32 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _leave_record(self, objects: list[S3Object], sums: Sums, empty: Mapping[str, Any]) -> None:
         """Note in `_meta` of what was loaded, unless somebody else may have written to the index as well."""
-        record = self._record(objects)
+        mapping = self._get_mapping(self.target.name)
+        record = self._record(objects, mapping)
         if record and written_between(empty, record["writes"]) == sums.stored:
-            meta = self._get_mapping(self.target.name).get("_meta", {})
-            self.request("PUT", f"/{self.target.name}/_mapping", {"_meta": {**meta, RECORD: record}})
+            meta = {**mapping.get("_meta", {}), RECORD: record}
+            self.request("PUT", f"/{self.target.name}/_mapping", {"_meta": meta})
 
-    def _is_unchanged(self, objects: list[S3Object]) -> bool:
-        """Say whether the index provably holds what a load of these objects would store."""
-        meta = self._get_mapping(self.target.name).get("_meta", {})
-        return RECORD in meta and SUITE not in meta and meta[RECORD] == self._record(objects)
+    def _standing_record(self, objects: list[S3Object]) -> dict[str, Any] | None:
+        """Return the record of an index that provably holds what a load of these objects would store."""
+        mapping = self._get_mapping(self.target.name)
+        meta = mapping.get("_meta", {})
+        if RECORD not in meta or SUITE in meta:
+            return None
+        record = self._record(objects, mapping)
+        return record if meta[RECORD] == record else None
 
-    def _nothing_to_do(self, objects: list[S3Object]) -> dict[str, Any]:
-        documents = self._get_index_count(self.target.name)
+    def _nothing_to_do(self, objects: list[S3Object], record: Mapping[str, Any]) -> dict[str, Any]:
         log.info("%s holds what %s holds: nothing has changed since it was loaded", self.target.name, self.place)
         return {
-            "index": self.target.name, "objects": len(objects), "documents": documents, **self._newest_age(objects),
-            "unchanged": True, "dry_run": True,
+            "index": self.target.name, "objects": len(objects), "documents": record["documents"],
+            **self._newest_age(objects), "unchanged": True, "dry_run": True,
         }  # fmt: skip
 
-    def _record(self, objects: list[S3Object]) -> dict[str, Any] | None:
+    def _record(self, objects: list[S3Object], mapping: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what the index holds and was made of; None where somebody writes to it in this very moment."""
-        mapping = {key: value for key, value in self._get_mapping(self.target.name).items() if key != "_meta"}
-        made_of = [self.place, self.delimiter, self.id_column, mapping,
+        fields = {key: value for key, value in mapping.items() if key != "_meta"}
+        made_of = [self.place, self.delimiter, self.id_column, fields,
                    sorted((item.key, item.etag, item.size) for item in objects)]  # fmt: skip
         writes, documents = self._writes(), self._get_index_count(self.target.name)
         if writes != self._writes():
@@ -1604,11 +1606,10 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _writes(self) -> dict[str, Any]:
         """Return history and last sequence number of each primary: another one tells of each write, or of a restore."""
-        index = self.target.name
-        shards = self.request("GET", f"/{index}/_stats", params={"level": "shards"}).data["indices"][index]["shards"]
         return {
             number: [copy["commit"]["user_data"]["history_uuid"], copy["seq_no"]["max_seq_no"]]
-            for number, copies in shards.items() for copy in copies if copy["routing"]["primary"]
+            for number, copies in self._shard_stats(self.target.name).items()
+            for copy in copies if copy["routing"]["primary"]
         }  # fmt: skip
 
     # --- the result ---

@@ -559,9 +559,7 @@ class IndexCleanup(OpenSearchBaseManager):
             time.sleep(1)
 
     def _retained(self) -> bool:
-        index = self.target.name
-        shards = self.request("GET", f"/{index}/_stats", params={"level": "shards"}).data["indices"][index]["shards"]
-        for copy in (copy for copies in shards.values() for copy in copies):
+        for copy in (copy for copies in self._shard_stats(self.target.name).values() for copy in copies):
             leases = copy.get("retention_leases", {}).get("leases", [])
             if any(lease["retaining_seq_no"] <= copy["seq_no"]["max_seq_no"] for lease in leases):
                 return True

@@ -399,12 +399,19 @@ def resolve(script: str, args: argparse.Namespace) -> argparse.Namespace:
 
 
 def print_settings(script: str) -> None:
-    """Print the settings of the runner, `NAME=text` a line; the first wrong one ends the process with a message."""
+    """Print the settings of the runner, `NAME=text` a line; the first wrong one ends the process with a message.
+
+    Folders are whole paths, and true or false stands for whatever means that.
+    """
     try:
         load_env_file()
         for setting in settings_of(script):
-            value = setting.value()
-            print(f"{setting.variable}={value if setting.parse is own_folder else setting.given() or ''}")
+            value, text = setting.value(), setting.given() or ""
+            if setting.parse is own_folder:
+                text = str(value)
+            elif setting.parse is boolean:
+                text = str(value).lower()
+            print(f"{setting.variable}={text}")
     except ConfigurationError as error:
         raise SystemExit(str(error)) from None
 
@@ -1101,6 +1108,12 @@ class OpenSearchBaseManager(Connection):
     def _verify_all_shards(found: Mapping[str, Any], what: str) -> None:
         if failed := found["_shards"]["failed"]:
             raise OperationFailed(f"{what}: {failed} shard(s) failed; see GET _cluster/allocation/explain")
+
+    def _shard_stats(self, index: str) -> dict[str, list[dict[str, Any]]]:
+        """Return the statistics of each shard's copies, by its number."""
+        found = self.request("GET", f"/{index}/_stats", params={"level": "shards"}).data
+        shards: dict[str, list[dict[str, Any]]] = found["indices"][index]["shards"]
+        return shards
 
     def _get_mapping(self, index: str) -> dict[str, Any]:
         mapping: dict[str, Any] = self.request("GET", f"/{index}/_mapping").data[index]["mappings"]

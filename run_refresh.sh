@@ -179,7 +179,7 @@ check() { # step 0, before readers are moved: whatever can be known beforehand
   if [[ -n ${setting[READER_QUERIES]} ]]; then
     run_step "check the queries" switch_alias.py --alias "$ALIAS" --show --queries="${setting[READER_QUERIES]}"
   fi
-  if [[ ${setting[SKIP_UNCHANGED],,} =~ ^(true|yes|1)$ ]]; then
+  if [[ ${setting[SKIP_UNCHANGED]} == true ]]; then
     run_step "check what has changed" bulkupdate.py "${load[@]}" --index "$live" --dry-run
     if grep -q '"unchanged": true' "$result"; then
       live_documents=$documents

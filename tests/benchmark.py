@@ -334,10 +334,12 @@ def stages(bench: Bench, data: DataSet) -> None:
     """Print the seconds of each stage of the pipeline, by running it up to there, and those spent on waiting."""
     sys.path.insert(0, str(TOP))
     import bulkupdate as b
+    from opensearch_base_manager import resolve
 
     bench.fresh_index(data)
-    with b.BulkUpdate(b.build_parser().parse_args(bulkupdate_command(data.prefix)[2:])) as load:
-        load._check_index()
+    settings = resolve("bulkupdate", b.build_parser().parse_args(bulkupdate_command(data.prefix)[2:]))
+    with b.BulkUpdate(settings) as load:
+        load.target.claim()
         items = load._list()
         types = load._look(items).types
         print(f"\n{data.name}: seconds of the main thread in each stage")
@@ -363,7 +365,8 @@ def print_stages(load: Any, items: list[Any], types: dict[str, str], rows: int) 
 
     def render() -> None:
         renderer = b.Renderer(types, load.rejects.add, bucket=load.bucket.name)
-        for _ in b.batches(load._documents(items, renderer), b.BATCH_SIZE):
+        idle = b.BulkWorkers(lambda batch: None, b.Pace())
+        for _ in b.batches(load._documents(items, renderer, idle), load.settings.batch_size):
             pass
 
     def whole() -> None:
