@@ -162,9 +162,22 @@ os.replace(file.name, path)
 END
 }
 
-pause() {
-  sleep "${setting[STEP_DELAY_SECONDS]}" &
-  wait $!
+pause() { # with a sign of life on a terminal: after two seconds without one people reach for Ctrl-C
+  local delay=${setting[STEP_DELAY_SECONDS]} waited sleeper
+  sleep "$delay" &
+  sleeper=$!
+  for ((waited = 0; ; waited++)); do
+    if [[ ! -t 2 ]] || ! kill -0 "$sleeper" 2>/dev/null; then break; fi
+    renew "next step in $delay s, waited $waited s"
+    sleep 1 &
+    wait $!
+  done
+  renew ""
+  wait "$sleeper"
+}
+
+renew() { # renew TEXT: in the last line of the terminal, unless the run is in its background
+  [[ ! -t 2 || $(ps -o stat= -p $$ 2>/dev/null) != *+* ]] || printf '\r\033[K%s' "$1" >&2 || true
 }
 
 check() { # step 0, before readers are moved: whatever can be known beforehand
