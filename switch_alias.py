@@ -267,14 +267,16 @@ class SwitchAlias(OpenSearchBaseManager):
         counts = self._count_fields({name: field for name, field in compared.items() if name not in retyped}, new)
         change = {name: (Fraction(had, before), Fraction(has, after)) for name, (had, has) in counts.items()}
         worst_first = sorted(change, key=lambda name: change[name][1] - change[name][0])
-        shown, threshold = {name: shares(*change[name]) for name in change}, self.settings.field_threshold
-        grown = [f"{name} {shown[name]}" for name in worst_first[::-1] if has_fallen(*change[name][::-1], threshold)]
+        threshold = self.settings.field_threshold
+        grown = [name for name in worst_first[::-1] if has_fallen(*change[name][::-1], threshold)]
+        fallen = [name for name in worst_first if has_fallen(*change[name], threshold)]
+        shown = {name: shares(*change[name]) for name in grown + fallen}
         self.fields = {"fields_checked": len(counts) + len(retyped)}
         log.info("%s fields compared (threshold %s points); grown: %s; new: %s", self.fields["fields_checked"],
-                 threshold, listed(grown), listed([name for name in new if name not in old]))  # fmt: skip
-        fallen = {name: shown[name] for name in worst_first if has_fallen(*change[name], threshold)}
+                 threshold, listed([f"{name} {shown[name]}" for name in grown]),
+                 listed([name for name in new if name not in old]))  # fmt: skip
         if retyped or fallen:
-            self._refuse_fields({**retyped, **fallen})
+            self._refuse_fields({**retyped, **{name: shown[name] for name in fallen}})
 
     def _refuse_fields(self, differing: Mapping[str, str]) -> None:
         self.fields["fields_fallen"] = differing
