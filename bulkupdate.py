@@ -62,6 +62,7 @@ FIRST_REQUESTS = 3  # under way at the beginning: the best number on two cores w
 GROWTH = 1.2  # the factor by which more requests have to raise the documents a second for their number to go on rising
 WORTH_IT = 1.05  # and by which some more have to on trial, to stay
 PROPORTIONAL, LEAP = 0.8, 4  # where the factor is nearly that of the requests, they are multiplied by so much
+SATISFIED = 0.05  # the share of its time that the loader may wait for a free worker, and need no more of them
 WARMED_UP = 1.25  # more than so much beyond that, and it is the cluster that has become faster, not the number
 STALLED = 0.9  # with more requests than before, a window that brings less than that is measured again
 WINDOW_S = 0.5  # at least, or one slow response decides
@@ -933,10 +934,10 @@ class Pace:
     A window is as many first sendings as may be under way, or that many times. The number is doubled first, and rises
     as long as a window brings a fifth more documents a second than the one before: fourfold where they rose with the
     requests, else by the factor that they rose by, so that it does not go far beyond what helps (3, 6, 8 and back at a
-    cluster that lets four in). At the first window that brings less it steps back and holds. From then on a tenth more
-    (one at least) and a tenth less are tried in turns: more stay where they bring 5 %, fewer unless they cost 5 %. It
-    never rises beyond what the loader could fill: one that waits for a free worker half of the time could use twice as
-    many, one that never waits none.
+    cluster that lets four in). At the first window that brings less it steps back, if the loader still waits for a free
+    worker, and holds. From then on, as long as it waits, a tenth more (one at least) and a tenth fewer are tried in
+    turns: more stay where they bring 5 %, fewer where they cost nothing. The number never rises beyond what the loader
+    could fill: one that waits half of the time could use twice as many, one that never waits none.
 
     A busy cluster (429) halves the number, once a round trip; then it grows by one a window to one below where it was
     refused, and holds. Response times are no guide: they rise with the load, and with the age of the index.
@@ -1009,7 +1010,9 @@ class Pace:
             self.limit, self._former, self._former_rate = self._former, 0, 0.0  # begin anew
             return
         if grew > 1 and gain < GROWTH:
-            self.limit, self._judge = max(self._former, round(self._former * gain)), self._hold
+            if waited > SATISFIED:
+                self.limit = max(self._former, round(self._former * gain))
+            self._judge = self._hold
             return
         self._former, self._former_rate = self.limit, rate
         if waited > 1 - 1 / GROWTH:
@@ -1018,17 +1021,22 @@ class Pace:
             self.limit = round(min(self.limit * factor, could_fill, self._most))
 
     def _hold(self, rate: float, waited: float) -> None:
-        self._upwards, step, number = not self._upwards, max(1, self.limit // 10), self.limit
-        if self._upwards and waited > 1 - 1 / WORTH_IT:
+        if waited < SATISFIED:
+            return
+        self._upwards, step = not self._upwards, max(1, self.limit // 10)
+        if self._upwards:
             number = min(self.limit + step, self._most)
-        elif not self._upwards:
+        else:
             number = min(self.limit, max(self.limit - step, self._least))
         if number != self.limit:
             self._former, self._former_rate, self.limit, self._judge = self.limit, rate, number, self._try
 
     def _try(self, rate: float, _waited: float) -> None:
-        """Keep more requests where they bring 5 %, and fewer unless they cost 5 %: noise alone adds none."""
-        if rate < self._former_rate * (WORTH_IT if self.limit > self._former else 1 / WORTH_IT):
+        """Keep more requests where they bring 5 %, and fewer where they cost nothing: noise alone adds none.
+
+        "Unless they cost 5 %" let the number sink below what the loader could fill, a step of 4 % at a time.
+        """
+        if rate < self._former_rate * (WORTH_IT if self.limit > self._former else 1):
             self.limit = self._former
         self._judge = self._hold
 

@@ -501,6 +501,13 @@ def test_noise_alone_adds_no_requests(monkeypatch):
     assert min(numbers) == 3
 
 
+def test_a_loader_that_waits_no_longer_keeps_the_number_it_has(monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * min(requests, 6.5))
+    load.window(), load.window()
+    load.waits = 0
+    assert load.seconds(60) == [24]  # not back to 6: the others cost nothing, and one window may tell too little
+
+
 def test_among_many_requests_a_tenth_more_is_tried(monkeypatch):
     load = Load(monkeypatch, lambda requests: 1000 * requests)
     assert [load.window(), load.window(), load.window(slower=3.5)] == [6, 24, 7]  # by a window that says too little
