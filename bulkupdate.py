@@ -57,7 +57,7 @@ CHUNK_BYTES = 16 * 1024  # of text a step: the cells stay in the processor's cac
 MAX_CELL_CHARS = 8 * MIB  # a quote still open after that much is a stray one
 MAX_LINE_BYTES = 16 * MIB  # and a record's
 MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes refuse requests above 10 MiB
-MAX_BYTES_UNDER_WAY = 64 * MIB  # a node takes 10 % of its heap: 107 MB of 1 GB, from all that write to it
+MAX_BYTES_UNDER_WAY = 40 * MIB  # a node takes 10 % of its heap, 107 MB of 1 GB, from all that write; we hold them too
 FIRST_REQUESTS = 3  # under way at the beginning: the best number on two cores without a distance
 GROWTH = 1.2  # the factor by which more requests have to raise the documents a second for their number to go on rising
 WORTH_IT = 1.05  # and by which some more have to on trial, to stay
@@ -1061,7 +1061,7 @@ class Throttle:
 
 
 class BulkWorkers:
-    """Threads that store batches, as many at a time as the pace allows and 64 MiB; used as a context manager.
+    """Threads that store batches, as many at a time as the pace allows and 40 MiB; used as a context manager.
 
     One more batch waits for the next that is free. The first error of one is raised in the main thread. They are
     daemons: after a failure nobody waits for a request that hangs.

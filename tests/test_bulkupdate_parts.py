@@ -391,7 +391,7 @@ def test_as_many_requests_are_under_way_as_the_pace_allows_and_fewer_after_it_wa
     assert (store.most, workers.most) == (2, 4)
 
 
-def test_no_more_bytes_are_under_way_than_64_mib_but_for_one_batch_alone(monkeypatch):
+def test_no_more_bytes_are_under_way_than_allowed_but_for_one_batch_alone(monkeypatch):
     monkeypatch.setattr(bulkupdate, "MAX_BYTES_UNDER_WAY", 2 * len(documents(5).body))
     store = Busy(0.05)
     with BulkWorkers(store, Pace(8)) as workers:
