@@ -989,8 +989,9 @@ class Pace:
                 return
             if self.limit > 1:
                 log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit // 2)
-            self._ceiling, self.limit = self.limit, max(1, self.limit // 2)
-            self._judge = self._climb
+            if self._judge != self._climb or self._completed:  # or one busy second would leave a ceiling of 1
+                self._ceiling = self.limit
+            self._judge, self.limit = self._climb, max(1, self.limit // 2)
             self._halved = time.monotonic()
             self._begin_window(self._halved)
 

@@ -118,6 +118,7 @@ on_signal() { # on_signal NAME CODE: pass it on at once, and wait until the step
     wait "$child" || true
   done
   message="stopped by SIG$1"
+  renew ""
   say "$message"
   exit "$2"
 }
@@ -164,12 +165,13 @@ END
 
 pause() { # with a sign of life on a terminal: after two seconds without one people reach for Ctrl-C
   local delay=${setting[STEP_DELAY_SECONDS]} waited sleeper
-  sleep "$delay" &
+  [[ $delay != 0 ]] || return 0
+  sleep "$delay" 8>&- 9>&- & # without the lock: a runner that is killed leaves it behind
   sleeper=$!
   for ((waited = 0; ; waited++)); do
     if [[ ! -t 2 ]] || ! kill -0 "$sleeper" 2>/dev/null; then break; fi
     renew "next step in $delay s, waited $waited s"
-    sleep 1 &
+    sleep 1 8>&- 9>&- &
     wait $!
   done
   renew ""

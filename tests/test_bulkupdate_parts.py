@@ -532,6 +532,16 @@ def test_429_halves_the_number_once_a_round_trip_and_it_rises_to_below_where_it_
     assert load.pace.limit == number // 2
 
 
+def test_a_busy_second_that_refuses_again_and_again_leaves_the_ceiling_where_it_was(monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * requests)
+    load.window(), load.window()
+    for _ in range(5):  # 24, 12, 6, 3, 1
+        load.clock.now += 0.2
+        load.pace.halve(load.clock.now)
+    assert load.pace.limit == 1
+    assert [load.window() for _ in range(23)][-2:] == [23, 23]
+
+
 def test_a_number_that_was_given_is_not_exceeded_and_reached_again_after_429(monkeypatch):
     load = Load(monkeypatch, lambda requests: 1000 * requests, fixed=5)
     assert load.seconds(30) == [5]
