@@ -948,7 +948,7 @@ class Pace:
         self._most = fixed or MAX_CONNECTIONS
         self._lock = threading.Lock()  # of what follows
         self._judge: Callable[[float, float], None] = self._grow  # what becomes of the number at the end of a window
-        self._former, self._former_rate = 0, 0.0  # the number and the documents a second of the window before
+        self._former, self._former_rate = 0, 0.0  # of the window before; or the number that 429 has left
         self._stalled = False  # the window before was thrown away
         self._upwards = False  # the last trial was one of more requests
         self._ceiling, self._halved = self._most + 1, 0.0  # where it was refused, and when last
@@ -989,9 +989,10 @@ class Pace:
                 return
             if self.limit > 1:
                 log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit // 2)
-            if self._judge != self._climb or self._completed:  # or one busy second would leave a ceiling of 1
+            if self._judge != self._climb or self.limit > self._former:  # or one busy second would leave a ceiling of 1
                 self._ceiling = self.limit
             self._judge, self.limit = self._climb, max(1, self.limit // 2)
+            self._former = self.limit
             self._halved = time.monotonic()
             self._begin_window(self._halved)
 
@@ -1028,14 +1029,14 @@ class Pace:
         if self._upwards:
             number = min(self.limit + step, self._most)
         else:
-            number = min(self.limit, max(self.limit - step, self._least))
+            number = min(self.limit, max(self.limit - step, self._least))  # after 429 it may be below the least
         if number != self.limit:
             self._former, self._former_rate, self.limit, self._judge = self.limit, rate, number, self._try
 
     def _try(self, rate: float, _waited: float) -> None:
-        """Keep more requests where they bring 5 %, and fewer where they cost nothing: noise alone adds none.
+        """Keep more requests where they bring 5 %: noise alone adds none; and fewer where they cost nothing.
 
-        "Unless they cost 5 %" let the number sink below what the loader could fill, a step of 4 % at a time.
+        Were fewer allowed to cost 5 %, the number would sink step by step below what the loader could fill.
         """
         if rate < self._former_rate * (WORTH_IT if self.limit > self._former else 1):
             self.limit = self._former

@@ -542,6 +542,17 @@ def test_a_busy_second_that_refuses_again_and_again_leaves_the_ceiling_where_it_
     assert [load.window() for _ in range(23)][-2:] == [23, 23]
 
 
+def test_a_refusal_right_after_the_number_has_risen_is_the_new_ceiling(monkeypatch):
+    load = Load(monkeypatch, lambda requests: 1000 * requests)
+    load.window(), load.window()
+    load.clock.now += 0.2
+    load.pace.halve(load.clock.now)
+    assert [load.window() for _ in range(6)][-1] == 18
+    load.clock.now += 0.2
+    load.pace.halve(load.clock.now)  # before one of the 18 was taken
+    assert [load.window() for _ in range(10)] == [*range(10, 18), 17, 17]
+
+
 def test_a_number_that_was_given_is_not_exceeded_and_reached_again_after_429(monkeypatch):
     load = Load(monkeypatch, lambda requests: 1000 * requests, fixed=5)
     assert load.seconds(30) == [5]

@@ -404,6 +404,7 @@ def test_on_a_terminal_each_step_looks_as_it_does_by_hand(columns, pair, put_csv
     assert code == 0, shown
     assert "==> 3 load" in shown
     assert re.search(r"INFO bulkupdate: loaded 51,955 rows", shown)
+    assert shown.count("\r\x1b[Knext step in 2.5 s, waited 0 s") == 3
     assert "\r\x1b[Knext step in 2.5 s, waited 1 s" in shown
     renewed = [part for part in re.split(r"\r\x1b\[K", shown) if re.match(r"loading \S+: \d+ %", part)]
     assert len(renewed) > 3
