@@ -25,6 +25,7 @@ import urllib3
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+import bulkupdate
 import opensearch_base_manager as base
 import sandbox
 from fault_proxy import FaultProxy
@@ -272,6 +273,25 @@ def put_csv(box: sandbox.Sandbox, name: Callable[[str], str]) -> Callable[..., s
         return prefix
 
     return put
+
+
+def load_arguments(prefix: str, index: str, *more: str) -> list[str]:
+    return ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index, *more]
+
+
+@pytest.fixture
+def load(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Load a prefix, see that it ends as expected and that its sums are right: `load(prefix, index, code=3)`."""
+
+    def do(prefix: str, index: str, *more: str, code: int = 0) -> Outcome:
+        outcome = run(bulkupdate, *load_arguments(prefix, index, *more))
+        assert outcome.code == code, outcome.err
+        if outcome.out and "read" in outcome.result:
+            sums = outcome.result
+            assert sums["read"] == sums["stored"] + sums["rejected"] + sums["skipped"]
+        return outcome
+
+    return do
 
 
 class Recreation:

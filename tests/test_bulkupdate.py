@@ -21,7 +21,7 @@ import bulkupdate
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from conftest import count, sources, state_of
+from conftest import count, load_arguments, sources, state_of
 from fault_proxy import FaultProxy, after, answer, delayed, lost_answer, refused
 
 SCRIPT = Path(bulkupdate.__file__)
@@ -34,23 +34,6 @@ def numbers(first, last):
     return "n\n" + "".join(f"{number}\n" for number in range(first, last + 1))
 
 
-def command(prefix, index, *more):
-    return ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index, *more]
-
-
-@pytest.fixture
-def load(run):
-    def do(prefix, index, *more, code=0):
-        outcome = run(bulkupdate, *command(prefix, index, *more))
-        assert outcome.code == code, outcome.err
-        if outcome.out and "read" in outcome.result:
-            sums = outcome.result
-            assert sums["read"] == sums["stored"] + sums["rejected"] + sums["skipped"]
-        return outcome
-
-    return do
-
-
 @pytest.fixture
 def start(environment):
     """Start a load as a process of its own, through the proxy if there is one."""
@@ -61,7 +44,7 @@ def start(environment):
         if proxy:
             names = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
             env |= zip(names, [proxy.endpoint, sandbox.USER, sandbox.PASSWORD])
-        words = [sys.executable, str(SCRIPT), *command(prefix, index, *more)]
+        words = [sys.executable, str(SCRIPT), *load_arguments(prefix, index, *more)]
         process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         running.append(process)
         return process
@@ -306,7 +289,7 @@ def test_what_cannot_be_loaded_is_refused_before_anything_is_touched(mapping, ma
             index = make_index(f"index-{len(wrong)}", docs=[{"k": "old"}], **mapping)
             before = state_of(admin, index)
         prefix = put_csv({f"{case}/{key}": content for key, content in objects.items()})
-        outcome = run(bulkupdate, *command(f"{prefix}{case}/", index))
+        outcome = run(bulkupdate, *load_arguments(f"{prefix}{case}/", index))
         touched = state_of(admin, index) != before
         if outcome.code != 4 or word not in outcome.last or touched:
             wrong[case] = (outcome.code, outcome.last, "touched" if touched else "untouched")
@@ -986,7 +969,7 @@ def test_a_year_needs_no_more_memory_than_a_month_and_each_row_of_a_month_arrive
     mapping = sandbox.FLIGHTS_MAPPING["properties"]
     peaks, indices = [], [make_index(suffix, mapping, settings={"max_result_window": 50_000}) for suffix in "ab"]
     for prefix, index in zip([f"{sandbox.PREFIX}flights-01", sandbox.PREFIX], indices):
-        words = [sys.executable, "-c", MEASURED, *command(prefix, index, "--workers", "3")]  # or that differs
+        words = [sys.executable, "-c", MEASURED, *load_arguments(prefix, index, "--workers", "3")]  # or that differs
         env = {**environment, "PATH": os.environ["PATH"], "PYTHONPATH": str(SCRIPT.parent)}
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
@@ -1073,7 +1056,7 @@ def load_of(make_index, run):
 
     def load(prefix, *more):
         index = make_index("index", {"n": {"type": "long"}}, docs=3)
-        return run(bulkupdate, "--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index, *more), index
+        return run(bulkupdate, *load_arguments(prefix, index, *more)), index
 
     return load
 

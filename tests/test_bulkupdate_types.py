@@ -8,7 +8,6 @@ import json
 import re
 from pathlib import Path
 
-import bulkupdate
 import pytest
 import requests
 import sandbox
@@ -40,19 +39,6 @@ def csv_of(*rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-@pytest.fixture
-def load(run):
-    def do(prefix, index, *more, code=0):
-        outcome = run(bulkupdate, "--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index, *more)
-        assert outcome.code == code, outcome.err
-        if outcome.out:
-            sums = outcome.result
-            assert sums["read"] == sums["stored"] + sums["rejected"] + sums["skipped"]
-        return outcome
-
-    return do
 
 
 @pytest.fixture

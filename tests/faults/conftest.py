@@ -12,10 +12,16 @@ from .driver import OWN_PASSWORD, Account, World, add_roles
 
 
 @pytest.fixture
-def world(
+def world_on(
     box: sandbox.Sandbox, name: Callable[[str], str], environment: dict[str, str], tmp_path: Path
-) -> Iterator[World]:
-    with World(box, name, environment, tmp_path) as made:
+) -> Callable[[sandbox.Server], World]:
+    """Make a world on this server."""
+    return lambda server: World(sandbox.Sandbox(server, box.environment), name, environment, tmp_path)
+
+
+@pytest.fixture
+def world(box: sandbox.Sandbox, world_on: Callable[[sandbox.Server], World]) -> Iterator[World]:
+    with world_on(box.server) as made:
         yield made
 
 
@@ -35,11 +41,8 @@ def alone(box: sandbox.Sandbox) -> Iterator[sandbox.OpenSearch]:
 
 
 @pytest.fixture
-def world_alone(
-    alone: sandbox.OpenSearch, box: sandbox.Sandbox, name: Callable[[str], str], environment: dict[str, str],
-    tmp_path: Path,
-) -> Iterator[World]:  # fmt: skip
+def world_alone(alone: sandbox.OpenSearch, world_on: Callable[[sandbox.Server], World]) -> Iterator[World]:
     """A world on a node of its own, for what changes a whole node: others share that of the session."""
-    with World(sandbox.Sandbox(alone, box.environment), name, environment, tmp_path) as made:
+    with world_on(alone) as made:
         yield made
     alone.request("DELETE", f"/{made.primary},{made.secondary}")

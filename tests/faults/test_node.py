@@ -98,12 +98,9 @@ def node(alone: sandbox.OpenSearch) -> sandbox.OpenSearch:
 
 
 @pytest.fixture
-def world(
-    node: sandbox.OpenSearch, box: sandbox.Sandbox, name: Callable[[str], str], environment: dict[str, str],
-    tmp_path: Path,
-) -> Iterator[World]:  # fmt: skip
+def world(node: sandbox.OpenSearch, world_on: Callable[[sandbox.Server], World]) -> Iterator[World]:
     """A world on a node of its own, since others share that of the session."""
-    made = World(sandbox.Sandbox(node, box.environment), name, environment, tmp_path)
+    made = world_on(node)
     made.reader = Witness(node.endpoint, made.alias)
     made.proxy.watch = closed_while_down
     with made:
