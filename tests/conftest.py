@@ -51,7 +51,7 @@ STARTED = pytest.StashKey[sandbox.Sandbox]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="the long form of the fault bench too (an hour or two)")
+    parser.addoption("--faults", action="store_true", help="the long form of the fault bench too (an hour)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -504,10 +504,13 @@ def test_whatever_bytes_stand_in_the_place_of_a_header_the_load_is_refused_or_st
     codes = []
 
     @settings(max_examples=150, print_blob=True, **QUIET)
-    @given(st.lists(st.sampled_from([*TOKENS, b",", b",", b"known"]), max_size=12), st.integers(1, 40))
-    def holds(tokens: list[bytes], chunk: int) -> None:
+    @given(
+        st.sampled_from([b"", b"known,"]),  # a header of which the mapping knows nothing is refused
+        st.lists(st.sampled_from([*TOKENS, b",", b",", b"known"]), max_size=12), st.integers(1, 40),
+    )  # fmt: skip
+    def holds(first: bytes, tokens: list[bytes], chunk: int) -> None:
         index = make_index(f"target-{len(codes)}", docs=[{"known": "old"}])
-        content = b"".join(tokens) + b"\nx1\nx1,x2\nx1,x2,x3\n"
+        content = first + b"".join(tokens) + b"\nx1\nx1,x2\nx1,x2,x3\n"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bulkupdate, "CHUNK_BYTES", chunk)
             outcome, prefix = load(index, [content])
@@ -529,4 +532,4 @@ def test_whatever_bytes_stand_in_the_place_of_a_header_the_load_is_refused_or_st
         admin("DELETE", f"/{index}")
 
     holds()
-    assert {3, 4} <= set(codes)
+    assert min(codes.count(3), codes.count(4)) > 10
