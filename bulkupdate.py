@@ -1472,7 +1472,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _look(self, objects: list[S3Object]) -> Schema:
         """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
-        mapping = self._get_mapping(self.target.name)
+        mapping = self.get_mapping(self.target.name)
         known = types_in(mapping)
         heads = read_heads(self.bucket, objects, self.delimiter, known)
         if not any(head.has_rows for head in heads):
@@ -1540,7 +1540,7 @@ class BulkUpdate(OpenSearchBaseManager):
             send=lambda body: self.request("POST", path, body, params=BULK_PARAMS, accept=[413], busy=pace.halve),
             find=self._find,
             refresh=self._refresh,
-            failure=partial(self._failure, f"POST {path}"),
+            failure=partial(self.failure, f"POST {path}"),
         )
 
     def _refresh(self) -> None:
@@ -1549,7 +1549,7 @@ class BulkUpdate(OpenSearchBaseManager):
     def _find(self, ids: list[str]) -> dict[str, Any]:
         self._refresh()
         query = {"size": len(ids), "query": {"ids": {"values": ids}}}
-        params = {"allow_partial_search_results": "false", **self._on_primaries()}
+        params = {"allow_partial_search_results": "false", **self.on_primaries()}
         hits = self.request("POST", f"/{self.target.name}/_search", query, params=params).data["hits"]["hits"]
         return {hit["_id"]: hit.get("_source") for hit in hits}
 
@@ -1581,7 +1581,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _leave_record(self, objects: list[S3Object], sums: Sums, empty: Mapping[str, Any]) -> None:
         """Note in `_meta` of what was loaded, unless somebody else may have written to the index as well."""
-        mapping = self._get_mapping(self.target.name)
+        mapping = self.get_mapping(self.target.name)
         record = self._record(objects, mapping)
         if record and written_between(empty, record["writes"]) == sums.stored:
             meta = {**mapping.get("_meta", {}), RECORD: record}
@@ -1589,7 +1589,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _standing_record(self, objects: list[S3Object]) -> dict[str, Any] | None:
         """Return the record of an index that provably holds what a load of these objects would store."""
-        mapping = self._get_mapping(self.target.name)
+        mapping = self.get_mapping(self.target.name)
         meta = mapping.get("_meta", {})
         if RECORD not in meta or SUITE in meta:
             return None
@@ -1618,7 +1618,7 @@ class BulkUpdate(OpenSearchBaseManager):
         """Return history and last sequence number of each primary: another one tells of each write, or of a restore."""
         return {
             number: [copy["commit"]["user_data"]["history_uuid"], copy["seq_no"]["max_seq_no"]]
-            for number, copies in self._shard_stats(self.target.name).items()
+            for number, copies in self.shard_stats(self.target.name).items()
             for copy in copies if copy["routing"]["primary"]
         }  # fmt: skip
 

@@ -85,12 +85,12 @@ class TargetIndex:
         """
         self.manager.lock(self.name, shared=self.shared)
         self._recover_index()
-        self.uuid = self.manager._uuid(self.name)
+        self.uuid = self.manager.index_uuid(self.name)
         if not may_be_live:
             self.refuse_live()
         elif aliases := self.manager._check_index_aliases(self.name):
             log.info("index %s is live: alias %s points at it", self.name, ", ".join(aliases))
-        self.manager._await_tasks(self.name, exclusive=not self.shared)
+        self.manager.await_tasks(self.name, exclusive=not self.shared)
         self._recover_settings()
 
     def refuse_live(self) -> None:
@@ -101,7 +101,7 @@ class TargetIndex:
             )
 
     def verify_same(self) -> None:
-        self.manager._verify_same_index(self.name, self.uuid)
+        self.manager.verify_same_index(self.name, self.uuid)
 
     def _recover_index(self) -> None:
         """Create an index that a run deleted before it died; delete a backup that is needed no more."""
@@ -139,7 +139,7 @@ class TargetIndex:
 
     def _recover_settings(self) -> None:
         """Restore what a load that died left changed; its marker stays until a fill has replaced it and ended well."""
-        if (marker := self.manager._read_marker(self.name)) is None:
+        if (marker := self.manager.read_marker(self.name)) is None:
             return
         who = marker.get("host"), marker.get("started")
         log.warning("index %s is unfinished: a run on %s, begun %s, died", self.name, *who)
@@ -157,7 +157,7 @@ class TargetIndex:
         stays; where even that fails, or the process is killed, `claim` of the next run does it.
         """
         self.refuse_live()
-        found, former = self.manager._verify_index_exists(self.name), self.manager._read_marker(self.name)
+        found, former = self.manager._verify_index_exists(self.name), self.manager.read_marker(self.name)
         wanted = load_settings(found, without_replicas) if loading else {}
         self._marker = {  # before it is written: a signal may come in between
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": self.manager.host,
@@ -200,7 +200,7 @@ class TargetIndex:
 
         Raises OperationFailed where ours was to be replaced and another run's is there instead.
         """
-        meta = dict(self.manager._get_mapping(self.name).get("_meta", {}))
+        meta = dict(self.manager.get_mapping(self.name).get("_meta", {}))
         there = meta.pop(SUITE, None)
         if marker != self._marker != there:
             self.verify_same()
@@ -304,7 +304,7 @@ class TargetIndex:
                 self._restore_after(failure, definition)
             raise
         self.backup.delete()
-        self.uuid = self.manager._uuid(self.name)  # the new one is ours from here on
+        self.uuid = self.manager.index_uuid(self.name)  # the new one is ours from here on
         log.info("recreated %s in %.1f s", self.name, time.monotonic() - began)
         return True
 
@@ -542,7 +542,7 @@ class IndexCleanup(OpenSearchBaseManager):
         try:
             params = {"only_expunge_deletes": "true"}
             merged = self.request("POST", f"/{index}/_forcemerge", params=params, idempotent=False).data
-            self._verify_all_shards(merged, f"_forcemerge of {index}")
+            self.verify_all_shards(merged, f"_forcemerge of {index}")
         except OutcomeUnknown as error:
             log.warning("the merge goes on in the background, disk space comes back when it is done: %s", error)
         self.request("POST", f"/{index}/_refresh")  # an idle index keeps the old files open
@@ -559,7 +559,7 @@ class IndexCleanup(OpenSearchBaseManager):
             time.sleep(1)
 
     def _retained(self) -> bool:
-        for copy in (copy for copies in self._shard_stats(self.target.name).values() for copy in copies):
+        for copy in (copy for copies in self.shard_stats(self.target.name).values() for copy in copies):
             leases = copy.get("retention_leases", {}).get("leases", [])
             if any(lease["retaining_seq_no"] <= copy["seq_no"]["max_seq_no"] for lease in leases):
                 return True

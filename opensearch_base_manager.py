@@ -980,7 +980,7 @@ class Connection:
             raise self._no_response(what, error) from None
         self._answered = True
         if response.status_code >= 300 and response.status_code not in accept:
-            raise self._failure(what, response.status_code, response.content, response.headers.get("Retry-After"))
+            raise self.failure(what, response.status_code, response.content, response.headers.get("Retry-After"))
         log.debug("%s: %s in %.2f s", what, response.status_code, time.monotonic() - began)
         return response
 
@@ -990,7 +990,7 @@ class Connection:
         text = f"{what} at {self.credentials.endpoint}: {innermost(error)}"
         return OutcomeUnknown(text, never_sent=was_never_sent(error))
 
-    def _failure(self, what: str, status: int, body: bytes, retry_after: str | None = None) -> RequestFailed:
+    def failure(self, what: str, status: int, body: bytes, retry_after: str | None = None) -> RequestFailed:
         kind, reason = error_of(body)
         text = f"{what}: {status} {kind and kind + ': '}{reason}{self._advice(status, kind, reason)}"
         unknown = status in (502, 503, 504)  # a load balancer gave up, or the cluster is not ready
@@ -1076,13 +1076,13 @@ class OpenSearchBaseManager(Connection):
         settings: dict[str, Any] = found[index]["settings"]
         return settings
 
-    def _uuid(self, index: str) -> str:
+    def index_uuid(self, index: str) -> str:
         """Return what tells an index from a later one of the same name. Raises as `_verify_index_exists`."""
         return str(self._verify_index_exists(index)["index.uuid"])
 
-    def _verify_same_index(self, index: str, uuid: str) -> None:
+    def verify_same_index(self, index: str, uuid: str) -> None:
         """Raise OperationFailed when an index of this name is no longer the one that was seen first."""
-        if self._uuid(index) != uuid:
+        if self.index_uuid(index) != uuid:
             raise OperationFailed(
                 f"index {index} was deleted and created anew by somebody else meanwhile; see that its mapping is "
                 "right, and run again"
@@ -1092,41 +1092,41 @@ class OpenSearchBaseManager(Connection):
         """Return the aliases that point at an index; any one makes it live."""
         return sorted(self.request("GET", f"/{index}/_alias").data[index]["aliases"])
 
-    def _on_primaries(self) -> dict[str, str]:
+    def on_primaries(self) -> dict[str, str]:
         """Return what makes a search ask the primary copies, since replicas may lag (segment replication)."""
         return {"preference": "_primary"} if self.version() >= (2, 8) else {}  # 1.3 refuses it
 
     def _get_index_count(self, index: str) -> int:
         """Refresh, then count."""
-        self._verify_all_shards(self.request("POST", f"/{index}/_refresh").data, f"_refresh of {index}")
-        counted = self.request("GET", f"/{index}/_count", params=self._on_primaries()).data
-        self._verify_all_shards(counted, f"_count of {index}")
+        self.verify_all_shards(self.request("POST", f"/{index}/_refresh").data, f"_refresh of {index}")
+        counted = self.request("GET", f"/{index}/_count", params=self.on_primaries()).data
+        self.verify_all_shards(counted, f"_count of {index}")
         if counted["_shards"]["successful"] < counted["_shards"]["total"]:
             raise OperationFailed(f"_count of {index}: not every shard answered; see GET _cluster/health/{index}")
         return int(counted["count"])
 
     @staticmethod
-    def _verify_all_shards(found: Mapping[str, Any], what: str) -> None:
+    def verify_all_shards(found: Mapping[str, Any], what: str) -> None:
         if failed := found["_shards"]["failed"]:
             raise OperationFailed(f"{what}: {failed} shard(s) failed; see GET _cluster/allocation/explain")
 
-    def _shard_stats(self, index: str) -> dict[str, list[dict[str, Any]]]:
+    def shard_stats(self, index: str) -> dict[str, list[dict[str, Any]]]:
         """Return the statistics of each shard's copies, by its number."""
         found = self.request("GET", f"/{index}/_stats", params={"level": "shards"}).data
         shards: dict[str, list[dict[str, Any]]] = found["indices"][index]["shards"]
         return shards
 
-    def _get_mapping(self, index: str) -> dict[str, Any]:
+    def get_mapping(self, index: str) -> dict[str, Any]:
         mapping: dict[str, Any] = self.request("GET", f"/{index}/_mapping").data[index]["mappings"]
         return mapping
 
-    def _read_marker(self, index: str) -> dict[str, Any] | None:
+    def read_marker(self, index: str) -> dict[str, Any] | None:
         """Return `{started, host, found, set}` of a load or copy that has not finished, or None."""
-        marker: dict[str, Any] | None = self._get_mapping(index).get("_meta", {}).get(SUITE)
+        marker: dict[str, Any] | None = self.get_mapping(index).get("_meta", {}).get(SUITE)
         return marker
 
-    def _refuse_unfinished(self, index: str, what_to_do: str) -> None:
-        if marker := self._read_marker(index):
+    def refuse_unfinished(self, index: str, what_to_do: str) -> None:
+        if marker := self.read_marker(index):
             raise Refused(
                 f"index {index} is unfinished: a load on {marker.get('host')}, begun {marker.get('started')}, has not "
                 f"ended well; {what_to_do}"
@@ -1168,7 +1168,7 @@ class OpenSearchBaseManager(Connection):
             if index in re.split(r"[\[\],\s]+", task.get("description", ""))
         }  # fmt: skip
 
-    def _await_tasks(self, index: str, *, exclusive: bool = True) -> None:
+    def await_tasks(self, index: str, *, exclusive: bool = True) -> None:
         """Let no other task touch the index: cancel our orphans, await our other hosts', refuse a stranger's.
 
         Call it with the lock held: if exclusive, a task of ours from this host is an orphan of a run that died.

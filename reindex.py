@@ -50,19 +50,19 @@ class Reindex(OpenSearchBaseManager):
             response = self._copy(total)
             target.restore_settings()
             self._verify_counts(int(response["total"]))
-            self._verify_same_index(self.source, source_uuid)
+            self.verify_same_index(self.source, source_uuid)
             target.verify_same()
         return self._report(response, began)
 
     def _check(self) -> str:
         """Claim the target, and see that the source is whole and has the same fields; return the source's UUID."""
         self.lock(self.source, shared=True)  # so that a task found on it is known to be alive
-        source_uuid = self._uuid(self.source)
+        source_uuid = self.index_uuid(self.source)
         self.target.claim()
         # somebody has moved readers to it past the scripts: the target may be the only whole data there is
         what_to_do = f"load it again, or move readers to {self.target.name}, before it is copied"
-        self._refuse_unfinished(self.source, what_to_do)
-        missing, different = compare_fields(self._get_mapping(self.source), self._get_mapping(self.target.name))
+        self.refuse_unfinished(self.source, what_to_do)
+        missing, different = compare_fields(self.get_mapping(self.source), self.get_mapping(self.target.name))
         if different:
             raise Refused(
                 f"fields defined differently in {self.source} and {self.target.name}: {', '.join(different)}; "
@@ -74,8 +74,8 @@ class Reindex(OpenSearchBaseManager):
 
     def _add_missing_fields(self) -> None:
         """Define new fields in the target as the source does, or the copy would make it guess (dates!)."""
-        source = self._get_mapping(self.source)
-        if compare_fields(source, self._get_mapping(self.target.name))[0]:
+        source = self.get_mapping(self.source)
+        if compare_fields(source, self.get_mapping(self.target.name))[0]:
             self.request("PUT", f"/{self.target.name}/_mapping", {"properties": source["properties"]})
 
     def _copy(self, total: int) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
-        uuids = {index: self._uuid(index) for index in (self.source, self.target)}
+        uuids = {index: self.index_uuid(index) for index in (self.source, self.target)}
         if set(self._expected_indices()) == {self.target}:
             result = self._result(began, changed=False)
             log.info("done: alias %s is on %s alone already, nothing to do", self.alias, self.target)
@@ -161,16 +161,16 @@ class SwitchAlias(OpenSearchBaseManager):
         for index in sorted([self.source, self.target]):
             self.lock(index)
         if not self.settings.undo:
-            self._await_tasks(self.target)
-        self._refuse_unfinished(self.target, "load it again first")
+            self.await_tasks(self.target)
+        self.refuse_unfinished(self.target, "load it again first")
         self._audit()
         if self.dry_run:
             log.info("dry run: alias %s would be moved: %s -> %s", self.alias, self.source, self.target)
             return self._result(began, changed=False)
         self._await_copies()
         for index, uuid in uuids.items():  # the wait may have been long
-            self._verify_same_index(index, uuid)
-        self._refuse_unfinished(self.target, "load it again first")
+            self.verify_same_index(index, uuid)
+        self.refuse_unfinished(self.target, "load it again first")
         self._move(self._expected_indices())
         result = self._result(began, changed=True)
         log.info("done: alias %s: %s -> %s", self.alias, self.source, self.target)
@@ -255,7 +255,7 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _compare_fields(self, before: int, after: int) -> None:
         """Raise Refused when fields have another type, or too large a share of the documents has them no longer."""
-        old, new = (fields_of(self._get_mapping(index)) for index in (self.source, self.target))
+        old, new = (fields_of(self.get_mapping(index)) for index in (self.source, self.target))
         if accepted := self.accepted:
             unknown = listed([name for name in accepted if name not in old])
             log.warning("not looked at: %s; no such field in %s: %s", listed(accepted), self.source, unknown)
@@ -309,7 +309,7 @@ class SwitchAlias(OpenSearchBaseManager):
         query: dict[str, Any] = {"exists": {"field": name}}
         if nested:
             query = {"nested": {"path": nested, "query": query}}
-        answer = self.request("POST", f"/{index}/_count", {"query": query}, params=self._on_primaries()).data
+        answer = self.request("POST", f"/{index}/_count", {"query": query}, params=self.on_primaries()).data
         if answer["_shards"]["successful"] < answer["_shards"]["total"]:
             raise OperationFailed(f"_count of field {name} in {index}: failed shards; see GET _cluster/health/{index}")
         return int(answer["count"])
@@ -331,7 +331,7 @@ class SwitchAlias(OpenSearchBaseManager):
         limited = {**body, "track_total_hits": True, "timeout": f"{QUERY_TIMEOUT_S}s"}
         try:
             for _ in range(2):  # the first try may have met a cold index, and has warmed it
-                answer = self.request("POST", f"/{index}/_search", limited, params=self._on_primaries()).data
+                answer = self.request("POST", f"/{index}/_search", limited, params=self.on_primaries()).data
                 if not answer["timed_out"]:
                     break
         except RequestFailed as error:
