@@ -37,10 +37,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from index_cleanup import TargetIndex
+from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
     MAX_CONNECTIONS, SUITE, Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
-    TooManyRejects, add_settings, aws_errors, documents_at_once, field_definitions, index_name, log, per_second,
+    TooManyRejects, add_settings, aws_errors, field_definitions, index_name, log, per_second,
     run_cli, seconds_since,
 )  # fmt: skip
 
@@ -1049,19 +1049,6 @@ class Pace:
             self._judge = self._hold
 
 
-class Throttle:
-    """Lets documents pass evenly, so many a second at most; 0 for no limit."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate, self._free_at = rate, 0.0
-
-    def wait(self, documents: int) -> None:
-        """Return when so many documents may pass."""
-        if self.rate:
-            time.sleep(max(0, self._free_at - time.monotonic()))
-            self._free_at = max(self._free_at, time.monotonic()) + documents / self.rate
-
-
 class BulkWorkers:
     """Threads that store batches, as many at a time as the pace allows and 40 MiB; used as a context manager.
 
@@ -1375,7 +1362,7 @@ class BulkUpdate(OpenSearchBaseManager):
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(settings)
         self.keep: bool = settings.no_cleanup
-        self.target = TargetIndex(self, settings.index, method=settings.method, shared=self.keep)
+        self.target = ClearableIndex(self, settings.index, shared=self.keep)
         self.delimiter, self.id_column = settings.delimiter, settings.id_column
         self.bucket = Bucket(settings.bucket, self.aws, settings.retry_seconds)
         self.place = f"s3://{settings.bucket}/{settings.prefix}"
@@ -1399,7 +1386,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _replace(self, objects: list[S3Object], schema: Schema) -> Sums:
         """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
-        with self.target.fill(without_replicas=self.settings.no_replicas):
+        with self.target.fill(without_replicas=self.settings.load_without_replicas):
             self._add_fields(schema.added)
             self.target.empty()
             empty = self._writes() if self.settings.skip_unchanged else None
@@ -1507,10 +1494,10 @@ class BulkUpdate(OpenSearchBaseManager):
             retry_seconds=self.settings.retry_seconds, refresh_every=0 if self.keep else REFRESH_EVERY_DOCUMENTS,
             is_own_version=renderer.is_own_version if self.id_column else None,
         )  # fmt: skip
-        throttle, size = Throttle(rate), documents_at_once(rate, self.settings.batch_size)
+        size = rate.batch_size(self.settings.batch_size)
         with BulkWorkers(store.store, pace) as workers:
             for batch in batches(self._documents(objects, renderer, workers), size):
-                throttle.wait(batch.count())
+                rate.wait(batch.count())
                 workers.put(batch)
             workers.finish()
         log.info("loaded %s rows in %.1f s, %s/s, %s requests under way at most", f"{store.stored:,}",

@@ -4,24 +4,23 @@ Example:    python index_cleanup.py --index my_index_secondary --method recreate
 Exit codes: 0 empty, and counted; 1 failed; 2 usage; 4 refused (an alias points at it); 75 locked; 129, 130, 143
             signals.
 
-`TargetIndex` is the life of an index that is emptied or filled, for reindex.py and bulkupdate.py as well.
+`ClearableIndex` empties an index, for reindex.py and bulkupdate.py as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opensearch_base_manager import (
-    SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Refused, RequestFailed, add_settings,
-    documents_at_once, field_definitions, finished_in_any_case, index_name, log, per_second, run_cli, seconds_since,
+    SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Refused, RequestFailed, TargetIndex, add_settings,
+    field_definitions, index_name, log, per_second, run_cli, run_to_completion, seconds_since,
 )  # fmt: skip
 
-MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more would chase somebody who writes
+MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more would chase a client that keeps writing
 SCROLL_SIZE = 5000  # documents a batch on the server
 LEASES_WAIT_S = 60  # the server moves retention leases every 30 s; until then a merge drops nothing
 STATS_AGE_S = 12  # the server renews the store size every 10 s
@@ -33,30 +32,11 @@ SERVER_SETTINGS = re.compile(
 )
 
 
-class TargetIndex:
-    """An index that is about to be emptied or filled, from the lock to the last count.
+class ClearableIndex(TargetIndex):
+    """An index that is emptied, for itself or to be filled: `claim`, then `empty` inside of `fill`.
 
-        target = TargetIndex(manager, "my_index_primary", method="delete")
-        target.claim()                      # nobody else works on it, and what a run that died left is recovered
-        with target.fill():                 # marked as unfinished, settings of a load
-            target.empty()
-            ...                             # documents come in
-            target.restore_settings()
-            ...                             # counted
-                                            # the marker is gone: only here is the index finished
-
-    What a kill leaves on the server, by the request that was sent last. A run is healed by the next script that is to
-    write to the index, on whatever host: `claim` restores the index and its settings, and a `fill` that ends well
-    replaces the marker. Until then switch_alias.py refuses the index, and reindex.py does not copy from it.
-
-        the marker is written     marker; all documents are there
-        settings are changed      marker, refresh interval -1 (and replicas 0, if asked)
-        a deletion, documents     the same, and a part of the documents; a task of the server runs on: claim() cancels
-                                  ours of this host, waits for ours of another host, refuses a stranger's
-        settings are restored     marker; the documents are not counted
-        the marker is taken out   nothing is left to heal
-
-    and while a fill empties by recreate, the marker and the settings of the load being part of the definition:
+    What a kill leaves while it is emptied by recreate, by the request that was sent last, in addition to the states of
+    TargetIndex; the marker and the settings of the load are part of the definition:
 
         backup index created      index and backup: claim() sees the UUID that the backup names, and deletes the backup
         PUT of the index          as above; it is sent to be refused, and shows that the index could be created
@@ -64,47 +44,23 @@ class TargetIndex:
         index created             index, empty, and backup: claim() sees the same definition, and deletes the backup
         backup deleted            the index, empty, with the marker
 
-    Where somebody else creates the missing index (a stray write does, from guesses), claim() refuses if it lacks
-    anything that the backup holds. A backup that may not be read (403) is told where the index is missing, and keeps
-    the index from being recreated. Where no marker can be written, nothing tells that an index is unfinished.
+    If another client creates the missing index (a stray write does, with guessed types), claim() refuses if it lacks
+    anything that the backup holds. A backup that may not be read (403) is reported if the index is missing, and keeps
+    the index from being recreated.
     """
 
-    def __init__(self, manager: OpenSearchBaseManager, name: str, *, method: str, shared: bool = False) -> None:
-        self.manager, self.name, self.method, self.shared = manager, name, method, shared
+    def __init__(self, manager: OpenSearchBaseManager, name: str, *, shared: bool = False) -> None:
+        super().__init__(manager, name, shared=shared)
+        self.method: str = manager.settings.cleanup_method
         self.backup = BackupIndex(manager, name)
-        self.uuid = ""
-        self._marker: dict[str, Any] | None = None  # ours, while it stands
-        self._emptied = False  # or a part of it
 
-    # --- claim ---
+    # --- recover ---
 
-    def claim(self, *, may_be_live: bool = False) -> None:
-        """Lock the index and recover it; in a dry run nothing is changed, and a backup stands in for a missing index.
+    def recover_index(self) -> None:
+        """Create an index that a crashed run had deleted; delete a backup that is no longer needed.
 
-        Raises Locked, Refused when it is live or others work on it, OperationFailed when it is missing.
+        In a dry run the backup stands in for a missing index.
         """
-        self.manager.lock(self.name, shared=self.shared)
-        self._recover_index()
-        self.uuid = self.manager.index_uuid(self.name)
-        if not may_be_live:
-            self.refuse_live()
-        elif aliases := self.manager._check_index_aliases(self.name):
-            log.info("index %s is live: alias %s points at it", self.name, ", ".join(aliases))
-        self.manager.await_tasks(self.name, exclusive=not self.shared)
-        self._recover_settings()
-
-    def refuse_live(self) -> None:
-        if aliases := self.manager._check_index_aliases(self.name):
-            raise Refused(
-                f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give the "
-                "other index, or move readers there first (switch_alias.py)"
-            )
-
-    def verify_same(self) -> None:
-        self.manager.verify_same_index(self.name, self.uuid)
-
-    def _recover_index(self) -> None:
-        """Create an index that a run deleted before it died; delete a backup that is needed no more."""
         try:
             kept = self.backup.read()
         except RequestFailed as error:
@@ -113,21 +69,21 @@ class TargetIndex:
             return self._go_on_without_backup(error)
         if kept is None:
             return
-        # a deletion without a response may still be queued: what is read next is read when it is carried out
+        # wait for queued cluster updates: an unanswered DELETE may still be pending
         self.manager.request("GET", "/_cluster/health", params={"wait_for_events": "languid"}, accept=[408])
         if now := read_index(self.manager, self.name):
             self.backup.refuse_another_index(kept, now)
             if not self.manager.dry_run:
                 self.backup.delete()
             return
-        log.warning("index %s is missing: a run died between deleting and creating it", self.name)
+        log.warning("index %s is missing: a run crashed between deleting and creating it", self.name)
         if self.manager.dry_run:
             self.name = self.backup.name
         else:
             self.backup.restore()
 
     def _go_on_without_backup(self, forbidden: RequestFailed) -> None:
-        """Whoever never recreates needs no right to read backups; only where one may be needed its lack is told."""
+        """Without recreate this permission is not needed; report its absence only if a backup may matter."""
         if self.manager.request("GET", f"/{self.name}/_settings", accept=[404]).status == 404:
             raise OperationFailed(
                 f'index {self.name} does not exist; create it first (README, "Setting up"), unless {self.backup.name} '
@@ -137,105 +93,10 @@ class TargetIndex:
             log.warning("index %s is not recreated, its documents are deleted one by one: %s", self.name, forbidden)
             self.method = "delete"
 
-    def _recover_settings(self) -> None:
-        """Restore what a load that died left changed; its marker stays until a fill has replaced it and ended well."""
-        if (marker := self.manager.read_marker(self.name)) is None:
-            return
-        who = marker.get("host"), marker.get("started")
-        log.warning("index %s is unfinished: a run on %s, begun %s, died", self.name, *who)
-        if not self.manager.dry_run:
-            self._restore_settings(marker)
-
-    # --- fill ---
-
-    @contextlib.contextmanager
-    def fill(self, *, loading: bool = True, without_replicas: bool = False) -> Iterator[None]:
-        """Mark the index as unfinished until the body has ended well.
-
-        With `loading`, its refresh interval is -1 meanwhile (and replicas are 0, if asked), unless the marker cannot be
-        written: the body calls `restore_settings` before it counts. When it fails they are restored here and the marker
-        stays; where even that fails, or the process is killed, `claim` of the next run does it.
-        """
-        self.refuse_live()
-        found, former = self.manager._verify_index_exists(self.name), self.manager.read_marker(self.name)
-        wanted = load_settings(found, without_replicas) if loading else {}
-        self._marker = {  # before it is written: a signal may come in between
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": self.manager.host,
-            "found": {name: found.get(name) for name in wanted}, "set": wanted,
-        }  # fmt: skip
-        try:
-            if self._mark():
-                self._change_settings(wanted)
-            yield
-        except BaseException as failure:
-            try:
-                finished_in_any_case(self.restore_settings)
-                if self._marker and isinstance(failure, Refused) and not self._emptied:
-                    self._write_marker(former)
-            except OperationFailed as error:
-                log.error("index %s: its settings are not restored yet, the next run does it: %s", self.name, error)
-            raise
-        if self._marker:
-            self._write_marker(None)  # only here the index is finished
-
-    def restore_settings(self) -> None:
-        """Restore what `fill` has changed, and read it back."""
-        if self._marker:
-            self._restore_settings(self._marker)
-
-    def _mark(self) -> bool:
-        """Write the marker; say whether the cluster has accepted it."""
-        try:
-            self._write_marker(self._marker)
-            return True
-        except OutcomeUnknown:
-            raise
-        except RequestFailed as error:
-            log.warning("index %s: no marker can be written, so its settings stay as they are: %s", self.name, error)
-            self._marker = None
-            return False
-
-    def _write_marker(self, marker: Mapping[str, Any] | None) -> None:
-        """Put a marker into `_meta` beside what others keep there, or take it out; an update replaces all of it.
-
-        Raises OperationFailed where ours was to be replaced and another run's is there instead.
-        """
-        meta = dict(self.manager.get_mapping(self.name).get("_meta", {}))
-        there = meta.pop(SUITE, None)
-        if marker != self._marker != there:
-            self.verify_same()
-            raise OperationFailed(
-                f"index {self.name}: another run has begun to fill it meanwhile, and its marker stays: {there}; see "
-                "that one of the two has ended well, or run again"
-            )
-        self.manager.request("PUT", f"/{self.name}/_mapping", {"_meta": {**meta, SUITE: marker} if marker else meta})
-
-    def _change_settings(self, wanted: Mapping[str, str]) -> None:
-        for name, value in wanted.items():
-            try:
-                self.manager.request("PUT", f"/{self.name}/_settings", {name: value})
-            except OutcomeUnknown:
-                raise
-            except RequestFailed as error:  # Multi-AZ with Standby fixes replicas, some domains a minimum interval
-                log.warning("index %s: going on without %s=%s: %s", self.name, name, value, error)
-
-    def _restore_settings(self, marker: Mapping[str, Any]) -> None:
-        """Restore each setting that still has the value of the load; one that somebody changed since stays."""
-        current = self.manager._verify_index_exists(self.name)
-        left = {name: value for name, value in marker["found"].items() if current.get(name) == marker["set"].get(name)}
-        if not left:
-            return
-        self.manager.request("PUT", f"/{self.name}/_settings", left)
-        now = self.manager._verify_index_exists(self.name)
-        if wrong := [name for name, value in left.items() if now.get(name) != value]:
-            raise OperationFailed(f"index {self.name}: {', '.join(wrong)} could not be restored; run again")
-        shown = (f"{name}={'default' if value is None else value}" for name, value in left.items())
-        log.info("index %s: restored %s", self.name, ", ".join(shown))
-
     # --- empty ---
 
     def empty(self) -> int | None:
-        """Empty the index; return how many documents there were, None when nobody could tell.
+        """Empty the index; return how many documents there were, None if that is unknown.
 
         Raises Refused when an alias has come since, OperationFailed when it could not be emptied. A failure leaves the
         index partly emptied, or (recreate) missing, with a backup that `claim` restores it from.
@@ -249,7 +110,7 @@ class TargetIndex:
         if self.method == "recreate" and self._recreate():
             return found
         found = self.manager._get_index_count(self.name) if found is None else found
-        self._emptied = True
+        self.emptied = True
         self._delete_documents(found)
         return found
 
@@ -263,7 +124,7 @@ class TargetIndex:
     def _delete_documents(self, found: int) -> None:
         """Delete all documents. Raises OperationFailed when some are left after three rounds."""
         began, left, rounds = time.monotonic(), found, 0
-        size = documents_at_once(self.manager.settings.requests_per_second, SCROLL_SIZE)
+        size = self.manager.settings.requests_per_second.batch_size(SCROLL_SIZE)
         while left and rounds < MAX_ROUNDS:
             if rounds:  # a run on another host may have finished meanwhile, and have moved readers here
                 self.refuse_live()
@@ -289,17 +150,17 @@ class TargetIndex:
             definition = self._validate_definition()
             self.refuse_live()
             self.verify_same()
-            self._emptied = True
+            self.emptied = True
             self._delete_index()
             create_index(self.manager, self.name, definition)
         except CannotRecreate as error:
-            self._emptied = False
+            self.emptied = False
             self.backup.delete()
             log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, error)
             return False
         except BaseException as failure:
-            if not self._emptied:
-                finished_in_any_case(self.backup.delete)
+            if not self.emptied:
+                run_to_completion(self.backup.delete)
             else:  # a deletion that was sent may yet be carried out: then the backup is all that is left
                 self._restore_after(failure, definition)
             raise
@@ -345,10 +206,10 @@ class TargetIndex:
 
     def _restore_after(self, failure: BaseException, definition: Mapping[str, Any]) -> None:
         try:
-            finished_in_any_case(lambda: self.backup.restore(definition))
+            run_to_completion(lambda: self.backup.restore(definition))
         except OperationFailed as error:
             log.error("index %s is not restored yet, the next run does it: %s", self.name, error)
-            self._marker = None  # it is in the backup, and comes back with the index
+            self.marker.own = None  # it is in the backup, and comes back with the index
             failure.args = (
                 f"{failure}; index {self.name} is deleted, {self.backup.name} holds its definition: mend the cause, "
                 "and the next run creates the index from it",
@@ -490,21 +351,13 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
     )
 
 
-def load_settings(found: Mapping[str, Any], without_replicas: bool) -> dict[str, str]:
-    """Return what is changed for the time of a load, less what has that value already."""
-    wanted = {"index.refresh_interval": "-1"}
-    if without_replicas and found.get("index.auto_expand_replicas", "false") == "false":
-        wanted["index.number_of_replicas"] = "0"
-    return {name: value for name, value in wanted.items() if found.get(name) != value}
-
-
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
 class IndexCleanup(OpenSearchBaseManager):
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(settings)
-        self.target = TargetIndex(self, settings.index, method=settings.method)
+        self.target = ClearableIndex(self, settings.index)
 
     def run(self) -> dict[str, Any]:
         began, target = time.monotonic(), self.target

@@ -41,7 +41,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
@@ -70,7 +70,7 @@ FIRST_CONTACT_S = 10  # a wrong endpoint shows at once; RETRY_SECONDS is for a c
 CLEANUP_S = 20  # after a signal: supervisors send SIGKILL 30 s after SIGTERM, or later
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30
 RETRY_AFTER_MAX_S = 60  # some proxies say an hour
-EVENLY_S = 0.1  # what is held back goes in batches of so much time: larger ones would be bursts, then silence
+SLICE_S = 0.1  # throttled work is sent in slices of this length; longer slices would be bursty
 POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks end fast, long ones are not asked too often
 PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
 PROGRESS_TTY_S = 0.2
@@ -107,7 +107,7 @@ class RequestFailed(OperationFailed):
         self.status, self.kind, self.reason = status, kind, reason
         self.never_sent, self.retry_after = never_sent, retry_after
 
-    def may_pass(self) -> bool:
+    def is_transient(self) -> bool:
         """Say whether the same request may be accepted later; a block (flood stage) answers 429 too, and stays."""
         return self.status == 429 and "block" not in self.kind
 
@@ -115,7 +115,7 @@ class RequestFailed(OperationFailed):
 class OutcomeUnknown(RequestFailed):
     """No response to a request that must not be repeated blindly: read the state before anything else."""
 
-    def may_pass(self) -> bool:
+    def is_transient(self) -> bool:
         return True
 
 
@@ -248,12 +248,34 @@ def log_level(text: str) -> str:
     return either("DEBUG", "INFO", "WARNING", "ERROR")(text.upper())
 
 
-ALL = "bulkupdate index_cleanup reindex switch_alias"
+class Rate:
+    """The limit of REQUESTS_PER_SECOND, in documents per second (0: unlimited); `wait` is for one thread alone."""
+
+    def __init__(self, per_second: float = 0) -> None:
+        self.per_second, self._free_at = per_second, 0.0
+
+    def batch_size(self, most: int) -> int:
+        """Return how many documents to send at once."""
+        return max(1, min(most, int(self.per_second * SLICE_S))) if self.per_second else most
+
+    def task_params(self) -> dict[str, float]:
+        """Return the parameter of a task on the server, which spreads its batches over time by itself."""
+        return {"requests_per_second": self.per_second} if self.per_second else {}
+
+    def wait(self, documents: int) -> None:
+        """Sleep until that many documents may be sent."""
+        if self.per_second:
+            time.sleep(max(0, self._free_at - time.monotonic()))
+            self._free_at = max(self._free_at, time.monotonic()) + documents / self.per_second
+
+
+def documents_per_second(text: str) -> Rate:
+    return Rate(non_negative(text))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a value comes from (flag before variable before default), how its text is read, and who uses it.
+    """One setting: flag before variable before default; `parse` turns its text into the value.
 
     A flag whose parser is `boolean` takes no value. Without a default the value is None when nothing is given.
     """
@@ -263,20 +285,18 @@ class Setting:
     default: str
     parse: Callable[[str], Any]
     help: str
-    scripts: str = ALL
-    by_variable: str = ""  # the scripts that read the variable and have no such flag
 
     @property
     def name(self) -> str:
-        """Return the attribute that holds the value: `max_rejects` of --max-rejects, `log_dir` of LOG_DIR."""
-        return (self.flag.lstrip("-") or self.variable).replace("-", "_").lower()
+        """Return the attribute that holds the value: `max_rejects` for MAX_REJECTS, `batch_size` for --batch-size."""
+        return (self.variable or self.flag.lstrip("-")).replace("-", "_").lower()
 
     def given(self) -> str | None:
         """Return the text of the variable, or else the default; an empty variable counts as unset."""
         return (self.variable and os.environ.get(self.variable)) or self.default or None
 
     def value(self) -> Any:
-        """Return the value without a look at flags. Raises ConfigurationError."""
+        """Return the value, flags aside. Raises ConfigurationError."""
         text = self.given() or ("false" if self.parse is boolean else None)
         try:
             return None if text is None else self.parse(text)
@@ -284,90 +304,98 @@ class Setting:
             raise ConfigurationError(f"{self.variable}: {error}") from None
 
     def add_flag(self, parser: argparse.ArgumentParser) -> None:
-        """Add the flag; one that is not given leaves no attribute, so that `resolve` looks elsewhere."""
+        """Add the flag, if there is one; without it on the command line, `resolve` finds the value."""
+        if not self.flag:
+            return
         default = f"default: {self.given()}".replace("%", "%%")
-        told = "; ".join([default] * bool(self.given() and self.parse is not boolean)
-                         + [f"env: {self.variable}"] * bool(self.variable))  # fmt: skip
+        sources = "; ".join([default] * bool(self.given() and self.parse is not boolean)
+                            + [f"env: {self.variable}"] * bool(self.variable))  # fmt: skip
         kind: dict[str, Any] = {"action": "store_true"} if self.parse is boolean else {"type": self.parse}
         if self.parse is field_names:
             kind["action"] = "extend"
-        text = f"{self.help} ({told})" if told else self.help
-        parser.add_argument(self.flag, default=argparse.SUPPRESS, help=text, **kind)
+        text = f"{self.help} ({sources})" if sources else self.help
+        parser.add_argument(self.flag, dest=self.name, default=argparse.SUPPRESS, help=text, **kind)
 
 
-# The one table: a new setting is a row here and one in the README (and .env.example). Not in it are the credentials,
-# since what is here may be logged, and what a run is about (--index and the like), which each script has of its own.
-# A value that the commands printed by switch_alias.py have to repeat is named in its REPEATED too.
-SETTINGS = [
-    # variable, flag, default, parser, help, scripts
+# Every setting is one row here and one in the README (and .env.example). Not here are the credentials, since these
+# values may be logged, and the arguments that a run is about (--index and the like), which each script defines itself.
+# If the commands that switch_alias.py prints have to repeat a value, add its name to REPEATED there.
+# columns: variable, flag, default, parser, help
+WAIT_SECONDS = Setting("WAIT_SECONDS", "", "900", non_negative,
+                       "seconds to wait for the shard copies of the target")  # fmt: skip
+CLEANUP_METHOD = Setting("CLEANUP_METHOD", "", "delete", either("delete", "recreate"),
+                         "delete the documents, or recreate the index, which takes no time and frees the disk at once")
+REQUESTS_PER_SECOND = Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", documents_per_second,
+                              "maximum documents per second for copies, loads and deletions (0: unlimited)")
+LOAD_WITHOUT_REPLICAS = Setting("LOAD_WITHOUT_REPLICAS", "--no-replicas", "false", boolean,
+                                "no replicas during the load: faster, and without a second copy meanwhile")
+SKIP_UNCHANGED = Setting("SKIP_UNCHANGED", "", "false", boolean, "do nothing when the live index holds what S3 holds")
+READER_QUERIES = Setting("READER_QUERIES", "--queries", "", one_line,
+                         "a file of search bodies, one per line, tried on both indices; with --show on the live one")
+LOG_DIR = Setting("LOG_DIR", "", "logs", own_folder, "run logs and rejects files")
+LOCK_DIR = Setting("LOCK_DIR", "", ".locks", own_folder, "lock files")
+ALL_SCRIPTS = [
     Setting("AWS_REGION", "", "", str, "region of Parameter Store and S3"),
     Setting("OPENSEARCH_PARAMETER_PREFIX", "", "/opensearch", str, "where the credentials are in Parameter Store"),
     Setting("OPENSEARCH_AUTH", "", "basic", either("basic", "sigv4"), "how requests are authenticated"),
     Setting("VERIFY_SSL", "", "false", boolean, "verify the certificate"),
     Setting("CA_BUNDLE", "", "", ca_file, "authorities to verify it against"),
-    Setting("RETRY_SECONDS", "", "300", non_negative, "how long one request is tried again"),
-    Setting("WAIT_SECONDS", "--wait-seconds", "900", non_negative, "seconds to wait for the shard copies of the target",
-            "switch_alias", by_variable="bulkupdate index_cleanup reindex"),
-    Setting("RUN_HOST", "", "", host_name, "whose orphans are ours, where the host's name changes with each run"),
+    Setting("RETRY_SECONDS", "", "300", non_negative, "total time for retries of one request"),
+    Setting("RUN_HOST", "", "", host_name,
+            "stable name of this runner, used to recognize its own orphaned tasks (containers)"),
     Setting("LOG_LEVEL", "", "INFO", log_level, "what is logged"),
-    Setting("LOG_DIR", "", "logs", own_folder, "run logs and rejects files", f"{ALL} run_refresh"),
-    Setting("LOCK_DIR", "", ".locks", own_folder, "lock files", f"{ALL} run_refresh"),
-    Setting("DOCUMENT_COUNT_THRESHOLD", "--threshold", "10", percent,
-            "accepted difference of the document counts, percent of the source", "switch_alias"),
-    Setting("FIELD_THRESHOLD", "--field-threshold", "10", percent,
-            "points of percent by which a field's share of the documents may fall; 100 looks at no field",
-            "switch_alias"),
-    Setting("", "--accept-fields", "", field_names,
-            'fields that are not looked at this once, by commas; a name with a comma or a quotation mark as in CSV: '
-            'a,"b,c"', "switch_alias"),
-    Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number,
-            "an index with fewer documents is never switched to", "switch_alias"),
-    Setting("READER_QUERIES", "--queries", "", one_line,
-            "a file of search bodies, one a line, tried on both indices; with --show on the live one",
-            "switch_alias run_refresh"),
-    Setting("", "--undo", "", boolean, "move readers back: counts, fields and queries are not looked at",
-            "switch_alias"),
-    Setting("", "--show", "", boolean, "print the index that the alias points at, nothing else", "switch_alias"),
-    Setting("CLEANUP_METHOD", "--method", "delete", either("delete", "recreate"),
-            "delete the documents, or recreate the index, which takes no time and frees the disk at once",
-            "index_cleanup", by_variable="bulkupdate reindex"),
-    Setting("", "--no-force-merge", "", boolean,
-            "do not wait for the disk space to come back (half a minute); for an index that is filled right away",
-            "index_cleanup"),
-    Setting("", "--batch-size", "5000", positive_int, "documents per request", "bulkupdate"),
-    Setting("", "--workers", "", positive_int, "requests at the same time (default: found while loading)",
-            "bulkupdate"),
-    Setting("", "--id-column", "", str, "the column that holds the id; a later row replaces an earlier one",
-            "bulkupdate"),
-    Setting("", "--delimiter", ",", one_character, "the character between cells", "bulkupdate"),
-    Setting("MAX_REJECTS", "--max-rejects", "0", whole_number, "rejected rows that are accepted", "bulkupdate"),
-    Setting("MAX_AGE_HOURS", "--max-age-hours", "", non_negative, "refuse when the newest object is older, in hours",
-            "bulkupdate"),
-    Setting("READY_OBJECT", "--ready-object", "", str,
-            "a key below the prefix that has to be there, and no older than the newest file", "bulkupdate"),
-    Setting("SKIP_UNCHANGED", "", "false", boolean, "do nothing when the live index holds what S3 holds", "run_refresh",
-            by_variable="bulkupdate"),
-    Setting("", "--no-cleanup", "", boolean, "add to what the index holds, replacing documents of the same id",
-            "bulkupdate"),
-    Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", non_negative,
-            "documents a second that a copy, a load or a deletion takes at most, 0 for no limit",
-            "bulkupdate index_cleanup reindex"),
-    Setting("LOAD_WITHOUT_REPLICAS", "--no-replicas", "false", boolean,
-            "replicas 0 while loading, faster and without a second copy meanwhile", "bulkupdate reindex"),
+    LOG_DIR,
+    LOCK_DIR,
     Setting("", "--dry-run", "", boolean, "make all checks, change nothing"),
-    Setting("PRIMARY_INDEX", "", "my_index_primary", one_line, "the index that readers are on", "run_refresh"),
-    Setting("SECONDARY_INDEX", "", "my_index_secondary", one_line, "the index that stands by", "run_refresh"),
-    Setting("INDEX_ALIAS", "", "my_index_alias", one_line, "the alias that readers use", "run_refresh"),
-    Setting("S3_BUCKET", "", "your-bucket", one_line, "the bucket of the CSV files", "run_refresh"),
-    Setting("S3_PREFIX", "", "your/prefix/", one_line, "the prefix of their keys", "run_refresh"),
-    Setting("BATCH_SIZE", "", "1000", positive_int, "documents per request", "run_refresh"),
-    Setting("STEP_DELAY_SECONDS", "", "5", non_negative, "seconds between two steps", "run_refresh"),
-    Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"), "which way", "run_refresh"),
 ]  # fmt: skip
-
-
-def settings_of(script: str) -> list[Setting]:
-    return [setting for setting in SETTINGS if script in f"{setting.scripts} {setting.by_variable}".split()]
+SETTINGS: dict[str, list[Setting]] = {
+    "reindex": [*ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS],
+    "switch_alias": [
+        *ALL_SCRIPTS,
+        replace(WAIT_SECONDS, flag="--wait-seconds"),
+        Setting("DOCUMENT_COUNT_THRESHOLD", "--threshold", "10", percent,
+                "accepted difference of the document counts, percent of the source"),
+        Setting("FIELD_THRESHOLD", "--field-threshold", "10", percent,
+                "maximum drop, in percentage points, of the share of documents that have a field; 100 checks no field"),
+        Setting("", "--accept-fields", "", field_names,
+                'comma-separated fields that this run does not check; a name with a comma or a quotation mark as in '
+                'CSV: a,"b,c"'),
+        Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number,
+                "an index with fewer documents is never switched to"),
+        READER_QUERIES,
+        Setting("", "--undo", "", boolean, "move readers back: counts, fields and queries are not checked"),
+        Setting("", "--show", "", boolean, "print the index that the alias points at, nothing else"),
+    ],
+    "bulkupdate": [
+        *ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS, SKIP_UNCHANGED,
+        Setting("", "--batch-size", "5000", positive_int, "documents per request"),
+        Setting("", "--workers", "", positive_int, "bulk requests in flight (default: found while loading)"),
+        Setting("", "--id-column", "", str, "the column that holds the id; a later row replaces an earlier one"),
+        Setting("", "--delimiter", ",", one_character, "the character between cells"),
+        Setting("MAX_REJECTS", "--max-rejects", "0", whole_number, "number of rejected rows that are accepted"),
+        Setting("MAX_AGE_HOURS", "--max-age-hours", "", non_negative,
+                "refuse if the newest object is older, in hours"),
+        Setting("READY_OBJECT", "--ready-object", "", str,
+                "a key under the prefix that must exist and be no older than the newest file"),
+        Setting("", "--no-cleanup", "", boolean, "add to what the index holds, replacing documents of the same id"),
+    ],
+    "index_cleanup": [
+        *ALL_SCRIPTS, WAIT_SECONDS, replace(CLEANUP_METHOD, flag="--method"), REQUESTS_PER_SECOND,
+        Setting("", "--no-force-merge", "", boolean,
+                "do not wait for the disk space to be freed (half a minute); for an index that is filled right away"),
+    ],
+    "run_refresh": [
+        LOG_DIR, LOCK_DIR, READER_QUERIES, SKIP_UNCHANGED,
+        Setting("PRIMARY_INDEX", "", "my_index_primary", one_line, "the index that readers are on"),
+        Setting("SECONDARY_INDEX", "", "my_index_secondary", one_line, "the standby index"),
+        Setting("INDEX_ALIAS", "", "my_index_alias", one_line, "the alias that readers use"),
+        Setting("S3_BUCKET", "", "your-bucket", one_line, "the bucket of the CSV files"),
+        Setting("S3_PREFIX", "", "your/prefix/", one_line, "the prefix of their keys"),
+        Setting("BATCH_SIZE", "", "1000", positive_int, "documents per request"),
+        Setting("STEP_DELAY_SECONDS", "", "5", non_negative, "seconds between two steps"),
+        Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"), "which index is loaded"),
+    ],
+}  # fmt: skip
 
 
 def load_env_file() -> None:
@@ -381,19 +409,16 @@ def load_env_file() -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of a script's settings; the parser's `prog` says which script it is."""
-    script = parser.prog.removesuffix(".py")
-    for setting in settings_of(script):
-        if setting.flag and script in setting.scripts.split():
-            setting.add_flag(parser)
+    """Add the flags of a script's settings; the parser's `prog` is its file name."""
+    for setting in SETTINGS[parser.prog.removesuffix(".py")]:
+        setting.add_flag(parser)
     return parser
 
 
 def resolve(script: str, args: argparse.Namespace) -> argparse.Namespace:
-    """Add what no flag has said; `by_flag` names what was. Raises ConfigurationError."""
-    args.by_flag = frozenset(vars(args))
-    for setting in settings_of(script):
-        if setting.name not in args.by_flag:
+    """Add the settings that no flag gave. Raises ConfigurationError."""
+    for setting in SETTINGS[script]:
+        if not hasattr(args, setting.name):
             setattr(args, setting.name, setting.value())
     return args
 
@@ -405,7 +430,7 @@ def print_settings(script: str) -> None:
     """
     try:
         load_env_file()
-        for setting in settings_of(script):
+        for setting in SETTINGS[script]:
             value, text = setting.value(), setting.given() or ""
             if setting.parse is own_folder:
                 text = str(value)
@@ -552,7 +577,7 @@ def _on_signal(number: int, _frame: object) -> None:
         raise Interrupted(number)
 
 
-def finished_in_any_case(action: Callable[[], None]) -> None:
+def run_to_completion(action: Callable[[], None]) -> None:
     """Run a clean-up after a failure; a first signal that breaks it off makes it run again, in the 20 s then left."""
     try:
         action()
@@ -889,30 +914,30 @@ class Connection:
         self.credentials = Credentials.load(self.aws, settings)
         self.host: str = settings.run_host or HOST  # whose orphans are ours
         self.opaque_id = f"{SUITE}/{self.host}/{uuid.uuid4().hex[:12]}"
-        self._verify: bool | str = settings.ca_bundle or settings.verify_ssl
-        self._adapter = self._open_adapter()
-        self._sign = None if self.credentials.username else SignedAuth(self.aws)
+        self._session = self._open_session(settings.ca_bundle or settings.verify_ssl)
         self._answered = False  # at least once, so that the endpoint is right
 
-    def _open_adapter(self) -> HTTPAdapter:
-        """Return what sends requests. Without a Session, neither ~/.netrc, nor a proxy's variables, nor a redirect
-        decide who gets the credentials; and a request takes a tenth less of the processor.
-        """
-        adapter = HTTPAdapter()  # without retries: they are in request(), alone
+    def _open_session(self, verify: bool | str) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False  # neither ~/.netrc nor the proxy variables decide who gets the credentials
+        session.verify = verify
+        session.headers["X-Opaque-Id"] = self.opaque_id
+        if self.credentials.username:
+            session.headers.update(self._create_auth_header())
+        else:
+            session.auth = SignedAuth(self.aws)
         # without a context each connection reads the system's CA certificates (15 ms), needed or not
-        unverified = None if self._verify else create_urllib3_context(cert_reqs=ssl.CERT_NONE)
+        unverified = None if verify else create_urllib3_context(cert_reqs=ssl.CERT_NONE)
+        adapter = HTTPAdapter()  # without retries: request() alone retries
         adapter.init_poolmanager(1, MAX_CONNECTIONS, ssl_context=unverified)
+        session.mount("http://", adapter)
+        session.mount("https://", adapter)
         if self.credentials.endpoint.startswith("http://"):
-            log.warning("the endpoint is http://: password and data travel in the clear")
-        elif not self._verify:
+            log.warning("the endpoint is http://: password and data are sent unencrypted")
+        elif not verify:
             log.warning("certificates are not verified; VERIFY_SSL=true or CA_BUNDLE=file does")
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        return adapter
-
-    def _headers(self, content_type: str) -> dict[str, str]:
-        login = self._create_auth_header() if self.credentials.username else {}
-        own = {"X-Opaque-Id": self.opaque_id, "Content-Type": f"application/{content_type}", **login}
-        return {**requests.utils.default_headers(), **own}
+        return session
 
     def _create_auth_header(self) -> dict[str, str]:
         """Return the Basic header; UTF-8, so that a password may hold any character."""
@@ -946,7 +971,7 @@ class Connection:
                 response = self._attempt(method, path, body, params, accept, attempts)
                 return Response(response.status_code, response.content, resent, attempts.attempt == 0, sent)
             except RequestFailed as failure:
-                if not (failure.may_pass() and retry and (idempotent or failure.never_sent)):
+                if not (failure.is_transient() and retry and (idempotent or failure.never_sent)):
                     raise
                 resent = resent or not failure.never_sent
                 if busy and failure.status == 429:
@@ -968,14 +993,13 @@ class Connection:
         hurried = interrupted.is_set() or not self._answered
         ndjson = isinstance(body, bytes)
         try:
-            prepared = requests.Request(
-                method, self.credentials.endpoint + path, params=params, auth=self._sign,
-                headers=self._headers("x-ndjson" if ndjson else "json"),
-                data=body if ndjson or body is None else json.dumps(body).encode(),
-            ).prepare()  # fmt: skip
             limit_s = max(1, attempts.seconds_left()) if hurried else READ_TIMEOUT_S
-            response = self._adapter.send(prepared, timeout=(CONNECT_TIMEOUT_S, limit_s), verify=self._verify)
-            _ = response.content  # is only read here
+            response = self._session.request(
+                method, self.credentials.endpoint + path, params=params, allow_redirects=False,
+                data=body if ndjson or body is None else json.dumps(body).encode(),
+                headers={"Content-Type": f"application/{'x-ndjson' if ndjson else 'json'}"},
+                timeout=(CONNECT_TIMEOUT_S, limit_s),
+            )  # fmt: skip
         except requests.RequestException as error:
             raise self._no_response(what, error) from None
         self._answered = True
@@ -1046,13 +1070,13 @@ class OpenSearchBaseManager(Connection):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is not None and self._task_started:
-                finished_in_any_case(self._cancel_own_tasks)
+                run_to_completion(self._cancel_own_tasks)
         except OperationFailed as error:
             log.error("tasks of this run may still be under way; the next run cancels them: %s", error)
         finally:
             for lock in self._locks:
                 os.close(lock)
-            self._adapter.close()
+            self._session.close()
 
     def version(self) -> tuple[int, int]:
         """Return major and minor of the cluster's version, asked for once."""
@@ -1119,18 +1143,6 @@ class OpenSearchBaseManager(Connection):
     def get_mapping(self, index: str) -> dict[str, Any]:
         mapping: dict[str, Any] = self.request("GET", f"/{index}/_mapping").data[index]["mappings"]
         return mapping
-
-    def read_marker(self, index: str) -> dict[str, Any] | None:
-        """Return `{started, host, found, set}` of a load or copy that has not finished, or None."""
-        marker: dict[str, Any] | None = self.get_mapping(index).get("_meta", {}).get(SUITE)
-        return marker
-
-    def refuse_unfinished(self, index: str, what_to_do: str) -> None:
-        if marker := self.read_marker(index):
-            raise Refused(
-                f"index {index} is unfinished: a load on {marker.get('host')}, begun {marker.get('started')}, has not "
-                f"ended well; {what_to_do}"
-            )
 
     # --- locks ---
 
@@ -1199,9 +1211,8 @@ class OpenSearchBaseManager(Connection):
         its node. A start without a response is looked up by X-Opaque-Id before it is started again.
         """
         progress, pause = Progress(label, total, "documents"), POLL_FIRST_S
-        params = {**params, "slices": "auto", "wait_for_completion": "false"}
-        if rate := self.settings.requests_per_second:
-            params["requests_per_second"] = rate
+        params = {**params, **self.settings.requests_per_second.task_params(),
+                  "slices": "auto", "wait_for_completion": "false"}  # fmt: skip
         task = self._start_task(path, body, params)
         while True:
             response = self.request("GET", f"/_tasks/{task}", accept=[404])
@@ -1269,9 +1280,208 @@ class OpenSearchBaseManager(Connection):
             time.sleep(0.5)
 
 
-def documents_at_once(rate: float, most: int) -> int:
-    """Return the size of a batch that is held back to `rate` documents a second; 0 holds nothing back."""
-    return max(1, min(most, int(rate * EVENLY_S))) if rate else most
+# --- an index that is filled ------------------------------------------------------------------------------------------
+
+
+class Marker:
+    """What says, in `_meta` of an index's mapping, that the index is unfinished: `{started, host, found, set}`.
+
+    `set` has the settings that were changed for the load, `found` their values before (None: the default). `own` is the
+    marker of this run, for as long as it is in the index.
+    """
+
+    def __init__(self, manager: OpenSearchBaseManager, index: str) -> None:
+        self.manager, self.index = manager, index
+        self.own: dict[str, Any] | None = None
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the marker, of whatever run, or None."""
+        marker: dict[str, Any] | None = self._meta().get(SUITE)
+        return marker
+
+    def refuse(self, what_to_do: str) -> None:
+        """Raise Refused if the index is unfinished."""
+        if marker := self.read():
+            raise Refused(
+                f"index {self.index} is unfinished: a load on {marker.get('host')}, started {marker.get('started')}, "
+                f"did not succeed; {what_to_do}"
+            )
+
+    def write(self, found: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+        """Write the marker of this run; return False, with a warning, if the cluster rejects it."""
+        meta = self._meta()
+        self.own = {  # before the request: a signal may arrive in between
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": self.manager.host,
+            "found": {name: found.get(name) for name in wanted}, "set": dict(wanted),
+        }  # fmt: skip
+        try:
+            self._put(meta, self.own)
+            return True
+        except OutcomeUnknown:
+            raise
+        except RequestFailed as error:
+            log.warning("index %s: the marker cannot be written, so its settings stay as they are: %s",
+                        self.index, error)  # fmt: skip
+            self.own = None
+            return False
+
+    def replace(self, former: Mapping[str, Any] | None = None) -> None:
+        """Remove the marker of this run, or put the former one in its place.
+
+        Raises OperationFailed if the index has another run's marker by now; that one stays.
+        """
+        if self.own is None:
+            return
+        meta = self._meta()
+        if (there := meta.get(SUITE)) != self.own:
+            raise OperationFailed(
+                f"index {self.index}: another run has started to fill it, and its marker stays: {there}; make sure "
+                "that one of the two has succeeded, or run again"
+            )
+        self._put(meta, former)
+
+    def restore_settings(self, marker: Mapping[str, Any] | None) -> None:
+        """Restore each setting that still has the value of the load, and read it back; others were changed since."""
+        current = self.manager._verify_index_exists(self.index)
+        found, changed = (marker["found"], marker["set"]) if marker else ({}, {})
+        left = {name: value for name, value in found.items() if current.get(name) == changed.get(name)}
+        if not left:
+            return
+        self.manager.request("PUT", f"/{self.index}/_settings", left)
+        now = self.manager._verify_index_exists(self.index)
+        if wrong := [name for name, value in left.items() if now.get(name) != value]:
+            raise OperationFailed(f"index {self.index}: {', '.join(wrong)} could not be restored; run again")
+        shown = (f"{name}={'default' if value is None else value}" for name, value in left.items())
+        log.info("index %s: restored %s", self.index, ", ".join(shown))
+
+    def _meta(self) -> dict[str, Any]:
+        meta: dict[str, Any] = self.manager.get_mapping(self.index).get("_meta", {})
+        return meta
+
+    def _put(self, meta: Mapping[str, Any], marker: Mapping[str, Any] | None) -> None:
+        """Write `_meta` with this marker or without one; an update replaces all of it, so others' entries go along."""
+        others = {key: value for key, value in meta.items() if key != SUITE}
+        self.manager.request(
+            "PUT", f"/{self.index}/_mapping", {"_meta": {**others, SUITE: marker} if marker else others}
+        )
+
+
+def load_settings(found: Mapping[str, Any], without_replicas: bool) -> dict[str, str]:
+    """Return the settings to change for the duration of a load, less those that have the value already."""
+    wanted = {"index.refresh_interval": "-1"}
+    if without_replicas and found.get("index.auto_expand_replicas", "false") == "false":
+        wanted["index.number_of_replicas"] = "0"
+    return {name: value for name, value in wanted.items() if found.get(name) != value}
+
+
+class TargetIndex:
+    """An index that is about to be filled, from the lock to the last count.
+
+        target = TargetIndex(manager, "my_index_primary")
+        target.claim()                      # no other task works on it, and what a crashed run left is recovered
+        with target.fill():                 # marked as unfinished, settings of a load
+            ...                             # it is emptied, documents come in
+            target.restore_settings()
+            ...                             # counted
+                                            # the marker is removed: only now is the index finished
+
+    What a kill leaves on the server, by the request that was sent last. The next script that is to write to the index,
+    on any host, recovers it: `claim` restores the settings, and a `fill` that succeeds replaces the marker. Until then
+    switch_alias.py refuses the index, and reindex.py does not copy from it.
+
+        marker written            marker; all documents are there
+        settings changed          marker, refresh interval -1 (and 0 replicas, if requested)
+        deletion, documents       the same, and some of the documents; a server-side task goes on: claim() cancels the
+                                  tasks of this host, waits for those of another host, refuses another client's
+        settings restored         marker; the documents are not counted
+        marker removed            nothing to recover
+
+    index_cleanup.py adds the states of an index that is recreated. If no marker can be written, nothing shows that an
+    index is unfinished.
+    """
+
+    def __init__(self, manager: OpenSearchBaseManager, name: str, *, shared: bool = False) -> None:
+        self.manager, self.name, self.shared = manager, name, shared
+        self.marker = Marker(manager, name)
+        self.uuid = ""
+        self.emptied = False  # at least partly
+
+    def claim(self, *, may_be_live: bool = False) -> None:
+        """Lock the index and recover it; a dry run changes nothing.
+
+        Raises Locked, Refused if it is live or another client is working on it, OperationFailed if it is missing.
+        """
+        self.manager.lock(self.name, shared=self.shared)
+        self.recover_index()
+        self.marker = Marker(self.manager, self.name)
+        self.uuid = self.manager.index_uuid(self.name)
+        if not may_be_live:
+            self.refuse_live()
+        elif aliases := self.manager._check_index_aliases(self.name):
+            log.info("index %s is live: alias %s points at it", self.name, ", ".join(aliases))
+        self.manager.await_tasks(self.name, exclusive=not self.shared)
+        if marker := self.marker.read():
+            log.warning("index %s is unfinished: a run on %s, started %s, crashed or failed", self.name,
+                        marker.get("host"), marker.get("started"))  # fmt: skip
+            if not self.manager.dry_run:
+                self.marker.restore_settings(marker)
+
+    def recover_index(self) -> None:
+        """Recover a missing index; here there is nothing to recover it from."""
+
+    def refuse_live(self) -> None:
+        if aliases := self.manager._check_index_aliases(self.name):
+            raise Refused(
+                f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give the "
+                "other index, or move readers there first (switch_alias.py)"
+            )
+
+    def verify_same(self) -> None:
+        self.manager.verify_same_index(self.name, self.uuid)
+
+    @contextlib.contextmanager
+    def fill(self, *, loading: bool = True, without_replicas: bool = False) -> Iterator[None]:
+        """Mark the index as unfinished until the body has succeeded.
+
+        With `loading`, its refresh interval is -1 meanwhile (and replicas 0, if requested), unless the marker cannot be
+        written: the body calls `restore_settings` before it counts. If the body fails, they are restored here and the
+        marker stays; if even that fails, or the process is killed, `claim` of the next run restores them.
+        """
+        self.refuse_live()
+        found, former = self.manager._verify_index_exists(self.name), self.marker.read()
+        wanted = load_settings(found, without_replicas) if loading else {}
+        try:
+            if self.marker.write(found, wanted):
+                self._change_settings(wanted)
+            yield
+        except BaseException as failure:
+            try:
+                run_to_completion(self.restore_settings)
+                if isinstance(failure, Refused) and not self.emptied:
+                    self.marker.replace(former)
+            except OperationFailed as error:
+                log.error("index %s: its settings are not restored yet, the next run restores them: %s",
+                          self.name, error)  # fmt: skip
+            raise
+        self.verify_same()
+        self.marker.replace()  # only now is the index finished
+
+    def restore_settings(self) -> None:
+        """Restore what `fill` has changed, and read it back."""
+        if self.marker.own:
+            self.marker.restore_settings(self.marker.own)
+
+    def _change_settings(self, wanted: Mapping[str, str]) -> None:
+        for name, value in wanted.items():
+            try:
+                self.manager.request("PUT", f"/{self.name}/_settings", {name: value})
+            except OutcomeUnknown:
+                raise
+            except RequestFailed as error:  # Multi-AZ with Standby fixes replicas, some domains a minimum interval
+                log.warning("index %s: continuing without %s=%s: %s", self.name, name, value, error)
+
+
+# --- definitions of fields --------------------------------------------------------------------------------------------
 
 
 def field_definitions(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from index_cleanup import TargetIndex
+from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
-    ConfigurationError, OpenSearchBaseManager, OperationFailed, Refused, add_settings, documents_at_once,
-    field_definitions, index_name, log, per_second, run_cli, seconds_since,
+    ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, Refused, add_settings, field_definitions,
+    index_name, log, per_second, run_cli, seconds_since,
 )  # fmt: skip
 
 BATCH_SIZE = 5000  # documents a scroll batch; copies 8 to 15 % faster than the server's 1000
@@ -35,7 +35,7 @@ class Reindex(OpenSearchBaseManager):
             raise ConfigurationError("source and target are the same index; give two")
         super().__init__(settings)
         self.source: str = settings.source
-        self.target = TargetIndex(self, settings.target, method=settings.method)
+        self.target = ClearableIndex(self, settings.target)
 
     def run(self) -> dict[str, Any]:
         began, target = time.monotonic(), self.target
@@ -43,7 +43,7 @@ class Reindex(OpenSearchBaseManager):
         if self.dry_run:
             log.info("dry run: %s would be emptied and filled from %s", target.name, self.source)
             return {"source": self.source, "target": target.name, "dry_run": True}
-        with target.fill(without_replicas=self.settings.no_replicas):
+        with target.fill(without_replicas=self.settings.load_without_replicas):
             self._add_missing_fields()
             target.empty()
             total = self._get_index_count(self.source)  # refreshes: a copy sees only what a search would
@@ -51,7 +51,6 @@ class Reindex(OpenSearchBaseManager):
             target.restore_settings()
             self._verify_counts(int(response["total"]))
             self.verify_same_index(self.source, source_uuid)
-            target.verify_same()
         return self._report(response, began)
 
     def _check(self) -> str:
@@ -61,7 +60,7 @@ class Reindex(OpenSearchBaseManager):
         self.target.claim()
         # somebody has moved readers to it past the scripts: the target may be the only whole data there is
         what_to_do = f"load it again, or move readers to {self.target.name}, before it is copied"
-        self.refuse_unfinished(self.source, what_to_do)
+        Marker(self, self.source).refuse(what_to_do)
         missing, different = compare_fields(self.get_mapping(self.source), self.get_mapping(self.target.name))
         if different:
             raise Refused(
@@ -80,7 +79,7 @@ class Reindex(OpenSearchBaseManager):
 
     def _copy(self, total: int) -> dict[str, Any]:
         log.info("copying %s documents from %s to %s", f"{total:,}", self.source, self.target.name)
-        size = documents_at_once(self.settings.requests_per_second, BATCH_SIZE)
+        size = self.settings.requests_per_second.batch_size(BATCH_SIZE)
         body = {"source": {"index": self.source, "size": size}, "dest": {"index": self.target.name}}
         label = f"copying {self.source} to {self.target.name}"
         response = self.run_task("/_reindex", body, label=label, total=total)

@@ -192,7 +192,7 @@ check() { # step 0, before readers are moved: whatever can be known beforehand
     *) die "alias $ALIAS is on $live, neither on $PRIMARY nor on $SECONDARY; nothing was changed" 4 ;;
   esac
   if [[ -n ${setting[READER_QUERIES]} ]]; then
-    run_step "check the queries" switch_alias.py --alias "$ALIAS" --show --queries="${setting[READER_QUERIES]}"
+    run_step "check the queries" switch_alias.py --alias "$ALIAS" --show --source "$live" --target "$idle" --queries="${setting[READER_QUERIES]}"
   fi
   if [[ ${setting[SKIP_UNCHANGED]} == true ]]; then
     run_step "check what has changed" bulkupdate.py "${load[@]}" --index "$live" --dry-run

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opensearch_base_manager import (
-    HERE, ConfigurationError, LogFormatter, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Progress, Refused,
-    RequestFailed, Retry, add_settings, index_name, log, run_cli, seconds_since, settings_of,
+    HERE, SETTINGS, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Progress,
+    Refused, RequestFailed, Retry, add_settings, boolean, index_name, log, run_cli, seconds_since,
 )  # fmt: skip
 
 CARRIED_OVER = ("filter", "index_routing", "search_routing", "is_write_index", "is_hidden")  # `add` would drop them
@@ -31,9 +31,7 @@ FIELDS_AT_ONCE = 8  # counts under way; each is answered in a millisecond, howev
 NAMED = 10  # fields or queries in a message; the command beside it has them all
 NOTICED_SHARE = Fraction(1, 100)  # a field that fewer documents have may come and go
 QUERY_TIMEOUT_S = 30  # the server's limit for a reader's query; where it does not answer, READ_TIMEOUT_S is ours
-AGAIN = "A refresh refused for this is refused again the next night."
-# by the commands that are printed, where they are not the default, or a variable would be another one; values alone
-REPEATED = ["threshold", "field_threshold", "min_documents", "accept_fields", "queries", "wait_seconds"]
+AGAIN = "Until this is resolved, every nightly refresh will be refused."
 
 
 def option_text(value: Any) -> str:
@@ -42,13 +40,6 @@ def option_text(value: Any) -> str:
         return f"{value:.15g}" if isinstance(value, float) else str("" if value is None else value)
     plain = re.compile(r'[^\s,"-][^\s,"]*')
     return ",".join(name if plain.fullmatch(name) else '"' + name.replace('"', '""') + '"' for name in value)
-
-
-def shell_word(text: str) -> str:
-    """Quote a word for bash as the log writes it, which escapes control characters: `$'...'` undoes that."""
-    if LogFormatter.CONTROL.search(text):
-        return "$'" + re.sub(r"[\\']", r"\\\g<0>", text) + "'"
-    return shlex.quote(text)
 
 
 class Field(NamedTuple):
@@ -94,12 +85,9 @@ def has_fallen(old: Fraction, new: Fraction, threshold: Decimal) -> bool:
 
 
 def shares(old: Fraction, new: Fraction) -> str:
-    """Show two shares with as many digits as tell them apart, one at least."""
-    for digits in range(1, 15):
-        before, after = (f"{float(share * 100):.{digits}f} %" for share in (old, new))
-        if before != after:
-            break
-    return f"{before} -> {after}"
+    """Show two shares as percentages, with more digits where one does not tell them apart."""
+    digits = 1 if f"{float(old * 100):.1f}" != f"{float(new * 100):.1f}" else 10
+    return f"{float(old * 100):.{digits}f} % -> {float(new * 100):.{digits}f} %"
 
 
 def listed(items: Sequence[str]) -> str:
@@ -108,10 +96,11 @@ def listed(items: Sequence[str]) -> str:
 
 
 def queries_file(settings: argparse.Namespace) -> str:
-    """Return the file of queries, from the working directory or else beside the scripts; "" where none are tried."""
-    if settings.undo or not settings.queries or (settings.show and "queries" not in settings.by_flag):
+    """Return the file of queries, from the working directory or else beside the scripts; "" if none are to be tried."""
+    name: str = settings.reader_queries
+    if settings.undo or not name or not settings.source:  # a broken file must not hide which index is live
         return ""
-    return settings.queries if Path(settings.queries).exists() else str(HERE / settings.queries)
+    return name if Path(name).exists() else str(HERE / name)
 
 
 def read_queries(file: str) -> list[tuple[str, dict[str, Any]]]:
@@ -139,87 +128,23 @@ def short_shards(target: Mapping[str, Any], needed: int) -> int:
     return sum(shard["active_shards"] < needed for shard in target["shards"].values())
 
 
-class SwitchAlias(OpenSearchBaseManager):
-    def __init__(self, settings: argparse.Namespace) -> None:
-        if not settings.show and not (settings.source and settings.target):
-            raise ConfigurationError("give --source and --target, or --show")
-        if not settings.show and settings.source == settings.target:
-            raise ConfigurationError("source and target are the same index; give two")
-        self.queries = read_queries(queries_file(settings))
-        super().__init__(settings)
-        self.alias, self.source, self.target = settings.alias, settings.source, settings.target
-        self.accepted: list[str] = settings.accept_fields or []
+class Audit:
+    """The comparison of source and target before a switch: is the target fit for readers?
+
+    A reason to refuse is one check here, and one row of SETTINGS if a setting accepts it: the command in the message
+    repeats the options of this run and adds those that accept the problem.
+    """
+
+    def __init__(self, switch: SwitchAlias) -> None:
+        self.switch, self.settings = switch, switch.settings
+        self.source, self.target = switch.source, switch.target
+        self.accepted: list[str] = self.settings.accept_fields or []
         self.fields: dict[str, Any] = {"fields_checked": 0}  # for the result
 
-    def run(self) -> dict[str, Any]:
-        began = time.monotonic()
-        uuids = {index: self.index_uuid(index) for index in (self.source, self.target)}
-        if set(self._expected_indices()) == {self.target}:
-            result = self._result(began, changed=False)
-            log.info("done: alias %s is on %s alone already, nothing to do", self.alias, self.target)
-            return result
-        for index in sorted([self.source, self.target]):
-            self.lock(index)
-        if not self.settings.undo:
-            self.await_tasks(self.target)
-        self.refuse_unfinished(self.target, "load it again first")
-        self._audit()
-        if self.dry_run:
-            log.info("dry run: alias %s would be moved: %s -> %s", self.alias, self.source, self.target)
-            return self._result(began, changed=False)
-        self._await_copies()
-        for index, uuid in uuids.items():  # the wait may have been long
-            self.verify_same_index(index, uuid)
-        self.refuse_unfinished(self.target, "load it again first")
-        self._move(self._expected_indices())
-        result = self._result(began, changed=True)
-        log.info("done: alias %s: %s -> %s", self.alias, self.source, self.target)
-        self._say_how_to_undo()
-        return result
-
-    def show(self) -> str:
-        """Return the one index that the alias points at, and try the queries on it. Raises Refused for several."""
-        indices = self._indices_behind()
-        if len(indices) != 1:
-            state = ", ".join(sorted(indices))
-            raise Refused(f"alias {self.alias} points at {len(indices)} indices: {state}; take it off all but one")
-        [index] = indices
-        for place, body in self.queries:
-            self._hits(index, place, body)
-        return index
-
-    # --- the indices behind the alias ---
-
-    def _indices_behind(self) -> dict[str, dict[str, Any]]:
-        """Return the alias's definition by index, by the one path that a role limited to named indices may read."""
-        answer = self.request("GET", f"/{self.alias}/_alias/{self.alias}", accept=[404])
-        if answer.status == 404:
-            raise self._no_such_alias()
-        return {index: entry["aliases"][self.alias] for index, entry in answer.data.items()}
-
-    def _no_such_alias(self) -> OperationFailed:
-        if self.request("GET", f"/{self.alias}", accept=[403, 404]).status == 200:
-            return Refused(f"{self.alias} is the name of an index, not an alias; delete it or name another alias")
-        return OperationFailed(
-            f'alias {self.alias} does not exist; create it: POST /_aliases {{"actions": [{{"add": '
-            f'{{"index": "{self.source or "INDEX"}", "alias": "{self.alias}"}}}}]}}'
-        )
-
-    def _expected_indices(self) -> dict[str, dict[str, Any]]:
-        """Return source, both, or target alone. Raises Refused when the alias stands on a third index."""
-        indices = self._indices_behind()
-        if set(indices) - {self.source, self.target}:
-            state = ", ".join(sorted(indices))
-            mend = self._command(state, self.target) if len(indices) == 1 else "take it off all but one of them"
-            raise Refused(f"alias {self.alias} is on {state}, not on {self.source}; it stays there. To mend it: {mend}")
-        return indices
-
-    # --- the audit ---
-
-    def _audit(self) -> None:
-        """Raise Refused when the target is not fit for readers; an undo asks only whether there is anything in it."""
+    def run(self) -> None:
+        """Raise Refused if the target is not fit for readers; an undo checks only that it is not empty."""
         if self.settings.undo:
-            self._refuse_empty(self._get_index_count(self.target))
+            self._refuse_empty(self.switch._get_index_count(self.target))
             return
         before, after = self._compare_counts()
         if before and self.settings.field_threshold < 100:
@@ -227,27 +152,29 @@ class SwitchAlias(OpenSearchBaseManager):
         self._compare_hits()
 
     def _refuse_empty(self, documents: int) -> None:
-        if not documents and (had := self._get_index_count(self.source)):
+        if not documents and (had := self.switch._get_index_count(self.source)):
             counts = f"{self.source} holds {had:,} documents, {self.target} 0"
             raise Refused(f"{counts}: an empty index is never switched to; load it first")
 
     def _compare_counts(self) -> tuple[int, int]:
         """Return both counts. Raises Refused when the target has none, too few, or too many more or less."""
-        source, target = self._get_index_count(self.source), self._get_index_count(self.target)
+        source, target = self.switch._get_index_count(self.source), self.switch._get_index_count(self.target)
         self._refuse_empty(target)
         change = Decimal(target - source) * 100 / source if source else Decimal(0)
         counts = f"{self.source} holds {source:,} documents, {self.target} {target:,}"
-        log.info("%s (%+.2f %%, threshold %s %%)", counts, change, self.settings.threshold)
+        threshold: Decimal = self.settings.document_count_threshold
+        log.info("%s (%+.2f %%, threshold %s %%)", counts, change, threshold)
         problems: list[str] = []
         accepted: dict[str, Any] = {}
-        if source and abs(target - source) * 100 > self.settings.threshold * source:
-            problems.append(f"{change:+.2f} % is more than the threshold of {self.settings.threshold} %")
-            accepted["threshold"] = f"{abs(change).quantize(Decimal('0.01'), ROUND_CEILING).normalize():f}"
+        if source and abs(target - source) * 100 > threshold * source:
+            problems.append(f"{change:+.2f} % is more than the threshold of {threshold} %")
+            rounded = abs(change).quantize(Decimal("0.01"), ROUND_CEILING).normalize()
+            accepted["document_count_threshold"] = f"{rounded:f}"
         if target < (self.settings.min_documents or 0):
             problems.append(f"fewer than MIN_DOCUMENTS, {self.settings.min_documents:,}, are never switched to")
             accepted["min_documents"] = str(target)
         if problems:
-            command = self._command(self.source, self.target, **accepted)
+            command = self.switch.command(self.source, self.target, **accepted)
             raise Refused(
                 f"{counts}: {', and '.join(problems)}. {AGAIN} Load it again, or, if the data are right: {command}"
             )
@@ -255,7 +182,7 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _compare_fields(self, before: int, after: int) -> None:
         """Raise Refused when fields have another type, or too large a share of the documents has them no longer."""
-        old, new = (fields_of(self.get_mapping(index)) for index in (self.source, self.target))
+        old, new = (fields_of(self.switch.get_mapping(index)) for index in (self.source, self.target))
         if accepted := self.accepted:
             unknown = listed([name for name in accepted if name not in old])
             log.warning("not looked at: %s; no such field in %s: %s", listed(accepted), self.source, unknown)
@@ -281,11 +208,11 @@ class SwitchAlias(OpenSearchBaseManager):
     def _refuse_fields(self, differing: Mapping[str, str]) -> None:
         self.fields["fields_fallen"] = differing
         named = listed([f"{name} {change}" for name, change in differing.items()])
-        command = self._command(self.source, self.target, accept_fields=[*self.accepted, *differing])
+        command = self.switch.command(self.source, self.target, accept_fields=[*self.accepted, *differing])
         raise Refused(
             f"fewer documents of {self.target} than of {self.source} have these fields, or their type is another: "
             f"{named}. {AGAIN} Load it again from whole data, or, if this is meant: {command}",
-            {"alias": self.alias, "source": self.source, "target": self.target, "changed": False, **self.fields},
+            {"alias": self.switch.alias, "source": self.source, "target": self.target, "changed": False, **self.fields},
         )
 
     def _count_fields(self, old: Mapping[str, Field], new: Mapping[str, Field]) -> dict[str, tuple[int, int]]:
@@ -309,7 +236,7 @@ class SwitchAlias(OpenSearchBaseManager):
         query: dict[str, Any] = {"exists": {"field": name}}
         if nested:
             query = {"nested": {"path": nested, "query": query}}
-        answer = self.request("POST", f"/{index}/_count", {"query": query}, params=self.on_primaries()).data
+        answer = self._ask(index, "_count", {"query": query})
         if answer["_shards"]["successful"] < answer["_shards"]["total"]:
             raise OperationFailed(f"_count of field {name} in {index}: failed shards; see GET _cluster/health/{index}")
         return int(answer["count"])
@@ -317,21 +244,21 @@ class SwitchAlias(OpenSearchBaseManager):
     def _compare_hits(self) -> None:
         """Raise Refused when the target does not answer one of the readers' queries as the source does."""
         problems = []
-        for place, body in self.queries:
-            had, has = (self._hits(index, place, body) for index in (self.source, self.target))
+        for place, body in self.switch.queries:
+            had, has = (self.hits(index, place, body) for index in (self.source, self.target))
             log.info("%s: hits in %s: %s, in %s: %s", place, self.source, had, self.target, has)
             if isinstance(has, str) or (had and not has):
                 problems.append(f"{place}: hits in {self.source}: {had}, in {self.target}: {has}")
         if problems:
-            command = self._command(self.source, self.target, queries="")
+            command = self.switch.command(self.source, self.target, reader_queries="")
             raise Refused(f"{listed(problems)}. {AGAIN} Change the line, or do without queries: {command}")
 
-    def _hits(self, index: str, place: str, body: Mapping[str, Any]) -> int | str:
+    def hits(self, index: str, place: str, body: Mapping[str, Any]) -> int | str:
         """Search the primary copies, and return the number of hits; or, for the target, why it cannot be told."""
         limited = {**body, "track_total_hits": True, "timeout": f"{QUERY_TIMEOUT_S}s"}
         try:
             for _ in range(2):  # the first try may have met a cold index, and has warmed it
-                answer = self.request("POST", f"/{index}/_search", limited, params=self.on_primaries()).data
+                answer = self._ask(index, "_search", limited)
                 if not answer["timed_out"]:
                     break
         except RequestFailed as error:
@@ -346,6 +273,84 @@ class SwitchAlias(OpenSearchBaseManager):
         if problem and index != self.target:
             raise OperationFailed(f"{place}: hits in {index}: {problem}; see GET _cluster/health, or change that line")
         return problem or int(answer["hits"]["total"]["value"])
+
+    def _ask(self, index: str, action: str, body: Mapping[str, Any]) -> Any:
+        return self.switch.request("POST", f"/{index}/{action}", body, params=self.switch.on_primaries()).data
+
+
+class SwitchAlias(OpenSearchBaseManager):
+    def __init__(self, settings: argparse.Namespace) -> None:
+        if not settings.show and not (settings.source and settings.target):
+            raise ConfigurationError("give --source and --target, or --show")
+        if not settings.show and settings.source == settings.target:
+            raise ConfigurationError("source and target are the same index; give two")
+        self.queries = read_queries(queries_file(settings))
+        super().__init__(settings)
+        self.alias, self.source, self.target = settings.alias, settings.source, settings.target
+        self.audit = Audit(self)
+
+    def run(self) -> dict[str, Any]:
+        began = time.monotonic()
+        uuids = {index: self.index_uuid(index) for index in (self.source, self.target)}
+        if set(self._expected_indices()) == {self.target}:
+            result = self._result(began, changed=False)
+            log.info("done: alias %s is on %s alone already, nothing to do", self.alias, self.target)
+            return result
+        for index in sorted([self.source, self.target]):
+            self.lock(index)
+        if not self.settings.undo:
+            self.await_tasks(self.target)
+        Marker(self, self.target).refuse("load it again first")
+        self.audit.run()
+        if self.dry_run:
+            log.info("dry run: alias %s would be moved: %s -> %s", self.alias, self.source, self.target)
+            return self._result(began, changed=False)
+        self._await_copies()
+        for index, uuid in uuids.items():  # the wait may have been long
+            self.verify_same_index(index, uuid)
+        Marker(self, self.target).refuse("load it again first")
+        self._move(self._expected_indices())
+        result = self._result(began, changed=True)
+        log.info("done: alias %s: %s -> %s", self.alias, self.source, self.target)
+        self._say_how_to_undo()
+        return result
+
+    def show(self) -> str:
+        """Return the one index that the alias points at, and try the queries on it. Raises Refused for several."""
+        indices = self._indices_behind()
+        if len(indices) != 1:
+            state = ", ".join(sorted(indices))
+            raise Refused(f"alias {self.alias} points at {len(indices)} indices: {state}; take it off all but one")
+        [index] = indices
+        for place, body in self.queries:
+            self.audit.hits(index, place, body)
+        return index
+
+    # --- the indices behind the alias ---
+
+    def _indices_behind(self) -> dict[str, dict[str, Any]]:
+        """Return the alias's definition by index, by the one path that a role limited to named indices may read."""
+        answer = self.request("GET", f"/{self.alias}/_alias/{self.alias}", accept=[404])
+        if answer.status == 404:
+            raise self._no_such_alias()
+        return {index: entry["aliases"][self.alias] for index, entry in answer.data.items()}
+
+    def _no_such_alias(self) -> OperationFailed:
+        if self.request("GET", f"/{self.alias}", accept=[403, 404]).status == 200:
+            return Refused(f"{self.alias} is the name of an index, not an alias; delete it or name another alias")
+        return OperationFailed(
+            f'alias {self.alias} does not exist; create it: POST /_aliases {{"actions": [{{"add": '
+            f'{{"index": "{self.source or "INDEX"}", "alias": "{self.alias}"}}}}]}}'
+        )
+
+    def _expected_indices(self) -> dict[str, dict[str, Any]]:
+        """Return source, both, or target alone. Raises Refused when the alias stands on a third index."""
+        indices = self._indices_behind()
+        if set(indices) - {self.source, self.target}:
+            state = ", ".join(sorted(indices))
+            mend = self.command(state, self.target) if len(indices) == 1 else "take it off all but one of them"
+            raise Refused(f"alias {self.alias} is on {state}, not on {self.source}; it stays there. To mend it: {mend}")
+        return indices
 
     # --- the shard copies ---
 
@@ -415,20 +420,21 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _say_how_to_undo(self) -> None:
         hold = shlex.quote(str(self.settings.lock_dir / f"HOLD-{self.alias}"))
-        log.info("undo: %s", self._command(self.target, self.source, undo=True))
+        log.info("undo: %s", self.command(self.target, self.source, undo=True))
         log.info("after an undo, the next refresh moves readers on again unless this keeps it from that: "
                  "echo 'why, since when' > %s", hold)  # fmt: skip
 
-    def _command(self, source: str, target: str, *, undo: bool = False, **other: Any) -> str:
-        """Return a command with the options of this run, or other values of them."""
+    def command(self, source: str, target: str, *, undo: bool = False, **other: Any) -> str:
+        """Return a command with the options of this run, or other values of them; an undo needs only its wait."""
         words = ["python", "switch_alias.py", "--alias", self.alias, "--source", source, "--target", target]
         undo = undo or self.settings.undo
-        settings = {setting.name: setting for setting in settings_of("switch_alias")}
-        for name in REPEATED if not undo else ["wait_seconds"]:
-            text = option_text(other.get(name, getattr(self.settings, name)))
-            if not (settings[name].given() or "") == text == settings[name].default:
-                words += [settings[name].flag, text]
-        return " ".join(map(shell_word, words + ["--undo"] * undo))
+        for setting in SETTINGS["switch_alias"]:
+            if not setting.flag or setting.parse is boolean or (undo and setting.flag != "--wait-seconds"):
+                continue
+            text = option_text(other.get(setting.name, getattr(self.settings, setting.name)))
+            if not (setting.given() or "") == text == setting.default:  # the variable may differ tomorrow
+                words += [setting.flag, text]
+        return shlex.join(words + ["--undo"] * undo)
 
     def _show_command(self) -> str:
         return f"python switch_alias.py --alias {shlex.quote(self.alias)} --show"
@@ -436,7 +442,7 @@ class SwitchAlias(OpenSearchBaseManager):
     def _result(self, began: float, *, changed: bool) -> dict[str, Any]:
         return {
             "alias": self.alias, "source": self.source, "target": self.target, "changed": changed,
-            "documents": self._get_index_count(self.target), **self.fields, "seconds": seconds_since(began),
+            "documents": self._get_index_count(self.target), **self.audit.fields, "seconds": seconds_since(began),
         }  # fmt: skip
 
 

@@ -150,6 +150,19 @@ def test_an_endpoint_gets_a_scheme_and_loses_its_slash(text, url):
     assert base.endpoint_url(text) == url
 
 
+def test_throttled_documents_are_sent_evenly():
+    rate, began, sent = base.Rate(1000), time.monotonic(), []
+    for _ in range(6):
+        rate.wait(100)
+        sent.append(time.monotonic() - began)
+    assert all(at / 10 <= moment for at, moment in enumerate(sent))
+    assert sent[-1] < 2
+    base.Rate(0).wait(10**9)
+    sizes = [base.Rate(rate).batch_size(5000) for rate in (0, 1, 1000, 10_000, 10**6)]
+    assert sizes == [5000, 1, 100, 1000, 5000]
+    assert (base.Rate(0).task_params(), base.Rate(0.5).task_params()) == ({}, {"requests_per_second": 0.5})
+
+
 def test_relative_folders_are_beside_the_scripts(monkeypatch):
     monkeypatch.setenv("LOG_DIR", "my-logs")
     assert base.resolve("reindex", argparse.Namespace()).log_dir == TOP / "my-logs"

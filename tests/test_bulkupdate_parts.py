@@ -560,17 +560,6 @@ def test_a_number_that_was_given_is_not_exceeded_and_reached_again_after_429(mon
     assert load.seconds(30) == [2, 3, 4, 5]
 
 
-def test_documents_that_are_held_back_pass_evenly():
-    throttle, began, passed = bulkupdate.Throttle(1000), time.monotonic(), []
-    for _ in range(6):
-        throttle.wait(100)
-        passed.append(time.monotonic() - began)
-    assert all(at / 10 <= moment for at, moment in enumerate(passed))
-    assert passed[-1] < 2
-    bulkupdate.Throttle(0).wait(10**9)
-    assert [base.documents_at_once(rate, 5000) for rate in (0, 1, 1000, 10_000, 10**6)] == [5000, 1, 100, 1000, 5000]
-
-
 # --- S3, and trying again ---------------------------------------------------------------------------------------------
 
 SLOW_DOWN = answer(503, "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>")
