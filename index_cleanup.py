@@ -208,7 +208,7 @@ class ClearableIndex(TargetIndex):
         try:
             run_to_completion(lambda: self.backup.restore(definition))
         except OperationFailed as error:
-            log.error("index %s is not restored yet, the next run does it: %s", self.name, error)
+            log.error("index %s is not restored yet, the next run restores it: %s", self.name, error)
             self.marker.own = None  # it is in the backup, and comes back with the index
             failure.args = (
                 f"{failure}; index {self.name} is deleted, {self.backup.name} holds its definition: mend the cause, "

@@ -352,17 +352,17 @@ SETTINGS: dict[str, list[Setting]] = {
     "reindex": [*ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS],
     "switch_alias": [
         *ALL_SCRIPTS,
-        replace(WAIT_SECONDS, flag="--wait-seconds"),
         Setting("DOCUMENT_COUNT_THRESHOLD", "--threshold", "10", percent,
                 "accepted difference of the document counts, percent of the source"),
         Setting("FIELD_THRESHOLD", "--field-threshold", "10", percent,
                 "maximum drop, in percentage points, of the share of documents that have a field; 100 checks no field"),
+        Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number,
+                "an index with fewer documents is never switched to"),
         Setting("", "--accept-fields", "", field_names,
                 'comma-separated fields that this run does not check; a name with a comma or a quotation mark as in '
                 'CSV: a,"b,c"'),
-        Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number,
-                "an index with fewer documents is never switched to"),
         READER_QUERIES,
+        replace(WAIT_SECONDS, flag="--wait-seconds"),
         Setting("", "--undo", "", boolean, "move readers back: counts, fields and queries are not checked"),
         Setting("", "--show", "", boolean, "print the index that the alias points at, nothing else"),
     ],
@@ -1421,7 +1421,7 @@ class TargetIndex:
             log.info("index %s is live: alias %s points at it", self.name, ", ".join(aliases))
         self.manager.await_tasks(self.name, exclusive=not self.shared)
         if marker := self.marker.read():
-            log.warning("index %s is unfinished: a run on %s, started %s, crashed or failed", self.name,
+            log.warning("index %s is unfinished: a run on %s, started %s, did not succeed", self.name,
                         marker.get("host"), marker.get("started"))  # fmt: skip
             if not self.manager.dry_run:
                 self.marker.restore_settings(marker)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opensearch_base_manager import (
-    HERE, SETTINGS, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Progress,
-    Refused, RequestFailed, Retry, add_settings, boolean, index_name, log, run_cli, seconds_since,
+    HERE, SETTINGS, ConfigurationError, LogFormatter, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown,
+    Progress, Refused, RequestFailed, Retry, add_settings, boolean, index_name, log, run_cli, seconds_since,
 )  # fmt: skip
 
 CARRIED_OVER = ("filter", "index_routing", "search_routing", "is_write_index", "is_hidden")  # `add` would drop them
@@ -40,6 +40,16 @@ def option_text(value: Any) -> str:
         return f"{value:.15g}" if isinstance(value, float) else str("" if value is None else value)
     plain = re.compile(r'[^\s,"-][^\s,"]*')
     return ",".join(name if plain.fullmatch(name) else '"' + name.replace('"', '""') + '"' for name in value)
+
+
+def shell_word(text: str) -> str:
+    """Quote a word for bash, in the form that the log keeps: it escapes control characters, `$'...'` reads them.
+
+    Exports from spreadsheets have line breaks in column names.
+    """
+    if LogFormatter.CONTROL.search(text):
+        return "$'" + re.sub(r"[\\']", r"\\\g<0>", text) + "'"
+    return shlex.quote(text)
 
 
 class Field(NamedTuple):
@@ -85,9 +95,12 @@ def has_fallen(old: Fraction, new: Fraction, threshold: Decimal) -> bool:
 
 
 def shares(old: Fraction, new: Fraction) -> str:
-    """Show two shares as percentages, with more digits where one does not tell them apart."""
-    digits = 1 if f"{float(old * 100):.1f}" != f"{float(new * 100):.1f}" else 10
-    return f"{float(old * 100):.{digits}f} % -> {float(new * 100):.{digits}f} %"
+    """Show two shares with as many digits as tell them apart, one at least."""
+    for digits in range(1, 15):
+        before, after = (f"{float(share * 100):.{digits}f} %" for share in (old, new))
+        if before != after:
+            break
+    return f"{before} -> {after}"
 
 
 def listed(items: Sequence[str]) -> str:
@@ -434,7 +447,7 @@ class SwitchAlias(OpenSearchBaseManager):
             text = option_text(other.get(setting.name, getattr(self.settings, setting.name)))
             if not (setting.given() or "") == text == setting.default:  # the variable may differ tomorrow
                 words += [setting.flag, text]
-        return shlex.join(words + ["--undo"] * undo)
+        return " ".join(map(shell_word, words + ["--undo"] * undo))
 
     def _show_command(self) -> str:
         return f"python switch_alias.py --alias {shlex.quote(self.alias)} --show"

@@ -74,7 +74,7 @@ def test_a_column_of_another_name_is_refused_and_the_printed_command_accepts_it(
         assert outcome.code == 4, outcome.err
         assert "carrier 100.0 % -> 0.0 %" in outcome.last
         assert "n 100.0 %" not in outcome.err
-        assert "refused again the next night" in outcome.last
+        assert "every nightly refresh will be refused" in outcome.last
         assert outcome.result["fields_fallen"] == {"carrier": "100.0 % -> 0.0 %"}
         assert (outcome.result["fields_checked"], outcome.result["changed"]) == (2, False)
         assert state_of(admin, old, new) == before
@@ -456,7 +456,7 @@ def test_fewer_documents_than_the_floor_are_refused(pair, switch, run, owners, m
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
     assert f"{new} 10: fewer than MIN_DOCUMENTS, 11, are never switched to" in outcome.last
-    assert "refused again the next night" in outcome.last
+    assert "every nightly refresh will be refused" in outcome.last
     assert owners() == [old]
     assert run(switch_alias, *by_bash(outcome.last)).code == 0
     assert owners() == [new]
@@ -514,7 +514,7 @@ def test_a_query_that_finds_nothing_in_the_target_is_refused(pair, switch, queri
         outcome = switch(old, new, "--queries", file, *more)
         assert outcome.code == 4, outcome.err
         assert f"ERROR switch_alias: {file}, line 2: hits in {old}: 10, in {new}: 0. " in outcome.last
-        assert "refused again the next night" in outcome.last
+        assert "every nightly refresh will be refused" in outcome.last
         assert owners() == [old]
     assert run(switch_alias, *by_bash(outcome.last)).code == 0
 
@@ -627,13 +627,14 @@ def test_what_stands_in_a_query_is_not_logged_and_control_characters_do_no_harm(
 
 
 def test_show_tries_a_file_on_the_live_index_when_it_is_asked_to(pair, queries, run, monkeypatch):
-    old, _ = pair(FLIGHT, FLIGHTS)
+    old, new = pair(FLIGHT, FLIGHTS)
     show = ["--alias", ALIAS, "--show"]
+    both = ["--source", old, "--target", new]
     good, bad = queries(UA), [UA, {"query": {"no_such": {}}}]
-    outcome = run(switch_alias, *show, "--queries", good)
+    outcome = run(switch_alias, *show, *both, "--queries", good)
     assert (outcome.code, outcome.out) == (0, f"{old}\n")
     file = queries(*bad)
-    outcome = run(switch_alias, *show, "--queries", file)
+    outcome = run(switch_alias, *show, *both, "--queries", file)
     assert (outcome.code, outcome.out) == (2, "")
     assert f"{file}, line 2: {old} refuses it" in outcome.last
     monkeypatch.setenv("READER_QUERIES", file)

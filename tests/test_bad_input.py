@@ -350,7 +350,7 @@ def test_too_large_a_difference_is_refused_with_the_command_that_accepts_it(
     outcome = run(switch_alias, "--alias", name("alias"), "--source", old, "--target", new)
     assert_says(
         outcome, 4, f"{old} holds 3 documents, {new} {target}: {change}", "threshold of 10 %",
-        "refused again the next night", f"--threshold {accepted} ",
+        "every nightly refresh will be refused", f"--threshold {accepted} ",
     )  # fmt: skip
     assert state_of(admin, old, new) == before
     assert run(switch_alias, *shlex.split(outcome.last.split("python switch_alias.py ")[1])).code == 0

@@ -273,13 +273,13 @@ def test_an_index_that_another_run_has_created_and_made_live_meanwhile_is_not_de
 
 @pytest.fixture
 def deleted(index, recreate, proxy, admin):
-    """An index that is missing, since a run died between the deletion and the creation; and what it was."""
+    """An index that is missing, since a run crashed between the deletion and the creation; and what it was."""
     wanted = definition(admin, index)
     dead = proxy.on("PUT", f"^/{index}$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
                     skip=1, times=None)  # fmt: skip
     outcome = recreate(index)
     assert outcome.code == 1, outcome.err
-    assert f"index {index} is not restored yet, the next run does it" in outcome.err
+    assert f"index {index} is not restored yet, the next run restores it" in outcome.err
     assert not exists(admin, f"{index}") or list(admin("GET", f"/{index}*/_settings")) == [f"{index}-recreate"]
     proxy.rules.remove(dead)
     return wanted
@@ -304,7 +304,7 @@ def test_the_next_run_on_whatever_machine_restores_the_index(
     monkeypatch.setenv("CLEANUP_METHOD", method)
     outcome = run(*commands(index, make_index, put_csv, PROPERTIES)[script])
     assert outcome.code == 0, outcome.err
-    assert f"index {index} is missing: a run died between deleting and creating it" in outcome.err
+    assert f"index {index} is missing: a run crashed between deleting and creating it" in outcome.err
     assert definition(admin, index) == deleted
     assert count(admin, index) == documents
     assert not exists(admin, f"{index}-recreate")
@@ -564,5 +564,5 @@ def test_the_marker_of_another_run_is_not_taken_out(index, recreate, admin, prox
     proxy.on("POST", "_delete_by_query", after(lambda: admin("PUT", f"/{index}/_mapping", theirs)))
     outcome = recreate(index, "--method", "delete", "--no-force-merge")
     assert outcome.code == 1, outcome.err
-    assert "another run has begun to fill it meanwhile" in outcome.last
+    assert "another run has started to fill it" in outcome.last
     assert admin("GET", f"/{index}/_mapping")[index]["mappings"]["_meta"] == theirs["_meta"]

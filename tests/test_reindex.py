@@ -220,7 +220,7 @@ def test_a_setting_that_the_cluster_refuses_is_gone_without(pair, copy, admin, p
     proxy.on("PUT", "_settings", answer(400, {"error": {"type": "illegal_argument", "reason": "too low"}}))
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    assert "going on without index.refresh_interval=-1" in outcome.err
+    assert "continuing without index.refresh_interval=-1" in outcome.err
     assert "too low" in outcome.err
     assert own_settings(pair[1])["refresh_interval"] is None
     assert numbers(admin, pair[1]) == [0, 1, 2]
@@ -231,7 +231,7 @@ def test_where_no_note_can_be_written_the_settings_stay_untouched(pair, copy, ad
     proxy.on("PUT", "_mapping", answer(403, denied), times=None)
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    assert "no marker can be written" in outcome.err
+    assert "the marker cannot be written" in outcome.err
     assert "lacks indices:admin/mapping/put" in outcome.err
     assert proxy.seen("PUT", "_settings") == []
     assert numbers(admin, pair[1]) == [0, 1, 2]
@@ -259,7 +259,7 @@ def test_the_next_run_puts_right_what_a_killed_one_left(pair, copy, admin, own_s
     unfinished(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    assert f"{pair[1]} is unfinished: a run on elsewhere, begun 2026-01-31T02:00:00Z, died" in outcome.err
+    assert f"{pair[1]} is unfinished: a run on elsewhere, started 2026-01-31T02:00:00Z, did not succeed" in outcome.err
     assert own_settings(pair[1])["refresh_interval"] == "9s"
     assert note_of(pair[1]) is None
 
@@ -407,7 +407,7 @@ def test_settings_that_cannot_be_put_back_now_are_left_to_the_next_run(pair, cop
     proxy.on("PUT", "_settings", answer(503), skip=1, times=None)
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
-    assert "not restored yet, the next run does it" in outcome.err
+    assert "not restored yet, the next run restores them" in outcome.err
     assert note_of(pair[1])["set"] == {"index.refresh_interval": "-1"}
     proxy.rules.clear()
     assert copy(*pair).code == 0
