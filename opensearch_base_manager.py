@@ -25,13 +25,13 @@ import contextlib
 import csv
 import fcntl
 import gc
+import io
 import json
 import logging
 import math
 import os
 import random
 import re
-import select
 import signal
 import socket
 import ssl
@@ -46,7 +46,7 @@ from datetime import timedelta
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 try:
@@ -57,7 +57,9 @@ try:
     from requests.auth import AuthBase
     from urllib3.util.ssl_ import create_urllib3_context
 except ImportError as missing:
-    print(f"{missing.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+    with open(os.environ.get("REFRESH_LOG_FILE") or os.devnull, "a") as log_file:
+        for file in (sys.stderr, log_file):
+            print(f"{missing.name} is not installed: pip install -r requirements.txt", file=file)
     raise SystemExit(2) from None
 
 SUITE = "opensearch-refresh"  # in the X-Opaque-Id of every request and as the key of the marker
@@ -74,7 +76,6 @@ SLICE_S = 0.1  # throttled work is sent in slices of this length; longer slices 
 POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks end fast, long ones are not asked too often
 PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
 PROGRESS_TTY_S = 0.2
-BESIDE_WAIT_S = 0.1  # for a terminal or pipe that takes nothing
 CERTIFICATE_ADVICE = "renew the certificate, use the host name it is for, or set CA_BUNDLE to its CA"
 MAX_CONNECTIONS = 64  # opened when needed; so many bulk requests can be under way at most
 GC_THRESHOLD = 50_000  # new objects; the AWS service models are many small ones, none garbage: 40 ms a run saved
@@ -458,43 +459,8 @@ class LogFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-class Beside:
-    """Where the runner shows what a step says, beside its stderr, which is the log file there.
-
-    A descriptor that is handed on and not a `tee`, which would die first at Ctrl-C. Nothing is kept in a buffer: when a
-    terminal is gone, what was meant for it is lost, and nothing else.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    @classmethod
-    def given(cls) -> Beside | None:
-        """Return what the runner has handed on in REFRESH_BESIDE, if it is open."""
-        try:
-            descriptor = int(os.environ.get("REFRESH_BESIDE", ""))
-            os.fstat(descriptor)
-        except (ValueError, OSError):
-            return None
-        return cls(descriptor)
-
-    def write(self, text: str) -> None:
-        """Write it, unless nobody takes it (Ctrl-S, a pager): a load must not wait for that, and the log has it."""
-        if select.select([], [self.descriptor], [], BESIDE_WAIT_S)[1]:
-            os.write(self.descriptor, text.encode(errors="replace"))
-
-    def flush(self) -> None:
-        pass
-
-    def fileno(self) -> int:
-        return self.descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self.descriptor)
-
-
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # has no [] before Python 3.11
-    """Writes to stderr, or beside it; on a terminal it first wipes the progress line, which it leaves to Progress."""
+    """Writes to stderr; on a terminal it wipes the progress line first, and leaves progress to `Progress`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return ("\r\x1b[K" if self.stream.isatty() else "") + super().format(record)
@@ -504,13 +470,19 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # has no [] 
 
 
 def set_up_logging(script: str) -> None:
-    """Log this suite only: botocore's and urllib3's own lines would carry what must not be written."""
-    logging.raiseExceptions = False  # a closed stderr or a full disk under it must not stop a load
-    log.handlers[:] = [LogHandler(stream) for stream in (sys.stderr, Beside.given()) if stream]
+    """Log to stderr, and to the file of the runner if it shows stderr to somebody (REFRESH_LOG_FILE).
+
+    Only this suite is logged: lines of botocore and urllib3 could contain secrets.
+    """
+    logging.raiseExceptions = False  # a closed stderr or a full disk must not stop a load
+    log.handlers[:] = [LogHandler(sys.stderr)]
+    if path := os.environ.get("REFRESH_LOG_FILE"):
+        with contextlib.suppress(OSError):
+            log.addHandler(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
     for handler in log.handlers:
         handler.setFormatter(LogFormatter(script))
     log.propagate = False
-    log.setLevel("INFO")  # until LOG_LEVEL is known to be right
+    log.setLevel("INFO")  # until LOG_LEVEL has been parsed
 
 
 def seconds_since(began: float) -> float:
@@ -522,37 +494,34 @@ def per_second(count: float, began: float) -> int:
 
 
 class Progress:
-    """One line that renews itself on a terminal; and a plain line every 30 s in a log file."""
+    """A line that is updated in place on a terminal, and a log line every 30 s, which a terminal does not show."""
 
     def __init__(self, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.began = self.renewed = self.logged = time.monotonic()
-        self.in_log = not sys.stderr.isatty()
-        self.terminal: Any = Beside.given() if self.in_log else sys.stderr
-        if self.terminal and not self.terminal.isatty():
-            self.terminal = None
+        self.on_terminal = sys.stderr.isatty()
 
     def update(self, done: int, remark: str = "") -> None:
         now = time.monotonic()
-        if self.terminal and now - self.renewed >= PROGRESS_TTY_S:
+        if self.on_terminal and now - self.renewed >= PROGRESS_TTY_S:
             self.renewed = now
             self._renew(self._line(done, remark, now))
-        if self.in_log and now - self.logged >= PROGRESS_EVERY_S:
+        if now - self.logged >= PROGRESS_EVERY_S:
             self.logged = now
             log.info("%s", self._line(done, remark, now), extra={"progress": True})
 
     def close(self) -> None:
-        if self.terminal:
+        if self.on_terminal:
             self._renew("")
 
     def _renew(self, line: str) -> None:
-        """Show the line in place of the one before, unless the run is in the background of its terminal."""
+        """Replace the progress line, unless the process is in the background of its terminal."""
         with contextlib.suppress(OSError):
-            terminal = self.terminal.fileno()
+            terminal = sys.stderr.fileno()
             if os.tcgetpgrp(terminal) == os.getpgrp():
                 width = (os.get_terminal_size(terminal).columns or 80) - 1
-                self.terminal.write(f"\r\x1b[K{line[:width]}")
-                self.terminal.flush()
+                sys.stderr.write(f"\r\x1b[K{line[:width]}")
+                sys.stderr.flush()
 
     def _line(self, done: int, remark: str, now: float) -> str:
         """Return what counts first: a terminal of 80 columns may cut the rest off."""
@@ -658,21 +627,32 @@ def print_result(result: Mapping[str, Any] | str | None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it ends
 
 
+def print_error(text: str) -> None:
+    """Print an error that is found before logging is set up, to the runner's log file too (REFRESH_LOG_FILE)."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+    with contextlib.suppress(OSError), open(os.environ.get("REFRESH_LOG_FILE") or os.devnull, "a") as log_file:
+        log_file.write(text)
+
+
 def run_cli(
     build_parser: Callable[[], argparse.ArgumentParser],
     run: Callable[[argparse.Namespace], Mapping[str, Any] | str | None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Load .env, parse, carry the command out with all settings resolved, and return the exit code."""
+    """Load .env, parse the command line, run the command with all settings resolved, and return the exit code."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # started with 2>&-
+    usage = io.StringIO()
     try:
         load_env_file()
         parser = build_parser()
-        args = parser.parse_args(argv)
+        with contextlib.redirect_stderr(usage):
+            args = parser.parse_args(argv)
     except ConfigurationError as error:
-        print(error, file=sys.stderr)
+        print_error(f"{error}\n")
         return error.exit_code
     except SystemExit as stop:  # argparse has printed usage or help
+        print_error(usage.getvalue())
         return int(stop.code or 0)
     gc.set_threshold(GC_THRESHOLD)
     atexit.register(gc.freeze)  # or Python ends with a search for garbage among them: 90 ms
@@ -712,6 +692,95 @@ def carry_out(script: str, work: Callable[[], Mapping[str, Any] | str | None]) -
         return 1
     print_result(result)
     return 0
+
+
+# --- this process: the report of a run --------------------------------------------------------------------------------
+
+
+class StepResult(NamedTuple):
+    """A finished step of the runner: `printed` is its line of stdout, `result` the JSON object in it."""
+
+    name: str
+    seconds: int
+    exit_code: int
+    printed: str
+    result: dict[str, Any]
+
+    @classmethod
+    def parse(cls, line: str) -> StepResult:
+        name, seconds, exit_code, printed = line.split("\t", 3)
+        result = None
+        with contextlib.suppress(ValueError):
+            result = json.loads(printed)
+        return cls(name, int(seconds), int(exit_code), printed, result if isinstance(result, dict) else {})
+
+
+def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None]:
+    """Return the index that readers are on after these steps, and its number of documents if that is known."""
+    live, documents = None, None
+    for step in (step for step in steps if step.exit_code == 0):
+        result = step.result
+        if step.name == "check where readers are":
+            live = step.printed
+        elif "changed" in result:  # a switch
+            live, documents = result["target"], result["documents"]
+        elif "documents" in result and ("source" in result or "unchanged" in result):  # a copy, or nothing to do
+            documents = result["documents"]
+    return live, documents
+
+
+def last_success(path: Path) -> str | None:
+    """Return the time of the last success from the report of the previous run."""
+    try:
+        found: str | None = json.loads(path.read_text())["last_success"]
+    except (OSError, ValueError, LookupError, TypeError):
+        found = None
+    return found
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file in one step, so that nobody reads half of it."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        new.write_text(text)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise SystemExit(f"{path} could not be written: {error.strerror}") from None
+
+
+def print_closing_table(steps: Sequence[StepResult], seconds: int) -> None:
+    print(f"{'step':<50} {'seconds':>8} {'documents':>12}")
+    for step in steps:
+        print(f"{step.name:<50} {step.seconds:>8} {step.result.get('documents', '-'):>12}")
+    print(f"{'total':<50} {seconds:>8}")
+
+
+def report_run(file: str, alias: str, began: str) -> None:
+    """Write how a run of the runner ended, for monitors, and print the closing table of a successful refresh.
+
+    stdin: exit code, last step and message in the first line, then a line for each finished step, separated by tabs.
+    """
+    ending, *lines = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n").split("\n")
+    exit_code, last_step, message = ending.split("\t", 2)
+    steps, failed, now = [StepResult.parse(line) for line in lines], exit_code != "0", time.time()
+    if not failed and (done := [step for step in steps if not step.name.startswith("check")]):
+        print_closing_table(done, round(now) - int(began))
+    live, documents = live_index(steps)
+    finished = [step.name for step in steps if step.exit_code in (0, 4)]
+    if re.match(r"\d switch ", last_step) and last_step not in finished:
+        live, documents = None, None
+    began_at, ended = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment)) for moment in (int(began), now))
+    ages = [step.result["newest_object_age_hours"] for step in steps if "newest_object_age_hours" in step.result]
+    path = Path(file)
+    report = {
+        "alias": alias, "began": began_at, "ended": ended, "exit_code": int(exit_code),
+        "step": last_step if failed else None, "message": message if failed else None, "live_index": live,
+        "documents": documents, "steps": [{"step": step.name, "seconds": step.seconds} for step in steps],
+        "newest_object_age_hours": ages[-1] if ages else None,
+        "last_success": last_success(path) if failed else ended,
+    }  # fmt: skip
+    replace_file(path, json.dumps(report) + "\n")
 
 
 # --- one request: AWS -------------------------------------------------------------------------------------------------

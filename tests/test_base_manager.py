@@ -398,7 +398,7 @@ def progress_on_a_terminal(*words, columns=80, log=None):
         parent = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
         command = [sys.executable, "-c", parent, *command, *words]
     if log:  # as the runner does it
-        command = ["bash", "-c", 'exec 8>&2; REFRESH_BESIDE=8 "$@" 2>"$0"', str(log), *command]
+        command = ["env", f"REFRESH_LOG_FILE={log}", *command]
     code, shown = on_terminal(command, {**os.environ, "PYTHONPATH": str(Path(base.__file__).parent)}, columns)
     assert code == 0, shown
     return shown
@@ -422,22 +422,6 @@ def test_progress_on_a_terminal_is_one_line_that_renews_itself(columns, logged, 
 
 def test_a_run_in_the_background_of_its_terminal_renews_nothing():
     assert re.fullmatch(r"\r\x1b\[K\S+Z INFO test: between\r\n", progress_on_a_terminal("background"))
-
-
-@pytest.mark.parametrize("given", ["", "x", "99", "-1"])
-def test_where_nothing_is_handed_on_there_is_nothing_beside_the_log(given, monkeypatch):
-    monkeypatch.setenv("REFRESH_BESIDE", given)
-    assert base.Beside.given() is None
-
-
-def test_a_terminal_that_is_gone_stops_nothing(monkeypatch, capsys):
-    read, write = os.pipe()
-    os.close(read)
-    monkeypatch.setenv("REFRESH_BESIDE", str(write))
-    base.set_up_logging("test")
-    base.log.info("still here")
-    os.close(write)
-    assert "still here" in capsys.readouterr().err
 
 
 def test_progress_in_a_log_is_a_plain_line_every_half_minute(monkeypatch):
@@ -489,6 +473,38 @@ def test_a_missing_package_is_named_and_ends_with_2(package, environment):
     done = script(env={**BARE, **environment}, code=code)
     assert done.returncode == 2, done.stderr
     assert f"{package} is not installed: pip install -r requirements.txt" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "text"),
+    [(["--index"], {}, "expected one argument"), ([], {}, "usage: "), (["--index", "a"], {"RETRY_SECONDS": "x"}, "x"),
+     (["--index", "a"], {"OPENSEARCH_ENDPOINT": "x"}, "ERROR index_cleanup: ")],
+)  # fmt: skip
+def test_what_is_wrong_with_a_command_is_in_the_log_file_of_the_runner_too(
+    arguments, variables, text, environment, tmp_path
+):
+    log = tmp_path / "log"
+    log.write_text("a line before\n")
+    done = script(
+        str(TOP / "index_cleanup.py"), *arguments, env={**BARE, **environment, **variables, "REFRESH_LOG_FILE": log}
+    )
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert log.read_text() == f"a line before\n{done.stderr}"
+
+
+@pytest.mark.parametrize("package", ["requests", "boto3"])
+def test_a_missing_package_is_in_the_log_file_of_the_runner_too(package, environment, tmp_path):
+    code = f"import sys; sys.modules['{package}'] = None; import index_cleanup as m; sys.exit(m.main(['--index', 'a']))"
+    done = script(env={**BARE, **environment, "REFRESH_LOG_FILE": str(tmp_path / "log")}, code=code)
+    assert done.returncode == 2, done.stderr
+    assert (tmp_path / "log").read_text() == done.stderr
+
+
+def test_a_log_file_that_cannot_be_written_stops_nothing(environment, tmp_path, index):
+    variables = {**environment, "REFRESH_LOG_FILE": str(tmp_path / "nowhere" / "log")}
+    done = script(str(TOP / "index_cleanup.py"), "--index", index, "--dry-run", env=variables)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("stdout", ["closed", "full", "a pipe that nobody reads"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import sandbox
 from conftest import Reader, count, on_terminal, sources, state_of
+from fault_proxy import answer
 
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = ["opensearch_base_manager.py", "reindex.py", "switch_alias.py", "bulkupdate.py", "index_cleanup.py"]
@@ -398,14 +401,11 @@ def test_on_a_terminal_each_step_looks_as_it_does_by_hand(columns, pair, put_csv
     pair(sandbox.FLIGHTS_MAPPING["properties"])
     variables = {
         "S3_PREFIX": put_csv(flights(1, 2)), "DOCUMENT_COUNT_THRESHOLD": "100", "REQUESTS_PER_SECOND": "20000",
-        "STEP_DELAY_SECONDS": "2.5",
     }  # fmt: skip
     code, shown = on_terminal([str(TOP / "run_refresh.sh")], {**own_names, **variables}, columns)
     assert code == 0, shown
     assert "==> 3 load" in shown
     assert re.search(r"INFO bulkupdate: loaded 51,955 rows", shown)
-    assert shown.count("\r\x1b[Knext step in 2.5 s, waited 0 s") == 3
-    assert "\r\x1b[Knext step in 2.5 s, waited 1 s" in shown
     renewed = [part for part in re.split(r"\r\x1b\[K", shown) if re.match(r"loading \S+: \d+ %", part)]
     assert len(renewed) > 3
     assert max(len(part.splitlines()[0]) for part in renewed) < columns
@@ -477,3 +477,98 @@ def test_a_signal_and_a_broken_file_of_the_last_run_are_no_obstacle(pair, refres
     process.terminate()
     assert finish(process)[0] == 143
     assert (last()["exit_code"], last()["message"], last()["last_success"]) == (143, "stopped by SIGTERM", None)
+
+
+def test_the_live_index_is_unknown_after_a_switch_that_broke_off(pair, refresh, put_csv, last, proxy):
+    primary, secondary, _ = pair({"n": {"type": "long"}}, docs=1)
+    prefix = put_csv({"a.csv": "n\n1\n"})
+    proxy.on("POST", "_aliases", answer(500, {"error": {"type": "x", "reason": "broken"}}))
+    by_proxy = {name: os.environ[name] for name in os.environ if name.startswith("OPENSEARCH_")}
+    code, _, err = finish(refresh(prefix, **by_proxy))
+    assert (code, last()["step"]) == (1, f"2 switch readers to {secondary}"), err
+    assert (last()["live_index"], last()["documents"]) == (None, None)
+    process = refresh(prefix, STEP_DELAY_SECONDS="30")
+    wait_until(lambda: "<== 1 copy" in process.stderr.readline())
+    process.terminate()
+    assert finish(process)[0] == 143
+    assert (last()["live_index"], last()["documents"]) == (primary, 1)
+
+
+# --- somebody watches: a terminal, a pipe -----------------------------------------------------------------------------
+
+
+class Terminal:
+    """A command on a terminal of its own, on which one can type."""
+
+    def __init__(self, words, environment):
+        self.pid, self.descriptor = pty.fork()
+        if not self.pid:
+            os.execvpe(words[0], words, environment)  # noqa: S606
+        self.shown = ""
+
+    def read_until(self, text):
+        while text not in self.shown:
+            self.shown += os.read(self.descriptor, 65536).decode()
+
+    def finish(self):
+        """Read what is left, and return the exit code."""
+        with contextlib.suppress(OSError):  # the terminal is gone with its last process
+            while part := os.read(self.descriptor, 65536).decode():
+                self.shown += part
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def log_of(tmp_path):
+    [path] = (tmp_path / "logs").glob("refresh-*.log")
+    return path.read_text()
+
+
+@pytest.mark.parametrize("during", ["copying 60 documents", "<== 1 copy"])
+def test_ctrl_c_stops_the_step_or_the_pause_at_once(during, pair, put_csv, own_names, admin, last, tmp_path):
+    primary, *_ = pair({"n": {"type": "long"}}, docs=60)
+    slow = {"REQUESTS_PER_SECOND": "1"} if "copying" in during else {"STEP_DELAY_SECONDS": "60"}
+    terminal = Terminal([str(TOP / "run_refresh.sh")], {**own_names, **slow, "S3_PREFIX": put_csv({"a.csv": "n\n1\n"})})
+    terminal.read_until(during)
+    began = time.monotonic()
+    os.write(terminal.descriptor, b"\x03")
+    assert terminal.finish() == 130, terminal.shown
+    assert time.monotonic() - began < 10
+    assert not copy_task(admin, primary)
+    assert (last()["exit_code"], last()["message"], last()["live_index"]) == (130, "stopped by SIGINT", primary)
+    for text in (terminal.shown, log_of(tmp_path)):
+        assert ("ERROR reindex: stopped by SIGINT" in text) is ("copying" in during)
+        assert "stopped by SIGINT" in text
+        assert "FAILED at: 1 copy" in text or text != terminal.shown
+
+
+def test_a_terminal_that_is_closed_stops_the_run_in_good_order(pair, put_csv, own_names, admin, last, tmp_path):
+    primary, secondary, _ = pair({"n": {"type": "long"}}, docs=60)
+    slow = {"REQUESTS_PER_SECOND": "1", "S3_PREFIX": put_csv({"a.csv": "n\n1\n"})}
+    terminal = Terminal([str(TOP / "run_refresh.sh")], {**own_names, **slow})
+    terminal.read_until("copying 60 documents")
+    os.close(terminal.descriptor)
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 129
+    assert (last()["exit_code"], last()["message"]) == (129, "stopped by SIGHUP")
+    assert "ERROR reindex: stopped by SIGHUP" in log_of(tmp_path)
+    assert not copy_task(admin, primary)
+    assert "refresh_interval" not in admin("GET", f"/{secondary}/_settings")[secondary]["settings"]["index"]
+
+
+@pytest.mark.parametrize("ending", ["2>&1 | head -n 1", "2>&-"])
+def test_nobody_has_to_read_what_a_verbose_run_says(ending, pair, put_csv, own_names, last, tmp_path):
+    primary, *_ = pair({"n": {"type": "long"}}, docs=1)
+    command = f"set -o pipefail; {TOP}/run_refresh.sh --verbose {ending}"
+    variables = {**own_names, "S3_PREFIX": put_csv({"a.csv": "n\n1\n"})}
+    done = subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (last()["exit_code"], last()["live_index"]) == (0, primary)
+    assert log_of(tmp_path).count("INFO bulkupdate: done: ") == 1
+
+
+def test_a_wrong_setting_of_a_step_is_shown_once_and_logged(pair, put_csv, refresh, last, tmp_path):
+    pair({"n": {"type": "long"}}, docs=1)
+    wrong = {"RETRY_SECONDS": "soon"}
+    code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"}), "--verbose", **wrong))
+    assert (code, err.count("RETRY_SECONDS: ")) == (2, 1)
+    assert "RETRY_SECONDS: " in last()["message"]
+    assert log_of(tmp_path).count("RETRY_SECONDS: ") == 1

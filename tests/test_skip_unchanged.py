@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import bulkupdate
@@ -226,3 +227,5 @@ def test_a_night_with_nothing_new_is_over_at_once(strategy, pair, refresh, put_c
     code, _, err = finish(refresh(prefix, **night, DOCUMENT_COUNT_THRESHOLD="50"))
     assert (code, "nothing to do" in err) == (0, False), err
     assert count(admin, live(admin, alias)[0]) == 4
+    checks = 1 if strategy == "copy-back" else 2  # there, the index to be loaded is the live one
+    assert len(re.findall("<== check (what has changed|the load): exit 0", err)) == checks
