@@ -1051,42 +1051,38 @@ class BulkStore:
         if due:
             self._requests.refresh()
 
-    def _store(self, batch: Batch, resent: bool = False, too_large: bool = False) -> None:
+    def _store(self, batch: Batch, resent: bool = False) -> None:
         retry = Retry(self._retry_seconds)
         while count := batch.count():
             if len(batch.body) > self._max_bytes and count > 1:
-                return self._store_halves(batch, resent, too_large)
+                for half in batch.cut(count // 2):
+                    self._store(half, resent)
+                return
             response = self._requests.send(batch.body)
             resent = resent or response.resent
             if response.status == 413:
-                return self._too_large(batch, resent)
+                if count == 1:
+                    return self._refused(batch, f"larger than the cluster accepts ({len(batch.body):,} bytes)")
+                self._lower_max_bytes(len(batch.body))
+                continue
             batch, refusal = self._handle_item_results(batch, response, resent)
             if batch.count():
                 self._limit.halve(response.sent)
-            elif response.first and not (resent or too_large):
+            elif response.first and not resent:
                 self._limit.completed(response.sent)
             if batch.count() < count:
                 retry.restart()
-            if refusal and not retry.wait(f"{batch.count():,} documents were not taken: {refusal}"):
+            if refusal and not retry.wait(f"the cluster rejected {batch.count():,} documents: {refusal}; trying again"):
                 raise OperationFailed(
-                    f"{self.index}: {batch.count():,} documents were not taken for {self._retry_seconds:g} s, at last: "
-                    f"{refusal}; look at the cluster's load and run again"
+                    f"{self.index}: the cluster kept rejecting {batch.count():,} documents for "
+                    f"{self._retry_seconds:g} s; last error: {refusal}; check the cluster's load and run again"
                 )
             resent = True
 
-    def _store_halves(self, batch: Batch, resent: bool, too_large: bool) -> None:
-        for half in batch.cut(batch.count() // 2):
-            self._store(half, resent, too_large)
-
-    def _too_large(self, batch: Batch, resent: bool) -> None:
-        size = len(batch.body)
+    def _lower_max_bytes(self, size: int) -> None:
         with self._lock:
             self._max_bytes = most = min(self._max_bytes, max(size // 2, 1))
-        log.warning("the cluster refuses requests of %s bytes (413): at most %s from here on", size, most)
-        if batch.count() > 1:
-            self._store_halves(batch, resent, too_large=True)
-        else:
-            self._refused(batch, f"larger than the cluster accepts ({size:,} bytes)")
+        log.warning("the cluster rejects requests of %s bytes (413): at most %s from here on", size, most)
 
     # --- handle item results ---
 
