@@ -19,6 +19,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -57,17 +58,11 @@ CHUNK_BYTES = 16 * 1024  # of text a step: the cells stay in the processor's cac
 MAX_CELL_CHARS = 8 * MIB  # a quote still open after that much is a stray one
 MAX_LINE_BYTES = 16 * MIB  # and a record's
 MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes refuse requests above 10 MiB
-MAX_BYTES_UNDER_WAY = 40 * MIB  # a node takes 10 % of its heap, 107 MB of 1 GB, from all that write; we hold them too
-FIRST_REQUESTS = 3  # under way at the beginning: the best number on two cores without a distance
-GROWTH = 1.2  # the factor by which more requests have to raise the documents a second for their number to go on rising
-WORTH_IT = 1.05  # and by which some more have to on trial, to stay
-PROPORTIONAL, LEAP = 0.8, 4  # where the factor is nearly that of the requests, they are multiplied by so much
-SATISFIED = 0.05  # the share of its time that the loader may wait for a free worker, and need no more of them
-WARMED_UP = 1.25  # more than so much beyond that, and it is the cluster that has become faster, not the number
-STALLED = 0.9  # with more requests than before, a window that brings less than that is measured again
-WINDOW_S = 0.25  # at least, or one slow response decides; 0.5 cost loads behind 0.1 to 0.3 s another 7 %
-TRIAL_S = 2.5  # as it is, with some more, as it is, with some fewer: each is tried every ten seconds
-SEARCHED_AT_ONCE = 5000  # documents; a search returns 10,000 at most
+MIN_REQUESTS = 3  # in flight; fewer would leave two cores idle between requests
+MAX_BYTES_IN_FLIGHT = 24 * MIB  # bodies in memory here and on the node, which accepts 10 % of its heap (107 MB of 1 GB)
+MAX_BYTES_OF_FIXED = 40 * MIB  # with --workers
+QUEUE_S = 0.1  # of work that may wait in the cluster; less costs distant loads time, more delays other clients' writes
+WINDOW_S, WINDOW_RESPONSES = 0.25, 1.2  # length of a measurement: at least so long, and so many fastest responses
 REFRESH_EVERY_DOCUMENTS = 100_000  # 2 to 4 % faster than one refresh at the end
 CACHED_CELLS = 4000  # remembered values a column, and no longer than this many characters each
 CACHED_CELL_CHARS = 32
@@ -185,12 +180,25 @@ def may_pass(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class Head:
-    """What the first 64 KiB of an object show: its columns, whether rows follow, what kinds of values new ones have."""
+    """What the first 64 KiB of an object show: its columns, and whether rows follow."""
 
     key: str
-    columns: list[str] = field(default_factory=list)
+    columns: Sequence[str] = ()
     has_rows: bool = False
-    kinds: dict[str, set[str]] = field(default_factory=dict)
+
+
+class NewColumns(dict[str, set[str]]):
+    """The columns that the mapping lacks, by name, with the kinds of their values in the heads."""
+
+    def __init__(self, mapping: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._mapping, self._known = mapping, types_in(mapping)
+
+    def undecided(self, columns: Sequence[str]) -> list[int]:
+        """Add the new ones of these columns; return the places of those whose further values could change the type."""
+        new = [(place, name) for place, name in enumerate(columns) if name not in self._known]
+        return [place for place, name in new
+                if "text" not in self.setdefault(name, set()) and is_dynamic(self._mapping, name)]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,88 +209,73 @@ class Schema:
     added: dict[str, dict[str, Any]]
 
 
-def read_heads(bucket: Bucket, objects: Iterable[S3Object], delimiter: str, known: Container[str]) -> list[Head]:
-    """Look at the heads of all objects; those that are whole in it are kept for the load, 16 MiB in all."""
+def read_heads(bucket: Bucket, objects: Iterable[S3Object], delimiter: str, new: NewColumns) -> list[Head]:
+    """Read the heads of all objects; objects that are complete in it are kept for the load, 16 MiB in total."""
     heads, kept = list[Head](), 0
     for item, data in read_ahead(bucket, [item for item in objects if item.size], HEAD_BYTES):
-        heads.append(look_at(item, data, delimiter, known))
+        heads.append(look_at(item, data, delimiter, new))
         if len(data) == item.size and kept + item.size <= KEPT_BYTES:
             bucket.kept[item.key] = data
             kept += item.size
     return heads
 
 
-def look_at(item: S3Object, data: bytes, delimiter: str, known: Container[str]) -> Head:
+def look_at(item: S3Object, data: bytes, delimiter: str, new: NewColumns) -> Head:
     """Read the head of an object. Raises Refused when it is not a CSV file that can be loaded."""
-    text, whole = head_text(item, data)
-    if whole and not text:
-        return Head(item.key)
-    block, _ = parse(text, 1, delimiter)
-    mark_unreadable(block)
-    columns = header_of(item.key, block)
-    rows = [row for row in block.rows[1:] if isinstance(row, list) and len(row) == len(columns)]
-    new = [(name, cells) for name, cells in zip(columns, zip(*rows)) if name not in known]
-    kinds = {name: {kind_of(cell) for cell in cells} - {""} for name, cells in new}
-    return Head(item.key, columns, not whole or any(block.rows[1:]), kinds)
+    data, complete = head_lines(item, data)
+    columns, blocks = read_csv(io.BytesIO(data), item.key, delimiter, complete=False)
+    if data and not columns:
+        raise no_header(item.key)
+    undecided, has_rows = new.undecided(columns), bool(columns) and not complete
+    for block in blocks:
+        has_rows = has_rows or any(block.rows)
+        if has_rows and not undecided:
+            break
+        rows = [row for row in block.rows if isinstance(row, list) and len(row) == len(columns)]
+        for place in undecided:
+            new[columns[place]].update(map(kind_of, {row[place] for row in rows}))
+    return Head(item.key, columns, has_rows)
 
 
-def head_text(item: S3Object, data: bytes) -> tuple[str, bool]:
-    """Return the whole lines at the beginning of an object, and whether they are all of it."""
-    whole = len(data) >= item.size
+def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
+    """Return the complete lines at the beginning of an object, unpacked, and whether they are all of it."""
+    complete = len(data) >= item.size
     if data[:2] == GZIP_MAGIC:
         unpacker = zlib.decompressobj(31)  # expects a gzip header
         try:
             data = unpacker.decompress(data, HEAD_BYTES)
         except zlib.error as error:
             raise OperationFailed(f"{item.key}: broken gzip: {error}; write the object again") from None
-        whole = whole and unpacker.eof and not unpacker.unused_data
+        complete = complete and unpacker.eof and not unpacker.unused_data
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4 > 0:
         raise Refused(f"{item.key}: UTF-16; save it as UTF-8")
-    text, _ = decode(data.removeprefix(b"\xef\xbb\xbf"))
-    if not whole and "\n" not in text:
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if not complete and b"\n" not in data:
         raise Refused(f"{item.key}: no line ends within the first {HEAD_BYTES // 1024} KiB; is it a CSV file?")
-    return text if whole else text[: text.rindex("\n") + 1], whole
-
-
-def header_of(key: str, block: Block) -> list[str]:
-    """Return the column names of an object. Raises Refused when they could not be field names."""
-    if not block.rows or not block.rows[0] or isinstance(block.rows[0], Defect):
-        raise Refused(f"{key}: the first line is not a CSV header; add the column names")
-    columns = [sys.intern(name.strip()) for name in block.rows[0]]  # of 10,000 objects: 10 MB less
-    if doubled := sorted({name for name in columns if columns.count(name) > 1 and name}):
-        raise Refused(f"{key}: doubled column names: {', '.join(doubled)}; rename them")
-    if wrong := [name for name in columns if not all(name.split(".")) or name in METADATA_FIELDS]:
-        names = ", ".join(map(repr, wrong))
-        raise Refused(f"{key}: the header has names that cannot be fields: {names}; rename them")
-    return columns
+    return data if complete else data[: data.rindex(b"\n") + 1], complete
 
 
 def types_in(mapping: Mapping[str, Any]) -> dict[str, str]:
     return {name: definition.get("type", "object") for name, definition in field_definitions(mapping)}
 
 
-def schema_of(index: str, mapping: Mapping[str, Any], heads: Iterable[Head]) -> Schema:
-    """Return what becomes of each column. Raises Refused for new ones that the mapping forbids."""
-    known, kinds = types_in(mapping), dict[str, set[str]]()
-    for head in heads:
-        for name in head.columns:
-            if name not in known:
-                kinds.setdefault(name, set()).update(head.kinds.get(name, ()))
-    added = new_fields(index, mapping, kinds)
-    return Schema({**known, **{name: added.get(name, {"type": "text"})["type"] for name in kinds}}, added)
+def schema_of(index: str, mapping: Mapping[str, Any], new: NewColumns) -> Schema:
+    """Return the type of each column. Raises Refused for new columns that the mapping forbids."""
+    added = new_fields(index, mapping, new)
+    types = {name: added.get(name, {"type": "text"})["type"] for name in new}
+    return Schema({**types_in(mapping), **types}, added)
 
 
-def new_fields(index: str, mapping: Mapping[str, Any], kinds: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
+def new_fields(index: str, mapping: Mapping[str, Any], new: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
     """Return the definitions of new columns, by the kinds of their values."""
-    dynamic = {name: dynamic_of(mapping, name) for name in kinds}
-    if strict := [name for name in kinds if dynamic[name].startswith("strict")]:
+    if strict := [name for name in new if dynamic_of(mapping, name).startswith("strict")]:
         raise Refused(
             f"columns that the strict mapping of {index} does not know: {', '.join(strict)}; add them to the "
             "mapping, or take them out of the files"
         )
-    if ignored := [name for name in kinds if dynamic[name] == "false"]:
+    if ignored := [name for name in new if not is_dynamic(mapping, name)]:
         log.warning("not searchable, since the mapping does not know them (dynamic: false): %s", ", ".join(ignored))
-    added = {name: new_field(kinds[name]) for name in kinds if dynamic[name] != "false"}
+    added = {name: new_field(kinds - {""}) for name, kinds in new.items() if name not in ignored}
     if torn := inside_values(mapping, added):
         raise Refused(f"columns inside of another that is no object: {', '.join(torn)}; rename one of the two")
     if added:
@@ -317,6 +310,11 @@ def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
         mapping = mapping.get("properties", {}).get(part, {})
         dynamic = str(mapping.get("dynamic", dynamic)).lower()
     return dynamic
+
+
+def is_dynamic(mapping: Mapping[str, Any], name: str) -> bool:
+    """Return whether a new field of this name would be added to the mapping, with a type."""
+    return dynamic_of(mapping, name) != "false" and not dynamic_of(mapping, name).startswith("strict")
 
 
 def inside_values(mapping: Mapping[str, Any], added: Mapping[str, Any]) -> list[str]:
@@ -474,16 +472,11 @@ class OpenQuote(Exception):
 
 @dataclass
 class Block:
-    """Consecutive records; the one at place i begins on line `lines[i]`.
-
-    `rows` has for each a list of cells or, unless `clean`, a Defect. Where each line is a record and each delimiter
-    parts two cells there may be only the `text` of whole lines, which is taken apart without a CSV reader.
-    """
+    """Consecutive records, each a list of cells or, unless `clean`, a Defect; record i begins on line `lines[i]`."""
 
     lines: Sequence[int]
-    rows: list[Any] = field(default_factory=list)
+    rows: list[Any]
     clean: bool = True
-    text: str = ""
 
 
 def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
@@ -492,33 +485,27 @@ def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
     Raises OpenQuote when one is still open after 8 MiB.
     """
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
-    physical = text.split("\n")
-    lines: list[int] = []
-    block = Block(lines)
+    block, ends, rest = Block([], []), [0], ""  # the number of lines up to the end of each record
     while True:
-        start = reader.line_num
         try:
-            row: Any = next(reader)
-        except StopIteration:
-            return block, ""
+            for row in reader:
+                block.rows.append(row)
+                ends.append(reader.line_num)
+            break
         except csv.Error as error:
-            raw = "\n".join(physical[start : reader.line_num])
+            lines = text.split("\n")
+            raw = "\n".join(lines[ends[-1] : reader.line_num])
             if "end of data" in str(error):
-                return block, "\n".join(physical[start:])
+                rest = "\n".join(lines[ends[-1] :])
+                break
             if "field limit" in str(error) and raw.count('"') % 2:
-                raise OpenQuote(first_line + start, f"after {MAX_CELL_CHARS // MIB} MiB") from None
-            row, block.clean = Defect(f"not CSV: {error}", raw), False
-        block.rows.append(row)
-        lines.append(first_line + start)
-
-
-def plain_lines(text: str, first_line: int) -> Block | None:
-    """Return a block of lines that need no CSV reader; nothing when there are quotes, stray returns or giant cells."""
-    text = text.replace("\r\n", "\n")
-    if '"' in text or "\r" in text or len(text) > MAX_CELL_CHARS:
-        return None
-    text += "" if text.endswith("\n") else "\n"
-    return Block(range(first_line, first_line + text.count("\n")), text=text)
+                raise OpenQuote(first_line + ends[-1], f"after {MAX_CELL_CHARS // MIB} MiB") from None
+            block.rows.append(Defect(f"not CSV: {error}", raw))
+            block.clean = False
+            ends.append(reader.line_num)
+    plain = ends[-1] == len(block.rows)  # each line is a record
+    block.lines = range(first_line, first_line + ends[-1]) if plain else [first_line + end for end in ends[:-1]]
+    return block, rest
 
 
 def mark_unreadable(block: Block) -> None:
@@ -530,69 +517,66 @@ def mark_unreadable(block: Block) -> None:
             block.rows[place], block.clean = Defect(reason, row), False
 
 
-def read_blocks(stream: BinaryIO, place: str, delimiter: str) -> Iterator[Block]:
-    """Yield the records of one object in blocks, the header first.
+def no_header(place: str) -> Refused:
+    return Refused(f"{place}: the first line is not a CSV header; add the column names")
 
-    Raises OperationFailed when the object is broken gzip, when a line does not end, or when a quote is left open.
+
+def header_of(place: str, row: Any) -> list[str]:
+    """Return the column names in the first record. Raises Refused when they cannot be field names."""
+    if not row or isinstance(row, Defect):
+        raise no_header(place)
+    columns = [sys.intern(name.strip()) for name in row]  # 10,000 objects need 10 MB less
+    if doubled := sorted({name for name in columns if columns.count(name) > 1 and name}):
+        raise Refused(f"{place}: doubled column names: {', '.join(doubled)}; rename them")
+    if wrong := [name for name in columns if not all(name.split(".")) or name in METADATA_FIELDS]:
+        names = ", ".join(map(repr, wrong))
+        raise Refused(f"{place}: the header has names that cannot be fields: {names}; rename them")
+    return columns
+
+
+def read_csv(
+    stream: BinaryIO, place: str, delimiter: str, *, complete: bool = True
+) -> tuple[list[str], Iterator[Block]]:
+    """Return the columns of an object, none where it is empty, and its records in blocks; the only one that reads CSV.
+
+    Where the stream is not `complete`, a last record that is left open is ignored. Raises Refused for the header, and
+    OperationFailed when the object is broken gzip, when a line does not end, or when a quote is left open.
     """
-    reader = BlockReader(stream, delimiter)
+    blocks = read_blocks(stream, place, delimiter, complete)
+    first = next(blocks, None)
+    if not first:
+        return [], blocks
+    columns = header_of(place, first.rows[0])
+    return columns, itertools.chain(iter([Block(first.lines[1:], first.rows[1:], first.clean)]), blocks)
+
+
+def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) -> Iterator[Block]:
+    """Yield the records of one object in blocks, the header first."""
+    text, line, suspect, left_open = "", 1, False, 0  # of a record left open: its text, its line, its length
     try:
-        yield from reader.blocks()
+        for piece, is_suspect in itertools.chain(read_lines(stream), [("", False)]):
+            text += piece if text or line > 1 else piece.removeprefix("\ufeff")
+            suspect = suspect or is_suspect  # its cells have to be checked one by one
+            if piece and len(text) <= 2 * left_open:
+                continue  # parsed anew with each piece, giant cells would take minutes
+            block, rest = parse(text, line, delimiter)
+            if suspect:
+                mark_unreadable(block)
+                suspect = bool(rest)
+            line += text.count("\n") - rest.count("\n")
+            text, left_open = rest, len(rest)
+            if rest and not piece and complete:
+                raise OpenQuote(line, "at the end of the file")
+            if left_open > MAX_LINE_BYTES:
+                raise OpenQuote(line, f"after {MAX_LINE_BYTES // MIB} MiB")
+            if block.rows:
+                yield block
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OperationFailed(f"{place}: broken gzip: {error}; write the object again") from None
     except OverflowError as error:
-        raise OperationFailed(f"{place}, after line {reader.lines_read()}: {error}") from None
+        raise OperationFailed(f"{place}, after line {line + text.count(chr(10)) - 1}: {error}") from None
     except OpenQuote as error:
         raise OperationFailed(f"{place}, {error}") from None
-
-
-class BlockReader:
-    """Parts the text of one object into blocks of whole records."""
-
-    def __init__(self, stream: BinaryIO, delimiter: str) -> None:
-        self._pieces, self._delimiter = read_lines(stream), delimiter
-        self._rest, self._line = "", 1  # of a record left open: its text so far, and the line on which it begins
-        self._suspect = False  # its cells have to be looked at one by one
-
-    def blocks(self) -> Iterator[Block]:
-        ended = False
-        while not ended:
-            text, ended = self._next_text()
-            if not text:
-                return
-            block = self._parsed(text)
-            if self._rest and (ended or len(self._rest) > MAX_LINE_BYTES):
-                where = "at the end of the file" if ended else f"after {MAX_LINE_BYTES // MIB} MiB"
-                raise OpenQuote(self._line, where)
-            if block.lines:
-                yield block
-
-    def lines_read(self) -> int:
-        return self._line + self._rest.count("\n") - 1
-
-    def _next_text(self) -> tuple[str, bool]:
-        """Return the text of the record left open and more than as much behind it; and whether that is all.
-
-        Parsed anew with each piece, giant cells would take minutes.
-        """
-        text, ended = "", False
-        while len(text) <= len(self._rest) and not ended:
-            piece, suspect = next(self._pieces, ("", False))
-            text, ended, self._suspect = text + piece, not piece, self._suspect or suspect
-        if self._line == 1 and not self._rest:
-            text = text.removeprefix("\ufeff")
-        return self._rest + text, ended
-
-    def _parsed(self, text: str) -> Block:
-        needs_reader = self._rest or self._suspect or self._line == 1
-        block = None if needs_reader else plain_lines(text, self._line)
-        if not block:
-            block, self._rest = parse(text, self._line, self._delimiter)
-        if self._suspect:
-            mark_unreadable(block)
-            self._suspect = bool(self._rest)
-        self._line += text.count("\n") - self._rest.count("\n")
-        return block
 
 
 # --- type -------------------------------------------------------------------------------------------------------------
@@ -708,32 +692,14 @@ class Column(dict[str, str]):
 WITHOUT_COMMA = itemgetter(slice(1, None))
 
 
-def all_cells(block: Block, width: int, delimiter: str) -> list[str]:
-    """Return the cells of all records in one list, a newline before each record.
-
-    Raises ValueError when a record is not `width` good cells.
-    """
-    if block.text and width > 1:  # where there is one column, a blank line would pass for a cell
-        marked = ("\n" + block.text[:-1]).replace("\n", f"{delimiter}\n{delimiter}")
-        cells = marked.split(delimiter)[1:]
-        if len(cells) == len(block.lines) * (width + 1) == cells[:: width + 1].count("\n") * (width + 1):
-            return cells
-    elif block.clean and set(map(len, block.rows)) == {width}:
-        return [*itertools.chain.from_iterable(map(["\n"].__add__, block.rows))]
-    raise ValueError("records of different widths")
-
-
-def render_all(cells: list[str], columns: Sequence[Column]) -> None:
-    """Turn all cells into tokens in place, a column at a time. Raises ValueError at a wrong cell."""
-    stride = len(columns) + 1
-    for place, column in enumerate(columns, 1):
-        cells[place::stride] = map(column.__getitem__, cells[place::stride])
-    first = cells[1::stride]
-    cells[1::stride] = map(WITHOUT_COMMA, first)
+def drop_first_commas(parts: list[str], stride: int) -> None:
+    """Remove the comma of the first token of each document, in place."""
+    first = parts[1::stride]
+    parts[1::stride] = map(WITHOUT_COMMA, first)
     if "" in first:  # then another column begins the document
         for start in (at * stride + 1 for at, token in enumerate(first) if not token):
-            place = next(filter(cells.__getitem__, range(start, start + stride - 1)), start)
-            cells[place] = cells[place][1:]
+            place = next(filter(parts.__getitem__, range(start, start + stride - 1)), start)
+            parts[place] = parts[place][1:]
 
 
 def render_row(row: list[str], columns: Sequence[Column]) -> str:
@@ -750,16 +716,16 @@ def render_row(row: list[str], columns: Sequence[Column]) -> str:
     return "".join(tokens)[1:]
 
 
-def between(operation: str, quoted_id: str, version: str = "") -> str:
-    """Return what stands between two documents: the end of one, the action line of the next, its brace."""
+def separator(operation: str, quoted_id: str, version: str = "") -> str:
+    """Return the text between two documents: the end of one, the action line of the next, and its brace."""
     return f'{DOCUMENT_END}{{"{operation}":{{"_id":{quoted_id}{version}}}}}\n{{'
 
 
-def between_with_id(cell: str, version: int) -> str:
-    """Take the id from a column; by the version a later row wins, in any order of arrival."""
+def separator_with_id(cell: str, version: int) -> str:
+    """Take the id from a column; thanks to the version a later row wins, in any order of arrival."""
     if not cell or len(cell.encode()) > MAX_ID_BYTES:
         raise ValueError(f"no id, or one of more than {MAX_ID_BYTES} bytes")
-    return between("index", encode_basestring(cell), f',"version":{version},"version_type":"external"')
+    return separator("index", encode_basestring(cell), f',"version":{version},"version_type":"external"')
 
 
 @dataclass
@@ -769,7 +735,7 @@ class Source:
     key: str
     columns: list[Column]
     id_place: int  # of the column that holds the id
-    between: str  # with a place for the number of the record, where ids come from that
+    separator: str  # with a placeholder for the number of the record
     record: int = 1  # the number of the next one
 
 
@@ -782,62 +748,60 @@ class Renderer:
 
     def __init__(
         self, types: Mapping[str, str], reject: Callable[[str, int, Defect], None], *, bucket: str,
-        delimiter: str = ",", id_column: str = "", operation: str = "create",
+        id_column: str = "", operation: str = "create",
     ) -> None:  # fmt: skip
         self.columns = {name: Column(name, kind) for name, kind in types.items()}
-        self.reject, self.bucket, self.delimiter = reject, bucket, delimiter
+        self.reject, self.bucket = reject, bucket
         self.id_column, self.operation = id_column, operation
         self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
         self.read = self.skipped = 0  # records
 
-    def documents(self, key: str, blocks: Iterable[Block]) -> Iterator[Batch]:
-        """Yield the documents of one object, whose first record is the header."""
-        source = None
+    def documents(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> Iterator[Batch]:
+        """Yield the documents of one object."""
+        source = self._source(key, columns)
         for block in blocks:
-            if not source:
-                source = self._source(key, header_of(key, block))
-                block.rows, block.lines = block.rows[1:], block.lines[1:]
             try:
                 batch = self._at_once(source, block)
             except ValueError:  # something is wrong in one of them
                 batch = self._one_by_one(source, block)
-            source.record += len(block.lines)
-            self.read += len(block.lines)
+            source.record += len(block.rows)
+            self.read += len(block.rows)
             yield batch
 
     def is_own_version(self, version: int) -> bool:
         """Say whether a document of this version is a row of this load; else it is somebody's newer one."""
         return 0 <= version - self.first_version <= self.read
 
-    def _source(self, key: str, header: list[str]) -> Source:
-        id_place = header.index(self.id_column) if self.id_column else 0
+    def _source(self, key: str, names: Sequence[str]) -> Source:
+        id_place = names.index(self.id_column) if self.id_column in names else 0
         digest = hashlib.sha256(f"{self.bucket}/{key}".encode()).hexdigest()[:16]
-        columns = [self.columns[name] for name in header]
-        return Source(key, columns, id_place, between(self.operation, f'"{digest}-%09d"'))
+        columns = [self.columns[name] for name in names]
+        return Source(key, columns, id_place, separator(self.operation, f'"{digest}-%09d"'))
 
     def _at_once(self, source: Source, block: Block) -> Batch:
         r"""Return the documents of a block. Raises ValueError when one of its records is no document.
 
-        One list holds all cells and is changed in place, a column at a time, so that nearly all of it runs in C; the
-        newline before each record becomes what stands between two documents. A list a record took 7 % more of the CPU
-        time of the whole load.
+        The cells are rendered a column at a time, so that nearly all of it runs in C.
 
-            block        7,a\n8,b\n
-            all_cells    \n                               7      a         \n   8      b
-            _between     }\n{"create":{"_id":"x-1"}}\n{   7      a         ...  8      b
-            render_all   }\n{"create":{"_id":"x-1"}}\n{   "n":7  ,"k":"a"  ...  "n":8  ,"k":"b"
+            rows    [7, a], [8, b]
+            cells   (7, 8), (a, b)
+            parts   }\n{"create":{"_id":"x-1"}}\n{   "n":7  ,"k":"a"   }\n{...   "n":8  ,"k":"b"
         """
-        cells = all_cells(block, len(source.columns), self.delimiter)
-        stride = len(source.columns) + 1
-        cells[::stride] = self._between(source, cells[source.id_place + 1 :: stride])
-        render_all(cells, source.columns)
-        return Batch.of(source.key, block.lines, cells)
+        if not block.clean or set(map(len, block.rows)) - {len(source.columns)}:
+            raise ValueError("records of different widths")
+        cells = list(zip(*block.rows))
+        stride = len(cells) + 1
+        parts = [""] * (stride * len(block.rows))
+        parts[::stride] = self._separators(source, cells[source.id_place] if cells else ())
+        for place, (column, values) in enumerate(zip(source.columns, cells), 1):
+            parts[place::stride] = map(column.__getitem__, values)
+        drop_first_commas(parts, stride)
+        return Batch.of(source.key, block.lines, "".join(parts))
 
     def _one_by_one(self, source: Source, block: Block) -> Batch:
         """Return the documents of those records that are good."""
         lines, texts = [], []
-        rows = block.rows or csv.reader(io.StringIO(block.text, newline="\n"), delimiter=self.delimiter, strict=True)
-        for offset, (line, row) in enumerate(zip(block.lines, rows)):
+        for offset, (line, row) in enumerate(zip(block.lines, block.rows)):
             if not row:
                 self.skipped += 1
                 continue
@@ -846,24 +810,24 @@ class Renderer:
                 lines.append(line)
             except Defect as defect:
                 self.reject(source.key, line, defect)
-        return Batch.of(source.key, lines, texts)
+        return Batch.of(source.key, lines, "".join(texts))
 
     def _document(self, source: Source, row: Any, offset: int) -> str:
         if isinstance(row, Defect):
             raise row
         text = render_row(row, source.columns)
         try:
-            [before] = self._between(source, [row[source.id_place]], offset)
+            [before] = self._separators(source, [row[source.id_place]], offset)
         except ValueError as error:
             raise Defect(str(error), row, self.id_column) from None
         return before + text
 
-    def _between(self, source: Source, ids: Sequence[str], offset: int = 0) -> Iterator[str]:
-        """Yield what stands before consecutive documents, the first one `offset` records behind the last block."""
+    def _separators(self, source: Source, ids: Sequence[str], offset: int = 0) -> Iterator[str]:
+        """Yield the separators before consecutive documents, the first one `offset` records after the last block."""
         if self.id_column:
-            return map(between_with_id, ids, itertools.count(self.first_version + self.read + offset))
+            return map(separator_with_id, ids, itertools.count(self.first_version + self.read + offset))
         first = source.record + offset
-        return map(source.between.__mod__, range(first, first + len(ids)))
+        return map(source.separator.__mod__, range(first, first + len(ids)))
 
 
 # --- batch ------------------------------------------------------------------------------------------------------------
@@ -877,9 +841,8 @@ class Batch:
     origins: Sequence[tuple[str, Sequence[int]]] = ()
 
     @classmethod
-    def of(cls, key: str, lines: Sequence[int], texts: Iterable[str]) -> Batch:
-        """Join documents of one object, before each of which stands the end of the one before."""
-        text = "".join(texts)
+    def of(cls, key: str, lines: Sequence[int], text: str) -> Batch:
+        """Return documents of one object; each begins with the separator, which ends the document before."""
         return cls((text[len(DOCUMENT_END) :] + DOCUMENT_END).encode(), [(key, lines)]) if text else cls()
 
     @classmethod
@@ -928,203 +891,110 @@ def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
 # --- send -------------------------------------------------------------------------------------------------------------
 
 
-class Pace:
-    """How many bulk requests may be under way: as many as bring more documents a second.
+class ConcurrencyLimit:
+    """How many bulk requests may be in flight, by Little's law.
 
-    A window is as many first sendings as may be under way, or that many times. The number is doubled first, and rises
-    as long as a window brings a fifth more documents a second than the one before: fourfold where they rose with the
-    requests, else by the factor that they rose by, so that it does not go far beyond what helps (3, 6, 8 and back at a
-    cluster that lets four in). At the first window that brings less it steps back, if the loader still waits for a free
-    worker, and holds. From then on, as long as it waits, a tenth more (one at least) and a tenth fewer are tried in
-    turns: more stay where they bring 5 %, fewer where they cost nothing. The number never rises beyond what the loader
-    could fill: one that waits half of the time could use twice as many, one that never waits none.
-
-    A busy cluster (429) halves the number, once a round trip; then it grows by one a window to one below where it was
-    refused, and holds. Response times are no guide: they rise with the load, and with the age of the index.
+    The limit is the number of requests that the cluster completes in its fastest response time plus a tenth of a
+    second: more would only wait in its queue, in front of other clients' writes. The rate is measured anew in each
+    window, from one completion to another. After a 429 the limit is half the number in flight, and rises by at most
+    one per window. A fixed limit only follows 429.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
-        self.limit = self._least = fixed or FIRST_REQUESTS
-        self._most = fixed or MAX_CONNECTIONS
-        self._lock = threading.Lock()  # of what follows
-        self._judge: Callable[[float, float], None] = self._grow  # what becomes of the number at the end of a window
-        self._former, self._former_rate = 0, 0.0  # of the window before; or the number that 429 has left
-        self._stalled = False  # the window before was thrown away
-        self._upwards = False  # the last trial was one of more requests
-        self._ceiling, self._halved = self._most + 1, 0.0  # where it was refused, and when last
-        self._waiting_since = 0.0  # or not at all
-        self._began, self._documents, self._completed, self._waited = 0.0, 0, 0, 0.0  # of this window
+        self.fixed, self.max_bytes = fixed, MAX_BYTES_OF_FIXED if fixed else MAX_BYTES_IN_FLIGHT
+        self.number = self._ceiling = self._most = fixed or MAX_CONNECTIONS
+        self.in_flight = 0  # counted by BulkWorkers
+        self._lock = threading.Lock()  # guards what follows, and `number`
+        self._fastest_s = math.inf
+        self._window_began, self._completed = 0.0, 0  # 0.0: the next completion begins one
+        self._halved = 0.0
 
-    @contextlib.contextmanager
-    def loader_waits(self) -> Iterator[None]:
-        """Count the time of the body as waiting for a free worker."""
-        with self._lock:
-            self._waiting_since = time.monotonic()
-        yield
-        with self._lock:
-            self._waited += time.monotonic() - self._waiting_since
-            self._waiting_since = 0.0
-
-    def completed(self, documents: int, sent: float) -> None:
-        """Count a first sending that was taken whole, and when it was sent."""
+    def completed(self, sent: float) -> None:
+        """Count a first attempt that was stored completely; at the end of a window, set the limit."""
         with self._lock:
             now = time.monotonic()
-            self._began = self._began or sent
-            self._documents += documents
+            self._fastest_s = min(self._fastest_s, now - sent)
+            if not self._window_began:
+                self._window_began, self._completed = now, 0
+                return
             self._completed += 1
-            seconds = max(now - self._began, 0.001)
-            shortest_s = {self._grow: WINDOW_S, self._climb: 0}.get(self._judge, TRIAL_S)
-            if self._completed % self.limit == 0 and seconds >= shortest_s:  # whole rounds: responses come together
-                waited = self._waited + (now - self._waiting_since if self._waiting_since else 0)
-                former, rate = self.limit, self._documents / seconds
-                self._judge(rate, waited / seconds)
-                log.debug("%s requests: %.0f documents/s in %.1f s, the loader waited %.1f s: %s from here on", former,
-                          rate, seconds, waited, self.limit)  # fmt: skip
-                self._begin_window(now)
+            seconds = now - self._window_began
+            if seconds < max(WINDOW_S, WINDOW_RESPONSES * self._fastest_s):
+                return
+            self._ceiling = min(self._ceiling + 1, self._most)
+            wanted = math.ceil(self._completed / seconds * (self._fastest_s + QUEUE_S))
+            self.number = min(self.fixed or max(wanted, MIN_REQUESTS), self._ceiling)
+            self._window_began, self._completed = now, 0
 
     def halve(self, sent: float) -> None:
-        """Take back: a request that was sent at this time was refused with 429."""
+        """Halve the number in flight, once per round trip: a request sent at this time was answered with 429."""
         with self._lock:
-            if sent <= self._halved:  # refused for what was under way before
-                return
-            if self.limit > 1:
-                log.warning("the cluster is busy (429): %s requests at a time from here on", self.limit // 2)
-            if self._judge != self._climb or self.limit > self._former:  # or one busy second would leave a ceiling of 1
-                self._ceiling = self.limit
-            self._judge, self.limit = self._climb, max(1, self.limit // 2)
-            self._former = self.limit
-            self._halved = time.monotonic()
-            self._begin_window(self._halved)
+            if sent > self._halved:
+                self._halved, self._window_began = time.monotonic(), 0.0
+                self.number = self._ceiling = max(1, min(self.number, self.in_flight) // 2)
+                log.warning("the cluster is busy (429): at most %s requests in flight from here on", self.number)
 
-    def _begin_window(self, now: float) -> None:
-        self._began, self._documents, self._completed, self._waited = now, 0, 0, 0.0
-        self._waiting_since = now if self._waiting_since else 0.0
-
-    # --- what becomes of the number, by the documents a second and the share of the time that the loader waited ---
-
-    def _grow(self, rate: float, waited: float) -> None:
-        grew, gain = self.limit / (self._former or self.limit), rate / (self._former_rate or rate)
-        if grew > 1 and gain < STALLED and not self._stalled:
-            self._stalled = True  # it is not the requests that do that
-            return
-        self._stalled = False
-        if grew > 1 and gain > WARMED_UP * grew:
-            self.limit, self._former, self._former_rate = self._former, 0, 0.0  # begin anew
-            return
-        if grew > 1 and gain < GROWTH:
-            if waited > SATISFIED:
-                self.limit = max(self._former, round(self._former * gain))
-            self._judge = self._hold
-            return
-        self._former, self._former_rate = self.limit, rate
-        if waited > 1 - 1 / GROWTH:
-            factor = 2 if grew == 1 else LEAP if gain > PROPORTIONAL * grew else gain
-            could_fill = self.limit / (1 - min(waited, 0.9))
-            self.limit = round(min(self.limit * factor, could_fill, self._most))
-
-    def _hold(self, rate: float, waited: float) -> None:
-        if waited < SATISFIED:
-            return
-        self._upwards, step = not self._upwards, max(1, self.limit // 10)
-        if self._upwards:
-            number = min(self.limit + step, self._most)
-        else:
-            number = min(self.limit, max(self.limit - step, self._least))  # after 429 it may be below the least
-        if number != self.limit:
-            self._former, self._former_rate, self.limit, self._judge = self.limit, rate, number, self._try
-
-    def _try(self, rate: float, _waited: float) -> None:
-        """Keep more requests where they bring 5 %: noise alone adds none; and fewer where they cost nothing.
-
-        Were fewer allowed to cost 5 %, the number would sink step by step below what the loader could fill.
-        """
-        if rate < self._former_rate * (WORTH_IT if self.limit > self._former else 1):
-            self.limit = self._former
-        self._judge = self._hold
-
-    def _climb(self, _rate: float, _waited: float) -> None:
-        if self.limit + 1 < self._ceiling:
-            self.limit += 1
-        else:
-            self._judge = self._hold
+    def interrupt(self) -> None:
+        """Discard the current window: nothing was in flight, so its rate would not be the cluster's."""
+        with self._lock:
+            self._window_began = 0.0
 
 
 class BulkWorkers:
-    """Threads that store batches, as many at a time as the pace allows and 40 MiB; used as a context manager.
+    """Stores each batch in a thread of its own, as many at a time as the limit allows.
 
-    One more batch waits for the next that is free. The first error of one is raised in the main thread. They are
-    daemons: after a failure nobody waits for a request that hangs.
+    The first error of a thread is raised in the main thread. The threads are daemons: after a failure, a request that
+    hangs cannot keep the process alive.
     """
 
-    def __init__(self, store: Callable[[Batch], None], pace: Pace) -> None:
-        self._store, self._pace = store, pace
-        self._changed = threading.Condition()  # and the lock of what follows
-        self._next: Batch | None = None
-        self._ended = False  # nothing more is to be stored
+    def __init__(self, store: Callable[[Batch], None], limit: ConcurrencyLimit) -> None:
+        self._store, self._limit = store, limit
+        self._changed = threading.Condition()  # guards what follows, and the limit's `in_flight`
         self._error: BaseException | None = None
-        self._threads = 0
-        self._bytes = 0  # under way
-        self.under_way = self.most = 0  # batches; and how many of them at most
+        self._bytes = 0  # of the bodies in flight
+        self.peak = 0  # most batches in flight
 
-    def __enter__(self) -> BulkWorkers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
+    @property
+    def in_flight(self) -> int:
+        return self._limit.in_flight
 
     def put(self, batch: Batch) -> None:
-        """Hand a batch over, as soon as the one before is under way. Raises what stopped a worker."""
+        """Begin to store a batch as soon as the limit allows. Raises the first error of a thread."""
+        size = len(batch.body)
         with self._changed:
-            if self._next and not self._error:
-                with self._pace.loader_waits():
-                    self._changed.wait_for(lambda: not self._next or self._error)
-            if self._error:
-                raise self._error
-            self._next = batch
-            if self._threads == self.under_way < self._pace.limit:
-                self._threads += 1
-                threading.Thread(target=self._work, daemon=True).start()
-            self._changed.notify_all()
+            self._wait_for(lambda: self._has_room(size))
+            if not self.in_flight:
+                self._limit.interrupt()
+            self._limit.in_flight += 1
+            self._bytes += size
+            self.peak = max(self.peak, self.in_flight)
+        threading.Thread(target=self._work, args=[batch], daemon=True).start()
 
     def finish(self) -> None:
-        """Return when all batches are stored; raise what stopped a worker."""
+        """Return when all batches are stored. Raises the first error of a thread."""
         with self._changed:
-            self._changed.wait_for(lambda: self._error or not (self._next or self.under_way))
-            if self._error:
-                raise self._error
+            self._wait_for(lambda: not self.in_flight)
 
-    def _work(self) -> None:
-        while batch := self._take():
-            try:
-                self._store(batch)
-            except BaseException as error:
-                self._error = self._error or error
-            size = len(batch.body)
-            del batch  # or it would stay until the next one comes
-            with self._changed:
-                self.under_way -= 1
-                self._bytes -= size
-                self._changed.notify_all()
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: self._error or condition())
+        if self._error:
+            raise self._error
 
-    def _take(self) -> Batch | None:
-        """Wait for a batch that may be sent; return None at the end."""
+    def _has_room(self, size: int) -> bool:
+        fits = self.in_flight < self._limit.number and self._bytes + size <= self._limit.max_bytes
+        return fits or not self.in_flight
+
+    def _work(self, batch: Batch) -> None:
+        error = None
+        try:
+            self._store(batch)
+        except BaseException as caught:
+            error = caught
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._error or self._may_send())
-            batch, self._next = self._next, None
-            if self._ended or self._error or not batch:
-                return None
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
-            self._bytes += len(batch.body)
-            self._changed.notify_all()
-            return batch
-
-    def _may_send(self) -> bool:
-        if not self._next or self.under_way >= self._pace.limit:
-            return False
-        return not self.under_way or self._bytes + len(self._next.body) <= MAX_BYTES_UNDER_WAY
+            self._error = self._error or error
+            self._limit.in_flight -= 1
+            self._bytes -= len(batch.body)
+            self._changed.notify()
 
 
 @dataclass(frozen=True)
@@ -1132,7 +1002,6 @@ class BulkRequests:
     """What a store asks of the cluster."""
 
     send: Callable[[bytes], Response]  # a bulk body; a 413 is returned, what may pass has been tried again
-    find: Callable[[list[str]], Mapping[str, Any]]  # `_source` by id, of those of these ids that the index holds
     refresh: Callable[[], object]
     failure: Callable[[int, bytes], Exception]  # for a refusal that all other documents would meet as well
 
@@ -1145,17 +1014,17 @@ class BulkStore:
     """
 
     def __init__(
-        self, index: str, requests: BulkRequests, reject: Callable[[str, int, Defect], None], pace: Pace, *,
-        retry_seconds: float, refresh_every: int = 0, is_own_version: Callable[[int], bool] | None = None,
+        self, index: str, requests: BulkRequests, reject: Callable[[str, int, Defect], None], limit: ConcurrencyLimit,
+        *, retry_seconds: float, refresh_every: int = 0, is_own_version: Callable[[int], bool] | None = None,
     ) -> None:  # fmt: skip
-        self.index, self._requests, self._reject, self._pace = index, requests, reject, pace
+        self.index, self._requests, self._reject, self._limit = index, requests, reject, limit
         self._retry_seconds, self._refresh_every, self._is_own_version = retry_seconds, refresh_every, is_own_version
         self._lock = threading.Lock()  # of what follows
         self.stored = 0
         self.replaced = 0  # of these, rows of an id that another row has as well
         self.unsure = 0  # of these, perhaps replaced: the response that would tell was lost
         self._max_bytes = MAX_BATCH_BYTES
-        self._refreshes = 0
+        self._refreshed_at = 0  # documents
 
     def store(self, batch: Batch) -> None:
         """Store a batch: each document is stored once or rejected when this returns.
@@ -1163,53 +1032,44 @@ class BulkStore:
         Raises OperationFailed when documents stay refused, or what the requests raise.
         """
         self._store(batch)
-        self._refresh_now_and_then()
+        with self._lock:  # refresh now and then, or one core is busy with it at the end while the others are idle
+            due = 0 < self._refresh_every <= self.stored - self._refreshed_at
+            self._refreshed_at = self.stored if due else self._refreshed_at
+        if due:
+            self._requests.refresh()
 
-    def _store(self, batch: Batch, resent: bool = False, too_large: bool = False) -> None:
+    def _store(self, batch: Batch, resent: bool = False) -> None:
         retry = Retry(self._retry_seconds)
         while count := batch.count():
             if len(batch.body) > self._max_bytes and count > 1:
-                return self._store_halves(batch, resent, too_large)
+                for half in batch.cut(count // 2):
+                    self._store(half, resent)
+                return
             response = self._requests.send(batch.body)
             resent = resent or response.resent
             if response.status == 413:
-                return self._too_large(batch, resent)
+                if count == 1:
+                    return self._refused(batch, f"larger than the cluster accepts ({len(batch.body):,} bytes)")
+                self._lower_max_bytes(len(batch.body))
+                continue
             batch, refusal = self._handle_item_results(batch, response, resent)
             if batch.count():
-                self._pace.halve(response.sent)
-            elif response.first and not (resent or too_large):
-                self._pace.completed(count, response.sent)
+                self._limit.halve(response.sent)
+            elif response.first and not resent:
+                self._limit.completed(response.sent)
             if batch.count() < count:
                 retry.restart()
-            if refusal and not retry.wait(f"{batch.count():,} documents were not taken: {refusal}"):
+            if refusal and not retry.wait(f"the cluster rejected {batch.count():,} documents: {refusal}; trying again"):
                 raise OperationFailed(
-                    f"{self.index}: {batch.count():,} documents were not taken for {self._retry_seconds:g} s, at last: "
-                    f"{refusal}; look at the cluster's load and run again"
+                    f"{self.index}: the cluster kept rejecting {batch.count():,} documents for "
+                    f"{self._retry_seconds:g} s; last error: {refusal}; check the cluster's load and run again"
                 )
             resent = True
 
-    def _store_halves(self, batch: Batch, resent: bool, too_large: bool) -> None:
-        for half in batch.cut(batch.count() // 2):
-            self._store(half, resent, too_large)
-
-    def _too_large(self, batch: Batch, resent: bool) -> None:
-        size = len(batch.body)
+    def _lower_max_bytes(self, size: int) -> None:
         with self._lock:
             self._max_bytes = most = min(self._max_bytes, max(size // 2, 1))
-        log.warning("the cluster refuses requests of %s bytes (413): at most %s from here on", size, most)
-        if batch.count() > 1:
-            self._store_halves(batch, resent, too_large=True)
-        else:
-            self._refused(batch, f"larger than the cluster accepts ({size:,} bytes)")
-
-    def _refresh_now_and_then(self) -> None:
-        """Refresh while loading, or the last refresh keeps one core busy while all others wait for it."""
-        with self._lock:
-            due = self._refresh_every and self.stored // self._refresh_every
-            if due <= self._refreshes:
-                return
-            self._refreshes = due
-        self._requests.refresh()
+        log.warning("the cluster rejects requests of %s bytes (413): at most %s from here on", size, most)
 
     # --- handle item results ---
 
@@ -1223,32 +1083,14 @@ class BulkStore:
         items = [next(iter(item.values())) for item in response.data.get("items", [])]
         if len(items) != count:
             return batch, f"{len(items)} answers to {count} documents"
-        pairs = list(zip(batch.documents(), items))
-        there = set() if resent else self._there([document for document, item in pairs if item["status"] == 409])
         again, refusal = [], ""
-        for document, item in pairs:
+        for document, item in zip(batch.documents(), items):
             status, error = item["status"], item.get("error", {})
-            if self._is_final(document, status, error, resent or document.body in there):
+            if self._is_final(document, status, error, resent):
                 continue
             again.append(document)
             refusal = f"{status} {error.get('type', '')}: {error.get('reason', '')}"
         return Batch.joined(again), refusal
-
-    def _there(self, documents: list[Batch]) -> set[bytes]:
-        """Return the bodies of those that the index holds as they are.
-
-        When a node dies the cluster sends a request on to the next copy by itself, and may meet its own first attempt.
-        """
-        if self._is_own_version:  # tells by itself
-            return set()
-        found: set[bytes] = set()
-        for start in range(0, len(documents), SEARCHED_AT_ONCE):
-            parsed = [(document.body, *map(json.loads, document.body.splitlines()))
-                      for document in documents[start : start + SEARCHED_AT_ONCE]]  # fmt: skip
-            wanted = {next(iter(action.values()))["_id"]: (body, source) for body, action, source in parsed}
-            held = self._requests.find(list(wanted))
-            found |= {body for name, (body, source) in wanted.items() if held.get(name) == source}
-        return found
 
     def _is_final(self, document: Batch, status: int, error: Mapping[str, Any], resent: bool) -> bool:
         """Count or reject a document by its result; say False when it has to be sent again."""
@@ -1258,8 +1100,8 @@ class BulkStore:
         elif status == 409 and self._is_of_this_load(reason):  # a later row, or this one by an earlier attempt
             again = resent or re.search(r"current version \[(\d+)\].*\[\1\]", reason) is not None
             self._count(stored=1, replaced=not again, unsure=again)
-        elif status == 409 and resent and not self._is_own_version:
-            self._count(stored=1)  # by the first attempt, ours or the cluster's own
+        elif status == 409 and not self._is_own_version:
+            self._count(stored=1)  # by an earlier attempt: ours, or the cluster's own when a node fails
         elif "block" in kind or status in (401, 403, 404):
             raise self._requests.failure(status, json.dumps({"error": error}).encode())
         elif status == 429 or status >= 500:
@@ -1351,11 +1193,55 @@ class Sums:
     requests_under_way: int  # at most
 
 
-def written_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
-    """Return the number of writes between two moments; -1 where the index is not the same any more."""
-    if before.keys() != after.keys() or any(before[number][0] != after[number][0] for number in before):
-        return -1
-    return sum(after[number][1] - before[number][1] for number in before)
+class LoadRecord:
+    """SKIP_UNCHANGED: proof in an index's `_meta` that it holds exactly what a load from `source` stores.
+
+    It names the source, the fields, and of each primary shard the history and the last sequence number, which change
+    with every write and every restore.
+    """
+
+    def __init__(self, manager: OpenSearchBaseManager, target: ClearableIndex, source: Sequence[Any]) -> None:
+        self._manager, self._target, self._source = manager, target, source
+        self._writes_before = 0
+
+    def begin(self) -> None:
+        """Remember the number of writes so far, when the index has been emptied."""
+        self._writes_before = self._count_writes(self._shards())
+
+    def write(self, stored: int) -> None:
+        """Write the record, unless another client wrote to the index during the load."""
+        mapping = self._manager.get_mapping(self._target.name)
+        record = self._current(mapping)
+        if self._count_writes(record["writes"]) - self._writes_before == stored:
+            meta = {**mapping.get("_meta", {}), RECORD: record}
+            self._manager.request("PUT", f"/{self._target.name}/_mapping", {"_meta": meta})
+
+    def unchanged(self) -> dict[str, Any] | None:
+        """Return the record if the index still is as recorded, of the same source, and complete."""
+        mapping = self._manager.get_mapping(self._target.name)
+        meta = mapping.get("_meta", {})
+        if RECORD not in meta or SUITE in meta:
+            return None
+        record = self._current(mapping)
+        return record if meta[RECORD] == record else None
+
+    def _current(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        fields = {key: value for key, value in mapping.items() if key != "_meta"}
+        digest = hashlib.sha256(json.dumps([self._source, fields], sort_keys=True).encode()).hexdigest()
+        documents = self._manager._get_index_count(self._target.name)  # first: a write after it still shows in `writes`
+        return {"digest": digest, "uuid": self._target.uuid, "writes": self._shards(), "documents": documents}
+
+    def _shards(self) -> dict[str, list[Any]]:
+        """Return history and last sequence number of each primary."""
+        return {
+            number: [copy["commit"]["user_data"]["history_uuid"], copy["seq_no"]["max_seq_no"]]
+            for number, copies in self._manager.shard_stats(self._target.name).items()
+            for copy in copies if copy["routing"]["primary"]
+        }  # fmt: skip
+
+    @staticmethod
+    def _count_writes(shards: Mapping[str, list[Any]]) -> int:
+        return sum(last for _, last in shards.values())
 
 
 class BulkUpdate(OpenSearchBaseManager):
@@ -1373,7 +1259,7 @@ class BulkUpdate(OpenSearchBaseManager):
         self.target.claim(may_be_live=self.keep or self.dry_run)
         self.rejects.prepare()
         objects = self._list()
-        if self.dry_run and self.settings.skip_unchanged and (record := self._standing_record(objects)):
+        if self.dry_run and self.settings.skip_unchanged and (record := self._load_record(objects).unchanged()):
             return self._nothing_to_do(objects, record)
         schema = self._look(objects)
         if self.dry_run:
@@ -1389,14 +1275,20 @@ class BulkUpdate(OpenSearchBaseManager):
         with self.target.fill(without_replicas=self.settings.load_without_replicas):
             self._add_fields(schema.added)
             self.target.empty()
-            empty = self._writes() if self.settings.skip_unchanged else None
+            record = self._load_record(objects) if self.settings.skip_unchanged else None
+            if record:
+                record.begin()
             sums = self._load(objects, schema.types)
             self.target.restore_settings()
             self._verify_all_loaded(objects, sums)
             self._verify_count(sums)
-            if empty and not sums.rejected:
-                self._leave_record(objects, sums, empty)
+            if record and not sums.rejected:
+                record.write(sums.stored)
         return sums
+
+    def _load_record(self, objects: list[S3Object]) -> LoadRecord:
+        files = sorted((item.key, item.etag, item.size) for item in objects)
+        return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, files])
 
     def _add(self, objects: list[S3Object], schema: Schema) -> Sums:
         """Load beside what the index holds."""
@@ -1460,8 +1352,8 @@ class BulkUpdate(OpenSearchBaseManager):
     def _look(self, objects: list[S3Object]) -> Schema:
         """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
         mapping = self.get_mapping(self.target.name)
-        known = types_in(mapping)
-        heads = read_heads(self.bucket, objects, self.delimiter, known)
+        new = NewColumns(mapping)
+        heads = read_heads(self.bucket, objects, self.delimiter, new)
         if not any(head.has_rows for head in heads):
             raise Refused(
                 f"{self.place}: not one data row, nothing was changed; see whether the producer of the files has "
@@ -1469,8 +1361,8 @@ class BulkUpdate(OpenSearchBaseManager):
             )
         for head in heads:
             if head.columns:
-                self._check_columns(head, known)
-        return schema_of(self.target.name, mapping, heads)
+                self._check_columns(head, types_in(mapping))
+        return schema_of(self.target.name, mapping, new)
 
     def _check_columns(self, head: Head, known: Container[str]) -> None:
         if known and not any(name in known for name in head.columns):
@@ -1484,27 +1376,28 @@ class BulkUpdate(OpenSearchBaseManager):
     # --- load ---
 
     def _load(self, objects: list[S3Object], types: Mapping[str, str]) -> Sums:
-        began, rate, pace = time.monotonic(), self.settings.requests_per_second, Pace(self.settings.workers)
+        began, rate = time.monotonic(), self.settings.requests_per_second
+        limit = ConcurrencyLimit(self.settings.workers)
         renderer = Renderer(
-            types, self.rejects.add, bucket=self.bucket.name, delimiter=self.delimiter, id_column=self.id_column,
+            types, self.rejects.add, bucket=self.bucket.name, id_column=self.id_column,
             operation="index" if self.keep else "create",
         )  # fmt: skip
         store = BulkStore(
-            self.target.name, self._bulk_requests(pace), self.rejects.add, pace,
+            self.target.name, self._bulk_requests(limit), self.rejects.add, limit,
             retry_seconds=self.settings.retry_seconds, refresh_every=0 if self.keep else REFRESH_EVERY_DOCUMENTS,
             is_own_version=renderer.is_own_version if self.id_column else None,
         )  # fmt: skip
         size = rate.batch_size(self.settings.batch_size)
-        with BulkWorkers(store.store, pace) as workers:
-            for batch in batches(self._documents(objects, renderer, workers), size):
-                rate.wait(batch.count())
-                workers.put(batch)
-            workers.finish()
-        log.info("loaded %s rows in %.1f s, %s/s, %s requests under way at most", f"{store.stored:,}",
-                 time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.most)  # fmt: skip
+        workers = BulkWorkers(store.store, limit)
+        for batch in batches(self._documents(objects, renderer, workers), size):
+            rate.wait(batch.count())
+            workers.put(batch)
+        workers.finish()
+        log.info("loaded %s rows in %.1f s, %s/s, at most %s requests in flight", f"{store.stored:,}",
+                 time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.peak)  # fmt: skip
         return Sums(
             read=renderer.read, stored=store.stored, rejected=self.rejects.count, skipped=renderer.skipped,
-            replaced=store.replaced, unsure=store.unsure, requests_under_way=workers.most,
+            replaced=store.replaced, unsure=store.unsure, requests_under_way=workers.peak,
         )  # fmt: skip
 
     def _documents(self, objects: list[S3Object], renderer: Renderer, workers: BulkWorkers) -> Iterator[Batch]:
@@ -1514,31 +1407,20 @@ class BulkUpdate(OpenSearchBaseManager):
         for item, first in read_ahead(self.bucket, objects, AHEAD_BYTES):
             body = S3Body(self.bucket, item, first=first)
             del first  # the body lets them go as they are taken
-            blocks = read_blocks(plain(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter)
-            for documents in renderer.documents(item.key, blocks):
+            columns, blocks = read_csv(plain(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter)
+            for documents in renderer.documents(item.key, columns, blocks):
                 yield documents
-                progress.update(before + body.position, f"{renderer.read:,} rows, {workers.under_way} requests")
+                progress.update(before + body.position, f"{renderer.read:,} rows, {workers.in_flight} requests")
             before += item.size
         progress.close()
 
-    def _bulk_requests(self, pace: Pace) -> BulkRequests:
+    def _bulk_requests(self, limit: ConcurrencyLimit) -> BulkRequests:
         path = f"/{self.target.name}/_bulk"
         return BulkRequests(
-            send=lambda body: self.request("POST", path, body, params=BULK_PARAMS, accept=[413], busy=pace.halve),
-            find=self._find,
-            refresh=self._refresh,
+            send=lambda body: self.request("POST", path, body, params=BULK_PARAMS, accept=[413], busy=limit.halve),
+            refresh=lambda: self.request("POST", f"/{self.target.name}/_refresh"),
             failure=partial(self.failure, f"POST {path}"),
         )
-
-    def _refresh(self) -> None:
-        self.request("POST", f"/{self.target.name}/_refresh")
-
-    def _find(self, ids: list[str]) -> dict[str, Any]:
-        self._refresh()
-        query = {"size": len(ids), "query": {"ids": {"values": ids}}}
-        params = {"allow_partial_search_results": "false", **self.on_primaries()}
-        hits = self.request("POST", f"/{self.target.name}/_search", query, params=params).data["hits"]["hits"]
-        return {hit["_id"]: hit.get("_source") for hit in hits}
 
     # --- does it add up? ---
 
@@ -1564,24 +1446,7 @@ class BulkUpdate(OpenSearchBaseManager):
             )
         sums.replaced = sums.stored - count
 
-    # --- is there anything to do? ---
-
-    def _leave_record(self, objects: list[S3Object], sums: Sums, empty: Mapping[str, Any]) -> None:
-        """Note in `_meta` of what was loaded, unless somebody else may have written to the index as well."""
-        mapping = self.get_mapping(self.target.name)
-        record = self._record(objects, mapping)
-        if record and written_between(empty, record["writes"]) == sums.stored:
-            meta = {**mapping.get("_meta", {}), RECORD: record}
-            self.request("PUT", f"/{self.target.name}/_mapping", {"_meta": meta})
-
-    def _standing_record(self, objects: list[S3Object]) -> dict[str, Any] | None:
-        """Return the record of an index that provably holds what a load of these objects would store."""
-        mapping = self.get_mapping(self.target.name)
-        meta = mapping.get("_meta", {})
-        if RECORD not in meta or SUITE in meta:
-            return None
-        record = self._record(objects, mapping)
-        return record if meta[RECORD] == record else None
+    # --- the result ---
 
     def _nothing_to_do(self, objects: list[S3Object], record: Mapping[str, Any]) -> dict[str, Any]:
         log.info("%s holds what %s holds: nothing has changed since it was loaded", self.target.name, self.place)
@@ -1589,27 +1454,6 @@ class BulkUpdate(OpenSearchBaseManager):
             "index": self.target.name, "objects": len(objects), "documents": record["documents"],
             **self._newest_age(objects), "unchanged": True, "dry_run": True,
         }  # fmt: skip
-
-    def _record(self, objects: list[S3Object], mapping: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return what the index holds and was made of; None where somebody writes to it in this very moment."""
-        fields = {key: value for key, value in mapping.items() if key != "_meta"}
-        made_of = [self.place, self.delimiter, self.id_column, fields,
-                   sorted((item.key, item.etag, item.size) for item in objects)]  # fmt: skip
-        writes, documents = self._writes(), self._get_index_count(self.target.name)
-        if writes != self._writes():
-            return None
-        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        return {"digest": digest, "uuid": self.target.uuid, "writes": writes, "documents": documents}
-
-    def _writes(self) -> dict[str, Any]:
-        """Return history and last sequence number of each primary: another one tells of each write, or of a restore."""
-        return {
-            number: [copy["commit"]["user_data"]["history_uuid"], copy["seq_no"]["max_seq_no"]]
-            for number, copies in self.shard_stats(self.target.name).items()
-            for copy in copies if copy["routing"]["primary"]
-        }  # fmt: skip
-
-    # --- the result ---
 
     def _report(self, objects: list[S3Object], sums: Sums, began: float) -> dict[str, Any]:
         """Return the sums. Raises TooManyRejects when more rows were rejected than accepted."""

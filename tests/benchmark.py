@@ -349,10 +349,6 @@ def stages(bench: Bench, data: DataSet) -> None:
 def print_stages(load: Any, items: list[Any], types: dict[str, str], rows: int) -> None:
     import bulkupdate as b
 
-    def blocks() -> Iterator[Any]:
-        for item in items:
-            yield from b.read_blocks(b.plain(b.S3Body(load.bucket, item)), item.key, ",")
-
     def read() -> None:
         for item in items:
             body = b.plain(b.S3Body(load.bucket, item))
@@ -360,12 +356,14 @@ def print_stages(load: Any, items: list[Any], types: dict[str, str], rows: int) 
                 pass
 
     def parse() -> None:
-        for block in blocks():
-            b.all_cells(block, len(types), ",")
+        for item in items:
+            _, blocks = b.read_csv(b.plain(b.S3Body(load.bucket, item)), item.key, ",")
+            for _ in blocks:
+                pass
 
     def render() -> None:
         renderer = b.Renderer(types, load.rejects.add, bucket=load.bucket.name)
-        idle = b.BulkWorkers(lambda batch: None, b.Pace())
+        idle = b.BulkWorkers(lambda batch: None, b.ConcurrencyLimit())
         for _ in b.batches(load._documents(items, renderer, idle), load.settings.batch_size):
             pass
 
@@ -432,6 +430,56 @@ def with_latency(bench: Bench, data: DataSet, rounds: int) -> None:
     print(f"\nbulkupdate.py {spread(near.seconds)} s, peak {max(near.peak_mb):.0f} MB; with 20 ms more for each answer "
           f"{spread(far.seconds)} s, {max(far.peak_mb):.0f} MB; with {STALL_S:g} s more {spread(stalled.seconds)} s, "
           f"{max(stalled.peak_mb):.0f} MB")  # fmt: skip
+
+
+@contextlib.contextmanager
+def timing(bench: Bench, send: Callable[[requests.Session], requests.Response]) -> Iterator[list[float]]:
+    """Send a request every 20 ms while the body runs; the list fills with response times in milliseconds."""
+    times: list[float] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        with requests.Session() as session:
+            session.auth, session.verify, session.trust_env = bench.session.auth, False, False
+            while not ended.wait(0.02):
+                began = time.perf_counter()
+                response = send(session)
+                times.append((time.perf_counter() - began) * 1000)
+                response.raise_for_status()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield times
+    finally:
+        ended.set()
+        thread.join()
+
+
+def percentiles(times: list[float]) -> tuple[float, float]:
+    cuts = statistics.quantiles(times, n=100)
+    return cuts[49], cuts[98]
+
+
+def another_writer(bench: Bench, data: DataSet, rounds: int) -> None:
+    """Print the response times of another client that writes one document per bulk request, idle and during loads."""
+
+    def write(session: requests.Session) -> requests.Response:
+        headers = {"Content-Type": "application/x-ndjson"}
+        return session.post(f"{bench.endpoint}/another/_bulk", data='{"index":{}}\n{"n":1}\n', headers=headers)
+
+    bench.admin("PUT", "/another", {"settings": {"number_of_shards": 1, "number_of_replicas": 0}})
+    with timing(bench, write) as idle:
+        time.sleep(5)
+    during: list[float] = []
+    for _ in range(rounds):
+        with timing(bench, write) as times:
+            bench.process(data, bulkupdate_command(data.prefix, "--batch-size", "1000"), Figures(), "another writer")
+        during += times
+    bench.admin("DELETE", "/another")
+    print("\n| another client's 1-document bulk | p50, ms | p99, ms |\n|---|---|---|")
+    for name, found in (("idle", idle), ("during a load, --batch-size 1000", during)):
+        print("| {} | {:.0f} | {:.0f} |".format(name, *percentiles(found)))
 
 
 def memory(bench: Bench) -> None:
@@ -578,6 +626,7 @@ def main() -> int:
     parser.add_argument("--audit", action="store_true", help="only what the audit of a switch costs")
     parser.add_argument("--distance", action="store_true", help="only distant and busy ends, and readers (an hour)")
     parser.add_argument("--memory", action="store_true", help="only peak memory, up to 3 GB of CSV (ten minutes)")
+    parser.add_argument("--writer", action="store_true", help="only another client's writes during loads")
     parser.add_argument("--delay-line", nargs=3, type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     urllib3.disable_warnings()
@@ -595,6 +644,9 @@ def main() -> int:
     if args.audit:
         audit_cost(bench, args.rounds)
         return 0
+    if args.writer:
+        another_writer(bench, flights(), args.rounds)
+        return int(bench.wrong)
     if args.distance:
         from distance import distance
 
@@ -610,6 +662,7 @@ def main() -> int:
         print_table(data, results[data.name])
         stages(bench, data)
     with_latency(bench, flights(), 3)
+    another_writer(bench, flights(), 3)
     copies(bench, 3)
     whole_refresh(bench, 3)
     if args.chart:

@@ -11,17 +11,17 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import requests
 import sandbox
-from benchmark import INDEX, TOP, Bench, DataSet, Figures, bulkupdate_command, flights, spread
+from benchmark import (
+    INDEX, TOP, Bench, DataSet, Figures, bulkupdate_command, flights, percentiles, spread, timing,
+)  # fmt: skip
 from relay import relay, seen_by
 
 USER = {"OPENSEARCH_USERNAME": sandbox.USER, "OPENSEARCH_PASSWORD": sandbox.PASSWORD}
@@ -197,36 +197,15 @@ def readers(bench: Bench, picture: Path | None) -> None:
         draw_readers(found, picture)
 
 
-@contextmanager
-def searching(bench: Bench) -> Iterator[list[float]]:
-    """Search the alias again and again while the body runs; the list fills with milliseconds."""
-    times: list[float] = []
-    ended = threading.Event()
+def searching(bench: Bench) -> AbstractContextManager[list[float]]:
+    """Search the alias again and again while the body runs."""
+    carriers = itertools.cycle(["UA", "B6", "EV", "DL"])
 
-    def search() -> None:
-        with requests.Session() as session:
-            session.auth, session.verify, session.trust_env = bench.session.auth, False, False
-            for carrier in itertools.cycle(["UA", "B6", "EV", "DL"]):
-                if ended.wait(0.02):
-                    return
-                body = {"query": {"term": {"carrier": carrier}}, "size": 10, "sort": ["dep_delay"]}
-                began = time.perf_counter()
-                response = session.post(f"{bench.endpoint}/{sandbox.ALIAS}/_search", json=body)
-                times.append((time.perf_counter() - began) * 1000)
-                response.raise_for_status()
+    def search(session: requests.Session) -> requests.Response:
+        body = {"query": {"term": {"carrier": next(carriers)}}, "size": 10, "sort": ["dep_delay"]}
+        return session.post(f"{bench.endpoint}/{sandbox.ALIAS}/_search", json=body)
 
-    thread = threading.Thread(target=search, daemon=True)
-    thread.start()
-    try:
-        yield times
-    finally:
-        ended.set()
-        thread.join()
-
-
-def percentiles(times: list[float]) -> tuple[float, float]:
-    cuts = statistics.quantiles(times, n=100)
-    return cuts[49], cuts[98]
+    return timing(bench, search)
 
 
 def draw_readers(found: dict[str, tuple[float, float]], path: Path) -> None:

@@ -448,12 +448,12 @@ def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, 
     proxy.on("POST", "/_bulk", timed, times=None)
     outcome = load(put_csv({"a.csv": numbers(1, 30)}), index, "--batch-size", "1", "--workers", "4")
     bodies = proxy.seen("POST", "/_bulk")
-    assert re.search("busy.*: 2 ", outcome.err)
+    assert re.search(r"busy \(429\): at most 2 requests", outcome.err)
     # the refused one has been stored, its worker knows, and what was under way then has ended
-    since = ended[2 + bodies[1:].index(bodies[0])] + 0.3
+    since = ended[2 + bodies[1:].index(bodies[0])] + 0.1
     late = [moment for moment in began.values() if moment > since]
     at_once = [sum(start <= moment < ended[nth] for nth, start in began.items()) for moment in late]
-    assert max(at_once) == 3  # from two it has risen to one below where it was refused
+    assert at_once[0] < 4 == max(at_once)  # one more after each window, up to the given number
     assert len(at_once) > 10
 
 
@@ -474,19 +474,28 @@ def test_a_request_that_the_cluster_itself_carries_out_twice_stores_each_row_onc
     assert sorted(found["n"] for found in sources(admin, index)) == list(range(1, 21))
 
 
-def test_a_document_that_somebody_else_stored_first_is_a_reject(make_index, put_csv, load, proxy, admin, rejected):
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_document_of_another_client_with_the_id_of_a_row_is_decided_by_the_count(
+    stays, make_index, put_csv, load, proxy, admin
+):
+    """Its id can hardly be anything but that row; where it is deleted again, the row is missing, and the load fails."""
     index = make_index("index", NUMBERS)
     prefix = put_csv({"a.csv": numbers(1, 3)})
     intruder = f"/{index}/_doc/{digest_of(prefix + 'a.csv')}-000000002"
 
     def intrude(exchange):
-        admin("PUT", intruder, {"n": 99})
+        admin("PUT", intruder, {"n": 2})
         exchange.pass_on()
+        if not stays:
+            admin("DELETE", intruder)
 
     proxy.on("POST", "/_bulk", intrude)
-    load(prefix, index, "--max-rejects", "1", code=1)  # the index holds one document that is not of this load
-    assert [(entry["line"], "conflict" in entry["reason"]) for entry in rejected()] == [(3, True)]
-    assert admin("GET", intruder)["_source"] == {"n": 99}
+    outcome = load(prefix, index, code=0 if stays else 1)
+    if stays:
+        assert (outcome.result["stored"], outcome.result["rejected"], count(admin, index)) == (3, 0, 3)
+    else:
+        assert f"{index} holds 2 documents, 3 were stored" in outcome.last
+        assert NOTE in meta_of(admin, index)
 
 
 def too_large(limit):
@@ -1149,8 +1158,8 @@ def test_the_number_of_requests_follows_a_distant_cluster_and_is_reported(make_i
     index = make_index("index", NUMBERS)
     prefix = put_csv({"a.csv": numbers(1, 120)})
     outcome = load(prefix, index, "--batch-size", "1")
-    assert outcome.result["requests_under_way"] >= 6  # on a busy machine one window may say that this is enough
-    assert f"{outcome.result['requests_under_way']} requests under way at most" in outcome.err
+    assert outcome.result["requests_under_way"] == 64  # 120 batches for a cluster that seems to work on all at once
+    assert "at most 64 requests in flight" in outcome.err
     assert "requests_under_way=" in outcome.last
     assert load(prefix, index, "--batch-size", "1", "--workers", "4").result["requests_under_way"] == 4
 

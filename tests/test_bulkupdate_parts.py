@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import io
 import json
+import math
 import os
-import random
 import threading
 import time
 
@@ -13,7 +15,7 @@ import bulkupdate
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from bulkupdate import Batch, Block, Bucket, BulkRequests, BulkStore, BulkWorkers, Pace, Renderer, S3Body
+from bulkupdate import Batch, Bucket, BulkRequests, BulkStore, BulkWorkers, ConcurrencyLimit, Renderer, S3Body, S3Object
 from fault_proxy import FaultProxy, answer, delayed, reset_in_answer
 from opensearch_base_manager import Response
 from opensearch_base_manager import Aws, Retry
@@ -25,6 +27,11 @@ DIGEST = hashlib.sha256(b"bucket/a.csv").hexdigest()[:16]
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.02)
+
+
+@pytest.fixture(params=[bulkupdate.CHUNK_BYTES, 8], ids=["one block", "blocks of a line or two"])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(bulkupdate, "CHUNK_BYTES", request.param)
 
 
 # --- the renderer -----------------------------------------------------------------------------------------------------
@@ -42,20 +49,11 @@ def rejects():
     return Rejects()
 
 
-def blocks_of(text, lines_a_block=2):
-    """Return the header as the block that the reader makes of it, then the others as plain text."""
-    header, *lines = text.splitlines(keepends=True)
-    found = [Block([1], [header.strip().split(",")])]
-    for start in range(0, len(lines), lines_a_block):
-        part = lines[start : start + lines_a_block]
-        found.append(Block(range(start + 2, start + 2 + len(part)), text="".join(part)))
-    return found
-
-
 def rendered(renderer, text, key="a.csv"):
     """Return line, action and document of each good row, as it stands in the bulk text."""
     found = []
-    for batch in renderer.documents(key, blocks_of(text)):
+    columns, blocks = bulkupdate.read_csv(io.BytesIO(text.encode()), key, ",")
+    for batch in renderer.documents(key, columns, blocks):
         for single in batch.documents():
             [(origin, [line])] = single.origins
             action, document, end = single.body.decode().split("\n")
@@ -64,7 +62,7 @@ def rendered(renderer, text, key="a.csv"):
     return found
 
 
-def test_rows_become_typed_documents_with_ids_of_their_place(rejects):
+def test_rows_become_typed_documents_with_ids_of_their_place(rejects, blocks):
     renderer = Renderer(TYPES, rejects, bucket="bucket")
     found = rendered(renderer, "n,k,day\n007,NA,NA\n,b,2024\n3,,\n,,\n")
     assert [document for _, _, document in found] == ['{"n":7,"k":"NA"}', '{"k":"b","day":"2024"}', '{"n":3}', "{}"]
@@ -73,7 +71,7 @@ def test_rows_become_typed_documents_with_ids_of_their_place(rejects):
     assert (renderer.read, renderer.skipped, rejects) == (4, 0, [])
 
 
-def test_a_bad_row_is_a_reject_and_its_neighbours_keep_their_ids_and_lines(rejects):
+def test_a_bad_row_is_a_reject_and_its_neighbours_keep_their_ids_and_lines(rejects, blocks):
     renderer = Renderer(TYPES, rejects, bucket="bucket", operation="index")
     found = rendered(renderer, "n,k\n1,a\nx,b\n\n4,d\n5\n6,f\n")
     assert [(line, action["index"]["_id"][-9:], document) for line, action, document in found] == [
@@ -85,13 +83,13 @@ def test_a_bad_row_is_a_reject_and_its_neighbours_keep_their_ids_and_lines(rejec
     assert (renderer.read, renderer.skipped) == (6, 1)
 
 
-def test_two_rows_whose_cells_only_together_are_the_right_number_are_both_rejects(rejects):
+def test_two_rows_whose_cells_only_together_are_the_right_number_are_both_rejects(rejects, blocks):
     renderer = Renderer(TYPES, rejects, bucket="bucket")
     assert rendered(renderer, "n,k\n1\n2,3,c\n") == []
     assert [line for _, line, _, _ in rejects] == [2, 3]
 
 
-def test_an_id_from_a_column_has_a_version_that_rises_with_the_rows_of_all_objects(rejects):
+def test_an_id_from_a_column_has_a_version_that_rises_with_the_rows_of_all_objects(rejects, blocks):
     renderer = Renderer(TYPES, rejects, bucket="bucket", id_column="k")
     first = renderer.first_version
     found = rendered(renderer, "n,k\n1,a\n2,\n3,c\n") + rendered(renderer, "k,n\na,4\n", "b.csv")
@@ -131,6 +129,27 @@ def test_a_batch_ends_at_8_mib_too(monkeypatch):
     assert [batch.count() for batch in made] == [4, 4, 4]
 
 
+# --- the heads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mapping", "values", "judged"),
+    [
+        ({}, ["1"] * 900, 1), ({}, ["1", "2.5"] * 400, 2), ({}, ["x"], 1), ({"dynamic": False}, ["1"], 0),
+        ({"dynamic": "strict"}, ["1"], 0), ({"properties": {"n": {"type": "long"}}}, ["1"], 0),
+    ],
+)  # fmt: skip
+def test_only_distinct_values_that_may_change_the_type_of_a_new_column_are_judged(mapping, values, judged, monkeypatch):
+    asked, kind_of = [], bulkupdate.kind_of
+    monkeypatch.setattr(bulkupdate, "kind_of", lambda cell: asked.append(cell) or kind_of(cell))
+    new, data = bulkupdate.NewColumns(mapping), "\n".join(["n", *values, ""]).encode()
+    item = S3Object("a.csv", len(data), "", None)
+    assert bulkupdate.look_at(item, data, ",", new) == bulkupdate.Head("a.csv", ["n"], True)
+    assert len(asked) == judged
+    bulkupdate.look_at(item, b"n\n\n7\n", ",", new)
+    assert len(asked) == judged + (0 if "x" in values else judged > 0)
+
+
 # --- the store, against the server by plain requests ------------------------------------------------------------------
 
 
@@ -140,7 +159,7 @@ class Cluster:
     def __init__(self, box, index):
         self.url, self.session = f"{box.server.endpoint}/{index}", box.server.session
         self.sent, self.refreshes, self.answers = [], 0, []
-        self.requests = BulkRequests(self.send, self.find, self.refresh, self.failure)
+        self.requests = BulkRequests(self.send, self.refresh, self.failure)
 
     def post(self, path, **more):
         return self.session.post(f"{self.url}/{path}", timeout=60, **more)
@@ -153,11 +172,6 @@ class Cluster:
     def send(self, body):
         self.sent.append(body)
         return self.answers.pop(0)(body) if self.answers else self.real(body)
-
-    def find(self, ids):
-        self.post("_refresh")
-        hits = self.post("_search", json={"size": len(ids), "query": {"ids": {"values": ids}}}).json()["hits"]["hits"]
-        return {hit["_id"]: hit["_source"] for hit in hits}
 
     def refresh(self):
         self.refreshes += 1
@@ -178,7 +192,7 @@ def cluster(box, make_index):
 
 @pytest.fixture
 def store(cluster, rejects):
-    return BulkStore("index", cluster.requests, rejects, Pace(4), retry_seconds=5)
+    return BulkStore("index", cluster.requests, rejects, ConcurrencyLimit(4), retry_seconds=5)
 
 
 def edited(cluster, change):
@@ -212,9 +226,10 @@ def test_what_the_mapping_refuses_is_a_reject_with_its_column_and_line(store, cl
     assert store.stored == 2
 
 
-def test_only_documents_answered_429_are_sent_again_and_the_pace_is_halved(cluster, rejects):
-    pace = Pace(4)
-    store = BulkStore("index", cluster.requests, rejects, pace, retry_seconds=5)
+def test_only_documents_answered_429_are_sent_again_and_the_limit_is_halved(cluster, rejects):
+    limit = ConcurrencyLimit(4)
+    limit.in_flight = 4
+    store = BulkStore("index", cluster.requests, rejects, limit, retry_seconds=5)
     batch = documents(3)
     first, second = batch.cut(1)[0], batch.cut(2)[1]
 
@@ -226,14 +241,14 @@ def test_only_documents_answered_429_are_sent_again_and_the_pace_is_halved(clust
     store.store(batch)
     assert cluster.sent == [batch.body, batch.documents()[1].body]
     assert cluster.numbers() == [0, 1, 2]
-    assert (store.stored, pace.limit) == (3, 2)
+    assert (store.stored, limit.number) == (3, 2)
 
 
 @pytest.mark.parametrize("kind", ["whole", "resent", "retried", "partly refused", "halved"])
-def test_only_first_sendings_that_were_taken_whole_are_measured(kind, cluster, rejects, monkeypatch):
-    pace, measured = Pace(4), []
-    monkeypatch.setattr(pace, "completed", lambda documents, sent: measured.append((documents, sent)))
-    store = BulkStore("index", cluster.requests, rejects, pace, retry_seconds=5)
+def test_only_first_attempts_that_were_stored_completely_are_measured(kind, cluster, rejects, monkeypatch):
+    limit, measured = ConcurrencyLimit(4), []
+    monkeypatch.setattr(limit, "completed", measured.append)
+    store = BulkStore("index", cluster.requests, rejects, limit, retry_seconds=5)
 
     def answer(body):
         real = cluster.real(body)
@@ -245,19 +260,19 @@ def test_only_first_sendings_that_were_taken_whole_are_measured(kind, cluster, r
         cluster.answers = [lambda body: busy(3, 0, 1, 2)] * (kind == "partly refused") + [answer]
     store.store(documents(3))
     assert store.stored == 3
-    assert measured == ([(3, 7.0)] if kind == "whole" else [])
+    assert measured == {"whole": [7.0], "halved": [0, 0, 0]}.get(kind, [])
 
 
 def test_documents_that_stay_refused_fail_the_store_with_the_reason(cluster, rejects):
-    store = BulkStore("my_index", cluster.requests, rejects, Pace(1), retry_seconds=0.2)
+    store = BulkStore("my_index", cluster.requests, rejects, ConcurrencyLimit(1), retry_seconds=0.2)
     cluster.answers = [lambda body: busy(1, 0)] * 100
-    with pytest.raises(base.OperationFailed, match=r"my_index: 1 documents were not taken for 0.2 s, .*429 .*full"):
+    with pytest.raises(base.OperationFailed, match=r"my_index: .* kept rejecting 1 documents for 0.2 s; .*429 .*full"):
         store.store(documents(1))
     assert len(cluster.sent) > 1
 
 
 def test_progress_gives_documents_that_are_refused_their_time_anew(cluster, rejects):
-    store = BulkStore("index", cluster.requests, rejects, Pace(1), retry_seconds=0.3)
+    store = BulkStore("index", cluster.requests, rejects, ConcurrencyLimit(1), retry_seconds=0.3)
 
     def slowly_taken(body):
         time.sleep(0.2)
@@ -277,25 +292,22 @@ def test_a_response_with_too_few_results_is_no_response(store, cluster):
     assert (store.stored, cluster.numbers()) == (4, [0, 1, 2, 3])  # the second time they were all there: 409
 
 
-def test_a_conflict_is_success_on_a_resend_and_else_only_if_the_index_holds_the_same_document(store, cluster, rejects):
-    cluster.real(documents(3).body.replace(b'"n":2', b'"n":-2'))
-    store.store(documents(4))
-    assert store.stored == 3
-    assert [line for _, line, _, _ in rejects] == [4]
-    assert cluster.numbers() == [-2, 0, 1, 3]
-
-    def lost(body):
+@pytest.mark.parametrize("resent", [False, True])
+def test_a_conflict_counts_as_stored_by_an_earlier_attempt(resent, store, cluster, rejects):
+    def twice(body):
         cluster.real(body)
         response = cluster.real(body)
-        return Response(response.status, response.body, resent=True)
+        return Response(response.status, response.body, resent=resent)
 
-    cluster.answers = [lost]
-    store.store(documents(2, "b.csv"))
-    assert (store.stored, len(rejects)) == (5, 1)
+    cluster.answers = [twice]
+    store.store(documents(3))
+    assert (store.stored, store.replaced, store.unsure, rejects) == (3, 0, 0, [])
+    assert cluster.numbers() == [0, 1, 2]
 
 
 def test_a_conflict_of_versions_counts_as_replaced_if_the_other_one_is_of_this_load(cluster, rejects):
-    store = BulkStore("index", cluster.requests, rejects, Pace(1), retry_seconds=1, is_own_version={7}.__contains__)
+    own, limit = {7}.__contains__, ConcurrencyLimit(1)
+    store = BulkStore("index", cluster.requests, rejects, limit, retry_seconds=1, is_own_version=own)
 
     def keyed(version):
         action = f'{{"index":{{"_id":"a","version":{version},"version_type":"external"}}}}'
@@ -333,11 +345,8 @@ def test_a_refusal_that_all_would_meet_ends_the_store(status, kind, store, clust
 
 
 def test_many_threads_share_one_store_and_refresh_it_once_in_so_many_documents(cluster, rejects):
-    store = BulkStore("index", cluster.requests, rejects, Pace(4), retry_seconds=5, refresh_every=50)
-    with BulkWorkers(store.store, Pace(4)) as workers:
-        for at in range(20):
-            workers.put(documents(10, f"{at}.csv"))
-        workers.finish()
+    store = BulkStore("index", cluster.requests, rejects, ConcurrencyLimit(4), retry_seconds=5, refresh_every=50)
+    put_all(BulkWorkers(store.store, ConcurrencyLimit(4)), (documents(10, f"{at}.csv") for at in range(20)))
     assert store.stored == len(cluster.numbers()) == 200
     assert 1 <= cluster.refreshes <= 4  # 4 but where two threads are due at once
 
@@ -349,13 +358,9 @@ def test_the_first_error_of_a_worker_is_raised_where_batches_are_put():
     def fail(batch):
         raise base.OperationFailed("no more")
 
-    def put_five(workers):
-        for _ in range(5):
-            workers.put(documents(1))
-        workers.finish()
-
-    with BulkWorkers(fail, Pace(2)) as workers, pytest.raises(base.OperationFailed, match="no more"):
-        put_five(workers)
+    workers = BulkWorkers(fail, ConcurrencyLimit(2))
+    with pytest.raises(base.OperationFailed, match="no more"):
+        put_all(workers, [documents(1)] * 5)
 
 
 class Busy:
@@ -374,41 +379,53 @@ class Busy:
             self.under_way.remove(batch)
 
 
-def put_all(workers, *made):
-    for batch in made:
+def put_all(workers, batches):
+    for batch in batches:
         workers.put(batch)
     workers.finish()
 
 
-def test_as_many_requests_are_under_way_as_the_pace_allows_and_fewer_after_it_was_halved():
-    pace, store = Pace(4), Busy(0.05)
-    with BulkWorkers(store, pace) as workers:
-        put_all(workers, *(documents(1, str(at)) for at in range(12)))
-        assert (store.most, workers.most) == (4, 4)
-        pace.halve(time.monotonic())
-        store.most = 0
-        put_all(workers, *(documents(1, str(at)) for at in range(12)))
-    assert (store.most, workers.most) == (2, 4)
+def test_as_many_requests_are_in_flight_as_the_limit_allows_and_fewer_after_a_429():
+    limit, store = ConcurrencyLimit(4), Busy(0.05)
+    workers = BulkWorkers(store, limit)
+    put_all(workers, (documents(1, str(at)) for at in range(12)))
+    assert (store.most, workers.peak) == (4, 4)
+    limit.in_flight = 4
+    limit.halve(time.monotonic())
+    limit.in_flight = store.most = 0
+    put_all(workers, (documents(1, str(at)) for at in range(12)))
+    assert (store.most, workers.peak) == (2, 4)
 
 
-def test_no_more_bytes_are_under_way_than_allowed_but_for_one_batch_alone(monkeypatch):
-    monkeypatch.setattr(bulkupdate, "MAX_BYTES_UNDER_WAY", 2 * len(documents(5).body))
+@pytest.mark.parametrize(("fixed", "name"), [(8, "MAX_BYTES_OF_FIXED"), (None, "MAX_BYTES_IN_FLIGHT")])
+def test_no_more_bytes_are_in_flight_than_allowed_but_for_one_batch_alone(fixed, name, monkeypatch):
+    monkeypatch.setattr(bulkupdate, name, 2 * len(documents(5).body))
     store = Busy(0.05)
-    with BulkWorkers(store, Pace(8)) as workers:
-        put_all(workers, *[documents(5)] * 6, documents(40), *[documents(1)] * 6)
+    workers = BulkWorkers(store, ConcurrencyLimit(fixed))
+    put_all(workers, [*[documents(5)] * 6, documents(40), *[documents(1)] * 6])
     assert store.most_bytes == len(documents(40).body)  # which is more than that by itself
-    assert 2 < workers.most <= 8
+    assert 2 < workers.peak <= 8
 
 
-def test_workers_that_have_nothing_to_do_take_no_time():
-    with BulkWorkers(Busy(0), Pace(8)) as workers:
-        put_all(workers, *[documents(1)] * 50)
-        before = time.process_time()
-        time.sleep(0.5)
-        assert time.process_time() - before < 0.05
+def test_no_batch_is_made_beyond_the_one_that_waits_for_those_in_flight():
+    released, made = threading.Event(), []
+
+    def make():
+        for at in range(9):
+            made.append(at)
+            yield documents(1)
+
+    workers = BulkWorkers(lambda batch: released.wait(20), ConcurrencyLimit(3))
+    loader = threading.Thread(target=put_all, args=[workers, make()])
+    loader.start()
+    time.sleep(0.3)
+    assert (len(made), workers.in_flight) == (4, 3)
+    released.set()
+    loader.join(20)
+    assert (len(made), workers.in_flight) == (9, 0)
 
 
-# --- the pace, on a clock of the test's own ---------------------------------------------------------------------------
+# --- the limit, on a clock of the test's own --------------------------------------------------------------------------
 
 
 class Clock:
@@ -418,146 +435,118 @@ class Clock:
         return self.now
 
 
-class Load:
-    """Lets windows pass: the cluster takes `rate(requests)` documents a second, the loader waits for so much of it."""
+class Simulated:
+    """A cluster that works on `servers` requests at a time, each for `seconds`, and responds `late` seconds after that.
 
-    def __init__(self, monkeypatch, rate, waits=0.9, fixed=None):
-        self.clock, self.rate, self.waits, self.pace = Clock(), rate, waits, Pace(fixed)
+    The loader always has the next batch.
+    """
+
+    def __init__(self, monkeypatch, servers=2, seconds=0.1, late=0.0, fixed=None):
+        self.clock, self.servers, self.seconds, self.late = Clock(), servers, seconds, late
+        self.limit, self.flying, self.free_at = ConcurrencyLimit(fixed), [], []
         monkeypatch.setattr(bulkupdate, "time", self.clock)
 
-    def window(self, slower=1):
-        count = self.pace.limit
-        seconds, sent = slower * count * 1000 / self.rate(count), self.clock.now
-        with self.pace.loader_waits():
-            self.clock.now += seconds * self.waits
-        self.clock.now += seconds * (1 - self.waits)
-        for _ in range(count):
-            self.pace.completed(1000, sent)
-        return self.pace.limit
-
-    def seconds(self, seconds):
-        """Return the numbers of requests in that time, each once while it stays."""
-        until, numbers = self.clock.now + seconds, [self.pace.limit]
+    def run(self, seconds):
+        """Let time pass; return each limit in turn."""
+        until, numbers = self.clock.now + seconds, [self.limit.number]
         while self.clock.now < until:
-            if self.window() != numbers[-1]:
-                numbers.append(self.pace.limit)
+            while len(self.flying) < self.limit.number:
+                busy = sorted(self.free_at)[-self.servers :]
+                began = max([self.clock.now, *busy[: len(busy) == self.servers]])
+                self.free_at = [*busy, began + self.seconds]
+                heapq.heappush(self.flying, (began + self.seconds + self.late, self.clock.now))
+            self.limit.in_flight = len(self.flying)
+            self.clock.now, sent = heapq.heappop(self.flying)
+            self.limit.completed(sent)
+            if self.limit.number != numbers[-1]:
+                numbers.append(self.limit.number)
         return numbers
 
 
 @pytest.mark.parametrize(
-    ("admitted", "numbers"),
-    [(1000, [6, 24, 64, 64]), (24, [6, 24, 64, 24]), (6, [6, 24, 6]), (4, [6, 8, 6]), (3, [6, 3])],
-)
-def test_the_number_rises_while_more_requests_bring_more_documents(admitted, numbers, monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * min(requests, admitted))
-    assert [load.window() for _ in numbers] == numbers
+    ("servers", "seconds", "late", "number"),
+    [
+        (2, 0.1, 0, 4), (2, 0.1, 1, 24), (8, 0.1, 0, 16), (4, 0.05, 0, 12), (2, 0.02, 0.3, 42),
+        (1000, 0.1, 0.3, 64), (2, 2, 0, 3), (1, 0.01, 0, 11),
+    ],
+)  # fmt: skip
+def test_the_limit_is_what_the_cluster_completes_in_its_fastest_response_and_a_tenth_of_a_second(
+    servers, seconds, late, number, monkeypatch
+):
+    cluster = Simulated(monkeypatch, servers, seconds, late)
+    assert cluster.run(20)[0] == 64
+    assert {abs(found - number) <= 1 for found in cluster.run(20)} == {True}
 
 
-@pytest.mark.parametrize(("waits", "number"), [(0, 3), (0.1, 3), (0.5, 6)])
-def test_a_loader_that_hardly_waits_needs_no_more_requests(waits, number, monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * requests, waits)
-    assert load.window() == number
+def test_the_limit_follows_a_cluster_that_becomes_slower_and_faster(monkeypatch):
+    cluster = Simulated(monkeypatch, servers=8)
+    assert cluster.run(20)[-1] in (16, 17)
+    cluster.servers = 2
+    assert cluster.run(20)[-1] in (4, 5)
+    cluster.servers = 8
+    assert cluster.run(20)[-1] in (16, 17)
 
 
-def test_no_more_requests_than_the_loader_could_fill(monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * requests, waits=0.9)
-    load.window()
-    load.waits = 0.5
-    assert load.window() == 12  # not 24
+@pytest.mark.parametrize(("fastest_s", "window_s"), [(0.01, 0.25), (0.1, 0.25), (1, 1.2)])
+def test_a_window_begins_with_a_completion_and_lasts_a_while(fastest_s, window_s, monkeypatch):
+    clock, limit = Clock(), ConcurrencyLimit()
+    monkeypatch.setattr(bulkupdate, "time", clock)
+    limit.completed(clock.now - fastest_s)
+    for _ in range(3):  # a second one begins where the first one ends
+        for _ in range(4):
+            limit.completed(clock.now - fastest_s)
+        clock.now += window_s - 0.01
+        limit.completed(clock.now - 9)
+        clock.now += 0.02
+        limit.number = 64
+        limit.completed(clock.now - 9)
+        assert limit.number == max(3, math.ceil(6 / (window_s + 0.01) * (fastest_s + 0.1)))
 
 
-def test_a_window_in_which_the_cluster_stalled_is_no_measurement(monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * requests)
-    assert [load.window(), load.window(slower=6), load.window()] == [6, 6, 24]
-    assert [load.window(slower=6), load.window(slower=6)] == [24, 6]  # twice is no stall: at least as many as before
+def test_a_time_without_requests_is_not_measured(monkeypatch):
+    clock, limit = Clock(), ConcurrencyLimit()
+    monkeypatch.setattr(bulkupdate, "time", clock)
+    limit.completed(clock.now - 0.01)
+    clock.now += 60
+    limit.interrupt()
+    limit.completed(clock.now - 0.01)
+    assert limit.number == 64
+    workers = BulkWorkers(lambda batch: None, limit)
+    clock.now += 60
+    workers.put(documents(1))  # nothing was in flight
+    limit.completed(clock.now - 0.01)
+    assert limit.number == 64
 
 
-def test_a_cluster_that_becomes_faster_by_itself_says_nothing_of_the_number(monkeypatch):
-    speed = 300
-    load = Load(monkeypatch, lambda requests: speed * min(requests, 4))
-    assert load.window() == 6
-    speed = 1000
-    assert [load.window(), load.window(), load.window(), load.window()] == [3, 6, 8, 6]
+def test_429_halves_the_number_in_flight_once_a_round_trip_and_the_limit_rises_by_one_per_window(monkeypatch):
+    cluster = Simulated(monkeypatch, servers=1000, late=0.9)
+    cluster.limit.in_flight, sent = 24, cluster.clock.now
+    cluster.clock.now += 1
+    cluster.limit.halve(sent)
+    cluster.limit.halve(sent)
+    cluster.limit.halve(cluster.clock.now)  # sent in the moment of the first refusal
+    assert cluster.limit.number == 12
+    assert cluster.run(120) == list(range(12, 65))
+    cluster.limit.halve(cluster.clock.now)
+    assert cluster.limit.number == 32
 
 
-def test_more_and_fewer_are_tried_every_ten_seconds_and_stay_where_that_is_worth_it(monkeypatch):
-    helps = 6
-    load = Load(monkeypatch, lambda requests: 1000 * min(requests, helps))
-    assert [load.window() for _ in range(3)] == [6, 24, 6]
-    assert load.seconds(40)[:6] == [6, 7, 6, 5, 6, 7]
-    helps = 9
-    assert max(load.seconds(80)) == 10
-    assert load.pace.limit in (8, 9, 10)
-    helps = 4
-    load.seconds(120)
-    assert load.pace.limit in (3, 4, 5)
+def test_the_limit_rises_after_429_to_what_the_cluster_completes(monkeypatch):
+    cluster = Simulated(monkeypatch, servers=2)
+    cluster.run(5)
+    for _ in range(3):
+        cluster.clock.now += 1
+        cluster.limit.halve(cluster.clock.now)
+    assert cluster.limit.number == 1
+    assert cluster.run(10)[:4] == [1, 2, 3, 4]
+    assert cluster.run(10)[-1] in (4, 5)
 
 
-def test_noise_alone_adds_no_requests(monkeypatch):
-    made = random.Random(1)
-    load = Load(monkeypatch, lambda requests: 1000 * min(requests, 4) * made.uniform(0.9, 1.1))
-    numbers = load.seconds(3600)
-    assert max(numbers[10:]) <= 9
-    assert min(numbers) == 3
-
-
-def test_a_loader_that_waits_no_longer_keeps_the_number_it_has(monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * min(requests, 6.5))
-    load.window(), load.window()
-    load.waits = 0
-    assert load.seconds(60) == [24]  # not back to 6: the others cost nothing, and one window may tell too little
-
-
-def test_among_many_requests_a_tenth_more_is_tried(monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * requests)
-    assert [load.window(), load.window(), load.window(slower=3.5)] == [6, 24, 7]  # by a window that says too little
-    assert max(load.seconds(600)) == 64
-
-
-def test_429_halves_the_number_once_a_round_trip_and_it_rises_to_below_where_it_was_refused(monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * requests)
-    load.window(), load.window()
-    assert load.pace.limit == 24
-    sent = load.clock.now
-    load.clock.now += 1
-    load.pace.halve(sent)
-    load.pace.halve(sent)
-    load.pace.halve(load.clock.now)
-    assert load.pace.limit == 12
-    assert [load.window() for _ in range(13)] == [*range(13, 24), 23, 23]
-    assert load.seconds(8)[:2] == [23, 25]
-    load.clock.now += 1
-    number = load.pace.limit
-    load.pace.halve(load.clock.now)
-    assert load.pace.limit == number // 2
-
-
-def test_a_busy_second_that_refuses_again_and_again_leaves_the_ceiling_where_it_was(monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * requests)
-    load.window(), load.window()
-    for _ in range(5):  # 24, 12, 6, 3, 1
-        load.clock.now += 0.2
-        load.pace.halve(load.clock.now)
-    assert load.pace.limit == 1
-    assert [load.window() for _ in range(23)][-2:] == [23, 23]
-
-
-def test_a_refusal_right_after_the_number_has_risen_is_the_new_ceiling(monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * requests)
-    load.window(), load.window()
-    load.clock.now += 0.2
-    load.pace.halve(load.clock.now)
-    assert [load.window() for _ in range(6)][-1] == 18
-    load.clock.now += 0.2
-    load.pace.halve(load.clock.now)  # before one of the 18 was taken
-    assert [load.window() for _ in range(10)] == [*range(10, 18), 17, 17]
-
-
-def test_a_number_that_was_given_is_not_exceeded_and_reached_again_after_429(monkeypatch):
-    load = Load(monkeypatch, lambda requests: 1000 * requests, fixed=5)
-    assert load.seconds(30) == [5]
-    load.pace.halve(load.clock.now)
-    assert load.seconds(30) == [2, 3, 4, 5]
+def test_a_fixed_number_is_not_exceeded_and_reached_again_after_429(monkeypatch):
+    cluster = Simulated(monkeypatch, servers=100, fixed=5)
+    assert cluster.run(10) == [5]
+    cluster.limit.halve(cluster.clock.now)
+    assert cluster.run(10) == [2, 3, 4, 5]
 
 
 # --- S3, and trying again ---------------------------------------------------------------------------------------------
@@ -674,7 +663,7 @@ def test_a_small_object_is_read_once_and_beyond_16_mib_again(put_csv, s3_proxy, 
     files = {f"{at}.csv": f"n\n{at}\n" for at in range(5)} | {"5.csv": "n\n" + "1\n" * 50_000}
     monkeypatch.setattr(bulkupdate, "KEPT_BYTES", 9)
     bucket, objects = listed(put_csv, files)
-    heads = bulkupdate.read_heads(bucket, objects, ",", {"n"})
+    heads = bulkupdate.read_heads(bucket, objects, ",", bulkupdate.NewColumns({}))
     assert [head.key for head in heads] == [item.key for item in objects]
     loaded = {item.key[-5:]: S3Body(bucket, item, first=first).read_all().decode()
               for item, first in bulkupdate.read_ahead(bucket, objects, bulkupdate.AHEAD_BYTES)}  # fmt: skip

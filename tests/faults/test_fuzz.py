@@ -208,19 +208,19 @@ class Pipeline:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.patch, self.fast, self.slow = patch, 0, 0
-        self.all_cells, self.by_rows = bulkupdate.all_cells, False
-        patch.setattr(bulkupdate, "all_cells", self.counted)
+        self.at_once, self.by_rows = bulkupdate.Renderer._at_once, False
+        patch.setattr(bulkupdate.Renderer, "_at_once", lambda *given: self.counted(*given))
 
-    def counted(self, block: bulkupdate.Block, width: int, delimiter: str) -> list[str]:
+    def counted(self, *given: Any) -> bulkupdate.Batch:
         if self.by_rows:
             raise ValueError("row by row")
         try:
-            cells = self.all_cells(block, width, delimiter)
+            batch = self.at_once(*given)
         except ValueError:
             self.slow += 1
             raise
-        self.fast += bool(block.text)
-        return cells
+        self.fast += 1
+        return batch
 
     def run(self, content: bytes, delimiter: str, chunk: int, *, by_rows: bool = False, id_column: str = "") -> Output:
         self.by_rows = by_rows
@@ -231,14 +231,12 @@ class Pipeline:
             assert str(defect)
             rejects.append(line)
 
-        renderer = bulkupdate.Renderer(
-            TYPES, reject, bucket=sandbox.BUCKET, delimiter=delimiter, id_column=id_column
-        )  # fmt: skip
+        renderer = bulkupdate.Renderer(TYPES, reject, bucket=sandbox.BUCKET, id_column=id_column)
         renderer.columns, renderer.first_version = Columns(renderer.columns), 1
         documents, error = [], ""
         try:
-            blocks = bulkupdate.read_blocks(bulkupdate.plain(io.BytesIO(content)), "a.csv", delimiter)
-            for batch in bulkupdate.batches(renderer.documents("a.csv", blocks), 3):
+            columns, blocks = bulkupdate.read_csv(bulkupdate.plain(io.BytesIO(content)), "a.csv", delimiter)
+            for batch in bulkupdate.batches(renderer.documents("a.csv", columns, blocks), 3):
                 documents += [(line, part.body) for part in batch.documents() for _, [line] in part.origins]
         except bulkupdate.OperationFailed as failure:
             error = str(failure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import subprocess
 import sys
 import time
@@ -257,17 +256,6 @@ def test_a_document_written_to_the_target_fails_the_step(world, at, step):
     run = world.refresh()
     world.expect(run, code=1, message=rf"{index} holds \d+ documents, \d+ were (copied|stored)[;:] somebody else")
     assert f"FAILED at: {step}" in run.err
-    world.heal()
-
-
-@pytest.mark.long
-def test_a_document_of_somebody_else_under_the_id_of_a_row_fails_the_load(world):
-    digest = hashlib.sha256(f"{sandbox.BUCKET}/{world.prefix}a.csv".encode()).hexdigest()[:16]
-    path = f"/{world.primary}/_create/{digest}-000000001?refresh=true"
-    world.proxy.on("POST", "/_bulk", before(lambda: world.admin("PUT", path, STRANGER)))
-    run = world.refresh(BATCH_SIZE="1000")
-    world.expect(run, code=1, message=f"{world.primary} holds 43 documents, 42 were stored: somebody else writes to it")
-    assert f"{world.prefix}a.csv line 2: version_conflict" in run.log
     world.heal()
 
 

@@ -68,7 +68,7 @@ def test_documents_that_a_full_queue_refuses_are_sent_again(world):
 def test_documents_that_stay_refused_end_the_run(world):
     full = Full(lambda nth, document: b'7"}}' in document)
     world.proxy.on("POST", "/_bulk", full, times=None)
-    message = rf"{world.primary}: \d documents were not taken for 3 s, at last: 429 .*run again"
+    message = rf"{world.primary}: the cluster kept rejecting \d documents for 3 s; last error: 429 .*run again"
     world.expect(world.refresh(RETRY_SECONDS="3"), code=1, message=message)
     assert max(full.refused.count(document) for document in full.refused) > 1
     world.heal()
