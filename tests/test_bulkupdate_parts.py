@@ -470,7 +470,7 @@ class Simulated:
     ("servers", "seconds", "late", "number"),
     [
         (2, 0.1, 0, 4), (2, 0.1, 1, 28), (8, 0.1, 0, 16), (4, 0.05, 0, 12), (2, 0.02, 0.3, 42),
-        (1000, 0.1, 0.3, 64), (2, 2, 0, 3), (1, 0.01, 0, 11),
+        (1000, 0.1, 0.3, 64), (2, 2, 0, 3), (1, 1, 0, 3), (1, 0.01, 0, 11),
     ],
 )  # fmt: skip
 def test_the_limit_is_what_the_cluster_completes_in_its_fastest_response_and_a_little_more(
@@ -478,7 +478,7 @@ def test_the_limit_is_what_the_cluster_completes_in_its_fastest_response_and_a_l
 ):
     cluster = Simulated(monkeypatch, servers, seconds, late)
     assert cluster.run(20)[0] == 64
-    assert {abs(found - number) <= 1 for found in cluster.run(20)} == {True}
+    assert {abs(found - number) <= 1 and found >= 3 for found in cluster.run(20)} == {True}
 
 
 def test_responses_of_a_distant_cluster_that_vary_do_not_starve_the_load(monkeypatch):
