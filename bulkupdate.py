@@ -62,6 +62,7 @@ MIN_REQUESTS = 3  # in flight; fewer would leave two cores idle between requests
 MAX_BYTES_IN_FLIGHT = 24 * MIB  # bodies in memory here and on the node, which accepts 10 % of its heap (107 MB of 1 GB)
 MAX_BYTES_OF_FIXED = 40 * MIB  # with --workers
 QUEUE_S = 0.1  # of work that may wait in the cluster; less costs distant loads time, more delays other clients' writes
+JITTER = 0.25  # or this share of the fastest response: when times varied by 0.5 s around 1 s, the limit fell to 4
 WINDOW_S, WINDOW_RESPONSES = 0.25, 1.2  # length of a measurement: at least so long, and so many fastest responses
 REFRESH_EVERY_DOCUMENTS = 100_000  # 2 to 4 % faster than one refresh at the end
 CACHED_CELLS = 4000  # remembered values a column, and no longer than this many characters each
@@ -895,9 +896,9 @@ class ConcurrencyLimit:
     """How many bulk requests may be in flight, by Little's law.
 
     The limit is the number of requests that the cluster completes in its fastest response time plus a tenth of a
-    second: more would only wait in its queue, in front of other clients' writes. The rate is measured anew in each
-    window, from one completion to another. After a 429 the limit is half the number in flight, and rises by at most
-    one per window. A fixed limit only follows 429.
+    second, or a quarter of that time if it is longer. More would only wait in the cluster's queue, in front of other
+    clients' writes. The rate is measured anew in each window, from one completion to another. After a 429 the limit is
+    half the number in flight, and rises by at most one per window. A fixed limit only follows 429.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -922,7 +923,8 @@ class ConcurrencyLimit:
             if seconds < max(WINDOW_S, WINDOW_RESPONSES * self._fastest_s):
                 return
             self._ceiling = min(self._ceiling + 1, self._most)
-            wanted = math.ceil(self._completed / seconds * (self._fastest_s + QUEUE_S))
+            response_s = self._fastest_s + max(QUEUE_S, JITTER * self._fastest_s)
+            wanted = math.ceil(self._completed / seconds * response_s)
             self.number = min(self.fixed or max(wanted, MIN_REQUESTS), self._ceiling)
             self._window_began, self._completed = now, 0
 
@@ -1352,7 +1354,7 @@ class BulkUpdate(OpenSearchBaseManager):
     def _look(self, objects: list[S3Object]) -> Schema:
         """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
         mapping = self.get_mapping(self.target.name)
-        new = NewColumns(mapping)
+        new, known = NewColumns(mapping), types_in(mapping)
         heads = read_heads(self.bucket, objects, self.delimiter, new)
         if not any(head.has_rows for head in heads):
             raise Refused(
@@ -1361,7 +1363,7 @@ class BulkUpdate(OpenSearchBaseManager):
             )
         for head in heads:
             if head.columns:
-                self._check_columns(head, types_in(mapping))
+                self._check_columns(head, known)
         return schema_of(self.target.name, mapping, new)
 
     def _check_columns(self, head: Head, known: Container[str]) -> None:
