@@ -729,13 +729,12 @@ def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None]:
     return live, documents
 
 
-def last_success(path: Path) -> str | None:
-    """Return the time of the last success from the report of the previous run."""
-    try:
-        found: str | None = json.loads(path.read_text())["last_success"]
-    except (OSError, ValueError, LookupError, TypeError):
-        found = None
-    return found
+def previous_report(path: Path) -> dict[str, Any]:
+    """Return the report of another run, or nothing if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(found := json.loads(path.read_text()), dict):
+            return found
+    return {}
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -756,6 +755,22 @@ def print_closing_table(steps: Sequence[StepResult], seconds: int) -> None:
     print(f"{'total':<50} {seconds:>8}")
 
 
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Keep reports of other runs out of a folder for a moment, if its file system can lock folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def utc(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
 def report_run(file: str, alias: str, began: str) -> None:
     """Write how a run of the runner ended, for monitors, and print the closing table of a successful refresh.
 
@@ -770,17 +785,20 @@ def report_run(file: str, alias: str, began: str) -> None:
     finished = [step.name for step in steps if step.exit_code in (0, 4)]
     if re.match(r"\d switch ", last_step) and last_step not in finished:
         live, documents = None, None
-    began_at, ended = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment)) for moment in (int(began), now))
     ages = [step.result["newest_object_age_hours"] for step in steps if "newest_object_age_hours" in step.result]
-    path = Path(file)
     report = {
-        "alias": alias, "began": began_at, "ended": ended, "exit_code": int(exit_code),
+        "alias": alias, "began": utc(int(began)), "ended": utc(now), "exit_code": int(exit_code),
         "step": last_step if failed else None, "message": message if failed else None, "live_index": live,
         "documents": documents, "steps": [{"step": step.name, "seconds": step.seconds} for step in steps],
-        "newest_object_age_hours": ages[-1] if ages else None,
-        "last_success": last_success(path) if failed else ended,
+        "newest_object_age_hours": ages[-1] if ages else None, "last_success": utc(now),
     }  # fmt: skip
-    replace_file(path, json.dumps(report) + "\n")
+    with folder_lock(Path(file).parent):
+        previous = previous_report(Path(file))
+        if exit_code == "75" and not steps and str(previous.get("ended")) >= utc(int(began)):
+            return  # the run that held the lock has reported in the meantime
+        if failed:
+            report["last_success"] = previous.get("last_success")
+        replace_file(Path(file), json.dumps(report) + "\n")
 
 
 # --- one request: AWS -------------------------------------------------------------------------------------------------

@@ -83,10 +83,17 @@ refuse_hold() { # an operator wants readers to stay on their index
 }
 
 take_lock() { # the steps inherit it: no other refresh starts while one of them is running
-  local lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
+  local rc=0 lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
   : >>"$lock" || die "LOCK_DIR ($LOCK_DIR) has to be a folder that can be written to" 1
   exec 9>>"$lock"
-  flock -n 9 || die "another refresh of $ALIAS is running on this host" 75
+  "$PYTHON" -ISc 'import fcntl, sys
+try: fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: sys.exit(75)' 2>&8 || rc=$? # not by flock, which small images do not have
+  case $rc in
+    0) ;;
+    75) die "another refresh of $ALIAS is running on this host" 75 ;;
+    *) die "cannot lock $lock; see $log_file for the reason, or set LOCK_DIR to a folder on a local disk" 1 ;;
+  esac
 }
 
 run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run with its exit code
@@ -103,10 +110,21 @@ run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run wit
   journal+=("$step"$'\t'"$seconds"$'\t'"$rc"$'\t'"$(tail -n 1 "$result")")
   say "<== $step: exit $rc, $seconds s${documents:+, $documents documents}"
   if ((rc != 0)); then
-    message=${last_line#* } # without the time
-    [[ -n ${REFRESH_LOG_FILE:-} ]] || say "$message"
+    explain "$rc"
     exit "$rc"
   fi
+}
+
+explain() { # explain CODE: say why the step failed, unless its own message is on stderr already
+  message=${last_line#* } # without the time
+  if (($1 > 128)) && [[ $last_line != *" ERROR "* ]]; then
+    message="$step: killed by SIG$(kill -l "$1" || true)"
+  elif [[ $last_line =~ ^(\$|[0-9TZ:-]*\ (DEBUG|INFO|WARNING))\  ]]; then
+    message="$step: ended with exit code $1 and without an error message"
+  elif [[ -n ${REFRESH_LOG_FILE:-} ]]; then
+    return
+  fi
+  say "$message"
 }
 
 value_of() { # value_of NAME: this value in the JSON result of the last step; nothing if it is not there
@@ -131,7 +149,7 @@ on_signal() { # on_signal NAME CODE: forward it at once, and wait until the step
 on_exit() {
   local rc=$?
   trap '' HUP INT TERM
-  [[ -n $dry_run || $rc == 75 ]] || report "$rc" || true # 75: the run that holds the lock reports
+  [[ -n $dry_run ]] || report "$rc" || true
   rm -f "$result"
   if ((rc == 0)); then
     say "finished in $SECONDS s"
@@ -170,7 +188,7 @@ check() { # step 0: everything that can be checked before readers are moved
   both=(--source "$live" --target "$idle")
   [[ ${setting[REFRESH_STRATEGY]} != alternate ]] || to_load=$idle
   if [[ -n ${setting[READER_QUERIES]} ]]; then
-    run_step "check the queries" switch_alias.py --alias "$ALIAS" --show --source "$live" --target "$idle" --queries="${setting[READER_QUERIES]}"
+    run_step "check the queries" switch_alias.py --alias "$ALIAS" --show "${both[@]}"
   fi
   if [[ ${setting[SKIP_UNCHANGED]} == true ]]; then
     run_step "check what has changed" bulkupdate.py "${load[@]}" --index "$live" --dry-run
