@@ -52,7 +52,7 @@ from urllib.parse import urlsplit
 try:
     import requests
     import urllib3
-    from dotenv import load_dotenv
+    from dotenv import dotenv_values
     from requests.adapters import HTTPAdapter
     from requests.auth import AuthBase
     from urllib3.util.ssl_ import create_urllib3_context
@@ -65,6 +65,8 @@ except ImportError as missing:
 SUITE = "opensearch-refresh"  # in the X-Opaque-Id of every request and as the key of the marker
 HERE = Path(__file__).resolve().parent
 ENV_FILE = HERE / ".env"
+ENV_NAME = re.compile(r"(?!AWS_|.*_PROXY$)[A-Z][A-Z0-9_]{,40}")  # not a variable of boto3, nor a part of a secret
+CREDENTIALS = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
 HOST = socket.gethostname()
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 120  # a _refresh of a large index is the slowest response that is waited for
@@ -399,14 +401,25 @@ SETTINGS: dict[str, list[Setting]] = {
 }  # fmt: skip
 
 
-def load_env_file() -> None:
-    """Add the variables of .env to those of the environment. Raises ConfigurationError when it cannot be read."""
+def load_env_file() -> list[str]:
+    """Add the variables of .env that the environment does not have; return the names that are unknown to the suite.
+
+    An empty variable of the environment counts as unset. Raises ConfigurationError when the file cannot be read.
+    """
     try:
-        load_dotenv(ENV_FILE, interpolate=False)  # a password may hold a dollar sign
-    except (OSError, UnicodeDecodeError) as error:
+        text = ENV_FILE.read_text("utf-8-sig")  # python-dotenv before 1.2.4 loses the first variable after a BOM
+        values = dotenv_values(stream=io.StringIO(text), interpolate=False)  # a password may contain a dollar sign
+        for name, value in values.items():
+            if value is not None and not os.environ.get(name):
+                os.environ[name] = value
+    except (FileNotFoundError, IsADirectoryError):  # a virtual environment may have that name
+        return []
+    except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"{ENV_FILE} cannot be read: {type(error).__name__}; give it to this user, as UTF-8"
         ) from None
+    known = {*CREDENTIALS, *(setting.variable for rows in SETTINGS.values() for setting in rows)}
+    return [name for name, value in values.items() if value and ENV_NAME.fullmatch(name) and name not in known]
 
 
 def add_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -427,17 +440,19 @@ def resolve(script: str, args: argparse.Namespace) -> argparse.Namespace:
 def print_settings(script: str) -> None:
     """Print the settings of the runner, `NAME=text` a line; the first wrong one ends the process with a message.
 
-    Folders are whole paths, and true or false stands for whatever means that.
+    Folders are absolute paths, and boolean values are `true` or `false`.
     """
     try:
         load_env_file()
+        if os.environ.get("S3_PREFIX") == "":
+            raise ConfigurationError("S3_PREFIX: it is empty; give a prefix, or '*' for the whole bucket")
         for setting in SETTINGS[script]:
             value, text = setting.value(), setting.given() or ""
             if setting.parse is own_folder:
                 text = str(value)
             elif setting.parse is boolean:
                 text = str(value).lower()
-            print(f"{setting.variable}={text}")
+            os.write(1, os.fsencode(f"{setting.variable}={text}\n"))  # byte by byte what the environment has
     except ConfigurationError as error:
         raise SystemExit(str(error)) from None
 
@@ -644,7 +659,7 @@ def run_cli(
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # started with 2>&-
     usage = io.StringIO()
     try:
-        load_env_file()
+        unknown = load_env_file()
         parser = build_parser()
         with contextlib.redirect_stderr(usage):
             args = parser.parse_args(argv)
@@ -661,6 +676,8 @@ def run_cli(
     def resolve_and_run() -> Mapping[str, Any] | str | None:
         settings = resolve(script, args)
         log.setLevel(settings.log_level)
+        if unknown:
+            log.warning("%s: no setting of this suite: %s; is a name misspelled?", ENV_FILE, ", ".join(unknown))
         return run(settings)
 
     return carry_out(script, resolve_and_run)
@@ -903,15 +920,14 @@ class Credentials:
 
         Raises ConfigurationError, or OperationFailed when the store refuses.
         """
-        names = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
-        given = [os.environ.get(name, "") for name in names]
+        given = [os.environ.get(name, "") for name in CREDENTIALS]
         prefix, source = settings.opensearch_parameter_prefix.rstrip("/"), "the environment"
         if settings.opensearch_auth == "sigv4":
             given = [given[0] or stored(aws, prefix, "endpoint")[0], "", ""]
         elif not any(given):
             given, source = stored(aws, prefix, "endpoint", "username", "password"), "Parameter Store"
         elif not all(given):
-            unset = " and ".join(name for name, value in zip(names, given) if not value)
+            unset = " and ".join(name for name, value in zip(CREDENTIALS, given) if not value)
             raise ConfigurationError(f"{unset}: not set; set all three, or none to use Parameter Store")
         if ":" in given[1]:
             raise ConfigurationError("a user name with a colon cannot be sent by Basic authentication; give another")

@@ -5,8 +5,8 @@
 # Usage: run_refresh.sh [--dry-run] [--verbose] | --help
 #        --verbose: the log lines of the steps go to stderr too, as on a terminal; for containers, journals and CI
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
-#        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/)  BATCH_SIZE (1000)  STEP_DELAY_SECONDS (5)
-#        REFRESH_STRATEGY (copy-back, or alternate)
+#        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/; '*' is the whole bucket)  BATCH_SIZE (1000)
+#        STEP_DELAY_SECONDS (5)  REFRESH_STRATEGY (copy-back, or alternate)
 #        READER_QUERIES (unset: searches that are tried before each switch; here on the live index, before anything)
 #        SKIP_UNCHANGED (false; true ends at once when the live index provably holds what S3 holds)
 #        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
@@ -45,9 +45,9 @@ choose_python() {
 }
 
 read_settings() { # from the environment or .env, by the table of settings that the scripts use
-  local values name value
+  local values line
   values=$("$PYTHON" -c 'import opensearch_base_manager as base; base.print_settings("run_refresh")') || exit 2
-  while IFS='=' read -r name value; do setting[$name]=$value; done <<<"$values"
+  while IFS= read -r line; do setting[${line%%=*}]=${line#*=}; done <<<"$values"
   PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
   LOG_DIR=${setting[LOG_DIR]} LOCK_DIR=${setting[LOCK_DIR]}
   [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
@@ -246,6 +246,7 @@ main() {
   done
   choose_python
   read_settings
+  [[ ${setting[S3_PREFIX]} != '*' ]] || setting[S3_PREFIX]="" # the whole bucket
   load=(--bucket "${setting[S3_BUCKET]}" --prefix="${setting[S3_PREFIX]}" --batch-size "${setting[BATCH_SIZE]}")
   open_log
   open_step_log

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pty
+import random
 import re
 import shutil
 import signal
@@ -465,6 +466,68 @@ def test_it_can_be_called_through_a_link_and_with_odd_names(pair, refresh, put_c
     (tmp_path / "run_refresh.sh").symlink_to(tmp_path / "link")
     code, _, err = finish(refresh(f"{prefix}daily $1 'x' ", "--dry-run"))
     assert code == 0, err
+
+
+# --- values on their way to a step ------------------------------------------------------------------------------------
+
+ODD = [
+    "exports/country=", "=", "==a==", "a b ", " a", "'", '"', "a'b\"c", "#", "a #b", "$HOME", "${X}", "`id`", "$(id)",
+    "\\", "a\\b\\\\", "\\n", "-x", "--dry-run", "**", "?", "~", "!", "ü日本\U0001f600", "a\tb", "%s", "&;|<>", "\x7f",
+]  # fmt: skip
+ALPHABET = "=='\"  #$\\`*&;|<>()[]{}!~?%^@,.:/-_aZ0üß日\U0001f600\t"
+
+
+def odd_pairs():
+    """Return pairs of odd values, the fixed ones and some by chance."""
+    chance = random.Random(22)
+    values = ODD + ["".join(chance.choices(ALPHABET, k=chance.randint(2, 12))) for _ in range(12)]
+    return list(zip(values[::2], values[1::2]))
+
+
+@pytest.fixture
+def load_arguments(tmp_path):
+    """Return a function that starts a copy of the runner and returns bucket and prefix as bulkupdate.py gets them."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for script in [*SCRIPTS, "run_refresh.sh"]:
+        shutil.copy(TOP / script, home)
+    python = home / "python"  # the question is what a step gets, not what it does
+    python.write_text(f"""#!/bin/sh
+case "$1" in
+  switch_alias.py) echo my_index_primary; exit 0 ;;
+  bulkupdate.py) printf '%s\\n%s' "$3" "$4" >got; exit 4 ;;
+esac
+exec "{sys.executable}" "$@"
+""")
+    python.chmod(0o755)
+
+    def start(in_file="", **variables):
+        (home / ".env").write_text(in_file)
+        env = {"PATH": os.environ["PATH"], "PYTHON": str(python), **variables}
+        done = subprocess.run([home / "run_refresh.sh", "--dry-run"], env=env, capture_output=True, text=True)
+        assert done.returncode == 4, done.stderr
+        bucket, prefix = (home / "got").read_bytes().decode().split("\n")
+        return bucket, prefix.removeprefix("--prefix=")
+
+    return start
+
+
+def test_no_value_loses_a_character_between_the_environment_and_a_step(load_arguments):
+    pairs = odd_pairs()
+    assert [load_arguments(S3_BUCKET=bucket, S3_PREFIX=prefix, LC_ALL="C") for bucket, prefix in pairs] == pairs
+
+
+def test_no_value_loses_a_character_between_the_file_and_a_step(load_arguments):
+    for pair_of_values in odd_pairs():
+        quoted = [value.replace("\\", "\\\\").replace("'", "\\'") for value in pair_of_values]
+        in_file = "S3_BUCKET='{}'\n# a comment\nS3_PREFIX='{}'\n".format(*quoted)
+        assert load_arguments(in_file, S3_BUCKET="", S3_PREFIX="") == pair_of_values
+
+
+def test_the_whole_bucket_is_an_asterisk_and_an_empty_prefix_a_mistake(load_arguments, refresh):
+    assert load_arguments(S3_PREFIX="*") == ("your-bucket", "")
+    code, _, err = finish(refresh(""))
+    assert (code, err) == (2, "S3_PREFIX: it is empty; give a prefix, or '*' for the whole bucket\n")
 
 
 # --- what it shows, and what it leaves for a monitor ------------------------------------------------------------------
