@@ -52,7 +52,7 @@ from urllib.parse import urlsplit
 try:
     import requests
     import urllib3
-    from dotenv import load_dotenv
+    from dotenv import dotenv_values
     from requests.adapters import HTTPAdapter
     from requests.auth import AuthBase
     from urllib3.util.ssl_ import create_urllib3_context
@@ -65,6 +65,8 @@ except ImportError as missing:
 SUITE = "opensearch-refresh"  # in the X-Opaque-Id of every request and as the key of the marker
 HERE = Path(__file__).resolve().parent
 ENV_FILE = HERE / ".env"
+ENV_NAME = re.compile(r"(?!AWS_|.*_PROXY$)[A-Z][A-Z0-9_]{,40}")  # not a variable of boto3, nor a part of a secret
+CREDENTIALS = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
 HOST = socket.gethostname()
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 120  # a _refresh of a large index is the slowest response that is waited for
@@ -399,14 +401,25 @@ SETTINGS: dict[str, list[Setting]] = {
 }  # fmt: skip
 
 
-def load_env_file() -> None:
-    """Add the variables of .env to those of the environment. Raises ConfigurationError when it cannot be read."""
+def load_env_file() -> list[str]:
+    """Add the variables of .env that the environment does not have; return the names that are unknown to the suite.
+
+    An empty variable of the environment counts as unset. Raises ConfigurationError when the file cannot be read.
+    """
     try:
-        load_dotenv(ENV_FILE, interpolate=False)  # a password may hold a dollar sign
-    except (OSError, UnicodeDecodeError) as error:
+        text = ENV_FILE.read_text("utf-8-sig")  # python-dotenv before 1.2.4 loses the first variable after a BOM
+        values = dotenv_values(stream=io.StringIO(text), interpolate=False)  # a password may contain a dollar sign
+        for name, value in values.items():
+            if value is not None and not os.environ.get(name):
+                os.environ[name] = value
+    except (FileNotFoundError, IsADirectoryError):  # a virtual environment may have that name
+        return []
+    except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"{ENV_FILE} cannot be read: {type(error).__name__}; give it to this user, as UTF-8"
         ) from None
+    known = {*CREDENTIALS, *(setting.variable for rows in SETTINGS.values() for setting in rows)}
+    return [name for name, value in values.items() if value and ENV_NAME.fullmatch(name) and name not in known]
 
 
 def add_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -427,17 +440,19 @@ def resolve(script: str, args: argparse.Namespace) -> argparse.Namespace:
 def print_settings(script: str) -> None:
     """Print the settings of the runner, `NAME=text` a line; the first wrong one ends the process with a message.
 
-    Folders are whole paths, and true or false stands for whatever means that.
+    Folders are absolute paths, and boolean values are `true` or `false`.
     """
     try:
         load_env_file()
+        if os.environ.get("S3_PREFIX") == "":
+            raise ConfigurationError("S3_PREFIX: it is empty; give a prefix, or '*' for the whole bucket")
         for setting in SETTINGS[script]:
             value, text = setting.value(), setting.given() or ""
             if setting.parse is own_folder:
                 text = str(value)
             elif setting.parse is boolean:
                 text = str(value).lower()
-            print(f"{setting.variable}={text}")
+            os.write(1, os.fsencode(f"{setting.variable}={text}\n"))  # byte by byte what the environment has
     except ConfigurationError as error:
         raise SystemExit(str(error)) from None
 
@@ -644,7 +659,7 @@ def run_cli(
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # started with 2>&-
     usage = io.StringIO()
     try:
-        load_env_file()
+        unknown = load_env_file()
         parser = build_parser()
         with contextlib.redirect_stderr(usage):
             args = parser.parse_args(argv)
@@ -661,6 +676,8 @@ def run_cli(
     def resolve_and_run() -> Mapping[str, Any] | str | None:
         settings = resolve(script, args)
         log.setLevel(settings.log_level)
+        if unknown:
+            log.warning("%s: no setting of this suite: %s; is a name misspelled?", ENV_FILE, ", ".join(unknown))
         return run(settings)
 
     return carry_out(script, resolve_and_run)
@@ -729,13 +746,12 @@ def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None]:
     return live, documents
 
 
-def last_success(path: Path) -> str | None:
-    """Return the time of the last success from the report of the previous run."""
-    try:
-        found: str | None = json.loads(path.read_text())["last_success"]
-    except (OSError, ValueError, LookupError, TypeError):
-        found = None
-    return found
+def previous_report(path: Path) -> dict[str, Any]:
+    """Return the report of another run, or nothing if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(found := json.loads(path.read_text()), dict):
+            return found
+    return {}
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -756,6 +772,22 @@ def print_closing_table(steps: Sequence[StepResult], seconds: int) -> None:
     print(f"{'total':<50} {seconds:>8}")
 
 
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Keep reports of other runs out of a folder for a moment, if its file system can lock folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def utc(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
 def report_run(file: str, alias: str, began: str) -> None:
     """Write how a run of the runner ended, for monitors, and print the closing table of a successful refresh.
 
@@ -770,17 +802,20 @@ def report_run(file: str, alias: str, began: str) -> None:
     finished = [step.name for step in steps if step.exit_code in (0, 4)]
     if re.match(r"\d switch ", last_step) and last_step not in finished:
         live, documents = None, None
-    began_at, ended = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment)) for moment in (int(began), now))
     ages = [step.result["newest_object_age_hours"] for step in steps if "newest_object_age_hours" in step.result]
-    path = Path(file)
     report = {
-        "alias": alias, "began": began_at, "ended": ended, "exit_code": int(exit_code),
+        "alias": alias, "began": utc(int(began)), "ended": utc(now), "exit_code": int(exit_code),
         "step": last_step if failed else None, "message": message if failed else None, "live_index": live,
         "documents": documents, "steps": [{"step": step.name, "seconds": step.seconds} for step in steps],
-        "newest_object_age_hours": ages[-1] if ages else None,
-        "last_success": last_success(path) if failed else ended,
+        "newest_object_age_hours": ages[-1] if ages else None, "last_success": utc(now),
     }  # fmt: skip
-    replace_file(path, json.dumps(report) + "\n")
+    with folder_lock(Path(file).parent):
+        previous = previous_report(Path(file))
+        if exit_code == "75" and not steps and str(previous.get("ended")) >= utc(int(began)):
+            return  # the run that held the lock has reported in the meantime
+        if failed:
+            report["last_success"] = previous.get("last_success")
+        replace_file(Path(file), json.dumps(report) + "\n")
 
 
 # --- one request: AWS -------------------------------------------------------------------------------------------------
@@ -885,15 +920,14 @@ class Credentials:
 
         Raises ConfigurationError, or OperationFailed when the store refuses.
         """
-        names = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
-        given = [os.environ.get(name, "") for name in names]
+        given = [os.environ.get(name, "") for name in CREDENTIALS]
         prefix, source = settings.opensearch_parameter_prefix.rstrip("/"), "the environment"
         if settings.opensearch_auth == "sigv4":
             given = [given[0] or stored(aws, prefix, "endpoint")[0], "", ""]
         elif not any(given):
             given, source = stored(aws, prefix, "endpoint", "username", "password"), "Parameter Store"
         elif not all(given):
-            unset = " and ".join(name for name, value in zip(names, given) if not value)
+            unset = " and ".join(name for name, value in zip(CREDENTIALS, given) if not value)
             raise ConfigurationError(f"{unset}: not set; set all three, or none to use Parameter Store")
         if ":" in given[1]:
             raise ConfigurationError("a user name with a colon cannot be sent by Basic authentication; give another")

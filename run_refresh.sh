@@ -5,8 +5,8 @@
 # Usage: run_refresh.sh [--dry-run] [--verbose] | --help
 #        --verbose: the log lines of the steps go to stderr too, as on a terminal; for containers, journals and CI
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
-#        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/)  BATCH_SIZE (1000)  STEP_DELAY_SECONDS (5)
-#        REFRESH_STRATEGY (copy-back, or alternate)
+#        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/; '*' is the whole bucket)  BATCH_SIZE (1000)
+#        STEP_DELAY_SECONDS (5)  REFRESH_STRATEGY (copy-back, or alternate)
 #        READER_QUERIES (unset: searches that are tried before each switch; here on the live index, before anything)
 #        SKIP_UNCHANGED (false; true ends at once when the live index provably holds what S3 holds)
 #        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
@@ -45,9 +45,9 @@ choose_python() {
 }
 
 read_settings() { # from the environment or .env, by the table of settings that the scripts use
-  local values name value
+  local values line
   values=$("$PYTHON" -c 'import opensearch_base_manager as base; base.print_settings("run_refresh")') || exit 2
-  while IFS='=' read -r name value; do setting[$name]=$value; done <<<"$values"
+  while IFS= read -r line; do setting[${line%%=*}]=${line#*=}; done <<<"$values"
   PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
   LOG_DIR=${setting[LOG_DIR]} LOCK_DIR=${setting[LOCK_DIR]}
   [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
@@ -83,10 +83,17 @@ refuse_hold() { # an operator wants readers to stay on their index
 }
 
 take_lock() { # the steps inherit it: no other refresh starts while one of them is running
-  local lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
+  local rc=0 lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
   : >>"$lock" || die "LOCK_DIR ($LOCK_DIR) has to be a folder that can be written to" 1
   exec 9>>"$lock"
-  flock -n 9 || die "another refresh of $ALIAS is running on this host" 75
+  "$PYTHON" -ISc 'import fcntl, sys
+try: fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: sys.exit(75)' 2>&8 || rc=$? # not by flock, which small images do not have
+  case $rc in
+    0) ;;
+    75) die "another refresh of $ALIAS is running on this host" 75 ;;
+    *) die "cannot lock $lock; see $log_file for the reason, or set LOCK_DIR to a folder on a local disk" 1 ;;
+  esac
 }
 
 run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run with its exit code
@@ -103,10 +110,21 @@ run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run wit
   journal+=("$step"$'\t'"$seconds"$'\t'"$rc"$'\t'"$(tail -n 1 "$result")")
   say "<== $step: exit $rc, $seconds s${documents:+, $documents documents}"
   if ((rc != 0)); then
-    message=${last_line#* } # without the time
-    [[ -n ${REFRESH_LOG_FILE:-} ]] || say "$message"
+    explain "$rc"
     exit "$rc"
   fi
+}
+
+explain() { # explain CODE: say why the step failed, unless its own message is on stderr already
+  message=${last_line#* } # without the time
+  if (($1 > 128)) && [[ $last_line != *" ERROR "* ]]; then
+    message="$step: killed by SIG$(kill -l "$1" || true)"
+  elif [[ $last_line =~ ^(\$|[0-9TZ:-]*\ (DEBUG|INFO|WARNING))\  ]]; then
+    message="$step: ended with exit code $1 and without an error message"
+  elif [[ -n ${REFRESH_LOG_FILE:-} ]]; then
+    return
+  fi
+  say "$message"
 }
 
 value_of() { # value_of NAME: this value in the JSON result of the last step; nothing if it is not there
@@ -131,7 +149,7 @@ on_signal() { # on_signal NAME CODE: forward it at once, and wait until the step
 on_exit() {
   local rc=$?
   trap '' HUP INT TERM
-  [[ -n $dry_run || $rc == 75 ]] || report "$rc" || true # 75: the run that holds the lock reports
+  [[ -n $dry_run ]] || report "$rc" || true
   rm -f "$result"
   if ((rc == 0)); then
     say "finished in $SECONDS s"
@@ -170,7 +188,7 @@ check() { # step 0: everything that can be checked before readers are moved
   both=(--source "$live" --target "$idle")
   [[ ${setting[REFRESH_STRATEGY]} != alternate ]] || to_load=$idle
   if [[ -n ${setting[READER_QUERIES]} ]]; then
-    run_step "check the queries" switch_alias.py --alias "$ALIAS" --show --source "$live" --target "$idle" --queries="${setting[READER_QUERIES]}"
+    run_step "check the queries" switch_alias.py --alias "$ALIAS" --show "${both[@]}"
   fi
   if [[ ${setting[SKIP_UNCHANGED]} == true ]]; then
     run_step "check what has changed" bulkupdate.py "${load[@]}" --index "$live" --dry-run
@@ -228,6 +246,7 @@ main() {
   done
   choose_python
   read_settings
+  [[ ${setting[S3_PREFIX]} != '*' ]] || setting[S3_PREFIX]="" # the whole bucket
   load=(--bucket "${setting[S3_BUCKET]}" --prefix="${setting[S3_PREFIX]}" --batch-size "${setting[BATCH_SIZE]}")
   open_log
   open_step_log

@@ -83,8 +83,9 @@ def script(*words, env, code=None, **kwargs):
 
 @pytest.mark.parametrize(
     ("flag", "variable", "in_file", "used"),
-    [("1", "2", "3", "1"), ("", "2", "3", "2"), ("", "", "3", "10"), ("", None, "3", "3"), ("", None, "", "10")],
-)
+    [("1", "2", "3", "1"), ("", "2", "3", "2"), ("", "", "3", "3"), ("", "", "", "10"), ("", None, "3", "3"),
+     ("", None, "", "10")],
+)  # fmt: skip
 def test_a_flag_goes_before_the_environment_before_the_file_before_the_default(
     flag, variable, in_file, used, variables, run, lasting_index, make_index, name
 ):
@@ -113,6 +114,36 @@ def test_the_file_is_read_without_interpolation(secret, variables):
     variables({"OPENSEARCH_PASSWORD": secret})
     base.run_cli(switch_alias.build_parser, lambda args: None, ["--alias", "a", "--show"])
     assert os.environ["OPENSEARCH_PASSWORD"] == secret.strip("'")
+
+
+def test_the_first_variable_after_a_byte_order_mark_is_read(variables, look, tmp_path):
+    variables({"VERIFY_SSL": ""})
+    (tmp_path / ".env").write_text("\ufeffVERIFY_SSL=true\n")
+    outcome = look()
+    assert outcome.code == 1, outcome.err
+    assert "certificate" in outcome.last
+
+
+def test_names_in_the_file_that_are_no_settings_are_listed_once_without_their_values(variables, look, tmp_path):
+    variables({
+        "MAX_REJECTS": "1", "S3_PREFIX": "x/", "AWS_MAX_ATTEMPTS": "3", "HTTPS_PROXY": "", "MAX_REJECT": "hidden",
+        "INDEX_ALIASES": "'hidden'", "hiddenPart+of/a": "secret==",
+    })  # fmt: skip
+    with open(tmp_path / ".env", "a") as file:
+        file.write("HIDDEN\n")
+    outcome = look()
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count(".env: no setting of this suite: MAX_REJECT, INDEX_ALIASES; is a name misspelled?") == 1
+    assert "hidden" not in outcome.err.lower()
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder"])
+def test_a_file_that_is_not_there_is_no_obstacle(kind, variables, look, tmp_path):
+    variables({})
+    (tmp_path / ".env").unlink()
+    if kind == "a folder":  # a virtual environment, perhaps
+        (tmp_path / ".env").mkdir()
+    assert look().code == 0
 
 
 def test_a_file_that_is_not_utf_8_ends_with_one_line(variables, look, tmp_path):

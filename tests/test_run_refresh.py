@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
 import pty
+import random
 import re
 import shutil
 import signal
@@ -16,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import opensearch_base_manager as base
 import pytest
 import sandbox
 from conftest import Reader, count, on_terminal, sources, state_of
@@ -241,16 +244,97 @@ def test_a_strangers_task_on_the_index_to_be_loaded_is_seen_in_step_0(pair, refr
     assert task in err
 
 
-def test_the_second_of_two_runs_ends_with_75(pair, refresh, put_csv, admin):
+def test_the_second_of_two_runs_ends_with_75_and_says_so(pair, refresh, put_csv, admin, last):
     primary, _, alias = pair({"n": {"type": "long"}}, docs=30)
     prefix = put_csv({"a.csv": "n\n" + "1\n" * 30})
+    assert finish(refresh(prefix))[0] == 0
+    before = last()
     first = refresh(prefix, REQUESTS_PER_SECOND="10")
     wait_until(lambda: copy_task(admin, primary))
     code, _, err = finish(refresh(prefix))
     assert code == 75
     assert "another refresh" in err
+    assert (last()["exit_code"], last()["last_success"]) == (75, before["last_success"])
+    assert last()["message"] == f"another refresh of {alias} is running on this host"
     assert finish(first)[0] == 0
     assert live(admin, alias) == [primary]
+    assert (last()["exit_code"], last()["last_success"]) == (0, last()["ended"])
+
+
+def test_a_run_that_was_locked_out_does_not_replace_a_report_that_is_newer_than_its_begin(tmp_path, monkeypatch):
+    def report(ending, began):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{ending}\n".encode())))
+        base.report_run(str(tmp_path / "last.json"), "alias", str(began))
+        return json.loads((tmp_path / "last.json").read_text())
+
+    now = int(time.time())
+    success = report("0\t4 switch readers\t", now - 100)
+    assert report("75\tpreparing\tanother refresh is running", now - 50) == success
+    held = report("4\tpreparing\theld", now - 50)
+    assert (held["exit_code"], held["last_success"]) == (4, success["ended"])
+    locked_out = report("75\tpreparing\tanother refresh is running", now + 50)
+    assert (locked_out["exit_code"], locked_out["last_success"]) == (75, success["ended"])
+
+
+def test_the_lock_needs_no_flock_and_a_lock_that_fails_is_not_another_refresh(
+    pair, refresh, put_csv, tmp_path, monkeypatch, last
+):
+    pair({"n": {"type": "long"}}, docs=1)
+    prefix = put_csv({"a.csv": "n\n1\n"})
+    tool = tmp_path / "flock"
+    tool.write_text("#!/bin/sh\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert finish(refresh(prefix, "--dry-run"))[0] == 0
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+case "$*" in *fcntl*) echo "OSError: [Errno 37] No locks available" >&2; exit 1 ;; esac
+exec "{sys.executable}" "$@"
+""")
+    python.chmod(0o755)
+    code, _, err = finish(refresh(prefix, PYTHON=str(python)))
+    assert code == 1
+    assert "another refresh" not in err
+    assert "cannot lock" in last()["message"]
+    assert "No locks available" in log_of(tmp_path)
+
+
+def test_a_step_that_finds_its_index_locked_is_reported(pair, refresh, put_csv, last, tmp_path):
+    primary, secondary, _ = pair({"n": {"type": "long"}}, docs=1)
+    (tmp_path / "locks").mkdir()
+    with open(tmp_path / "locks" / f"{secondary}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"})))
+    assert code == 75, err
+    assert (last()["exit_code"], last()["live_index"]) == (75, primary)
+    assert secondary in last()["message"]
+
+
+@pytest.mark.parametrize(("arguments", "number"), [([], "KILL"), (["--verbose"], "SEGV")])
+def test_a_step_that_is_killed_says_by_which_signal(arguments, number, pair, refresh, put_csv, last, tmp_path, admin):
+    primary, *_ = pair({"n": {"type": "long"}}, docs=60)
+    process = refresh(put_csv({"a.csv": "n\n1\n"}), *arguments, REQUESTS_PER_SECOND="1")
+    wait_until(lambda: copy_task(admin, primary))
+    [step] = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "reindex.py"], text=True).split()
+    os.kill(int(step), getattr(signal, f"SIG{number}"))
+    code, _, err = finish(process)
+    assert code == 128 + getattr(signal, f"SIG{number}")
+    assert re.fullmatch(rf"1 copy \S+ to \S+: killed by SIG{number}", last()["message"])
+    assert last()["message"] in err
+
+
+def test_a_step_that_ends_without_a_word_does_not_blame_its_last_line(pair, refresh, put_csv, last, tmp_path):
+    pair({"n": {"type": "long"}}, docs=1)
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+case "$1" in bulkupdate.py) exit 9 ;; esac
+exec "{sys.executable}" "$@"
+""")
+    python.chmod(0o755)
+    code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"}), PYTHON=str(python)))
+    assert code == 9
+    assert last()["message"] == "check the load: ended with exit code 9 and without an error message"
+    assert last()["message"] in err
 
 
 def test_the_lock_outlives_a_killed_runner_as_long_as_its_step_lives(pair, refresh, put_csv, admin):
@@ -382,6 +466,68 @@ def test_it_can_be_called_through_a_link_and_with_odd_names(pair, refresh, put_c
     (tmp_path / "run_refresh.sh").symlink_to(tmp_path / "link")
     code, _, err = finish(refresh(f"{prefix}daily $1 'x' ", "--dry-run"))
     assert code == 0, err
+
+
+# --- values on their way to a step ------------------------------------------------------------------------------------
+
+ODD = [
+    "exports/country=", "=", "==a==", "a b ", " a", "'", '"', "a'b\"c", "#", "a #b", "$HOME", "${X}", "`id`", "$(id)",
+    "\\", "a\\b\\\\", "\\n", "-x", "--dry-run", "**", "?", "~", "!", "ü日本\U0001f600", "a\tb", "%s", "&;|<>", "\x7f",
+]  # fmt: skip
+ALPHABET = "=='\"  #$\\`*&;|<>()[]{}!~?%^@,.:/-_aZ0üß日\U0001f600\t"
+
+
+def odd_pairs():
+    """Return pairs of odd values, the fixed ones and some by chance."""
+    chance = random.Random(22)
+    values = ODD + ["".join(chance.choices(ALPHABET, k=chance.randint(2, 12))) for _ in range(12)]
+    return list(zip(values[::2], values[1::2]))
+
+
+@pytest.fixture
+def load_arguments(tmp_path):
+    """Return a function that starts a copy of the runner and returns bucket and prefix as bulkupdate.py gets them."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for script in [*SCRIPTS, "run_refresh.sh"]:
+        shutil.copy(TOP / script, home)
+    python = home / "python"  # the question is what a step gets, not what it does
+    python.write_text(f"""#!/bin/sh
+case "$1" in
+  switch_alias.py) echo my_index_primary; exit 0 ;;
+  bulkupdate.py) printf '%s\\n%s' "$3" "$4" >got; exit 4 ;;
+esac
+exec "{sys.executable}" "$@"
+""")
+    python.chmod(0o755)
+
+    def start(in_file="", **variables):
+        (home / ".env").write_text(in_file)
+        env = {"PATH": os.environ["PATH"], "PYTHON": str(python), **variables}
+        done = subprocess.run([home / "run_refresh.sh", "--dry-run"], env=env, capture_output=True, text=True)
+        assert done.returncode == 4, done.stderr
+        bucket, prefix = (home / "got").read_bytes().decode().split("\n")
+        return bucket, prefix.removeprefix("--prefix=")
+
+    return start
+
+
+def test_no_value_loses_a_character_between_the_environment_and_a_step(load_arguments):
+    pairs = odd_pairs()
+    assert [load_arguments(S3_BUCKET=bucket, S3_PREFIX=prefix, LC_ALL="C") for bucket, prefix in pairs] == pairs
+
+
+def test_no_value_loses_a_character_between_the_file_and_a_step(load_arguments):
+    for pair_of_values in odd_pairs():
+        quoted = [value.replace("\\", "\\\\").replace("'", "\\'") for value in pair_of_values]
+        in_file = "S3_BUCKET='{}'\n# a comment\nS3_PREFIX='{}'\n".format(*quoted)
+        assert load_arguments(in_file, S3_BUCKET="", S3_PREFIX="") == pair_of_values
+
+
+def test_the_whole_bucket_is_an_asterisk_and_an_empty_prefix_a_mistake(load_arguments, refresh):
+    assert load_arguments(S3_PREFIX="*") == ("your-bucket", "")
+    code, _, err = finish(refresh(""))
+    assert (code, err) == (2, "S3_PREFIX: it is empty; give a prefix, or '*' for the whole bucket\n")
 
 
 # --- what it shows, and what it leaves for a monitor ------------------------------------------------------------------
@@ -519,8 +665,8 @@ class Terminal:
 
 
 def log_of(tmp_path):
-    [path] = (tmp_path / "logs").glob("refresh-*.log")
-    return path.read_text()
+    """Return the log of the newest run."""
+    return max((tmp_path / "logs").glob("refresh-*.log"), key=lambda path: path.stat().st_mtime_ns).read_text()
 
 
 @pytest.mark.parametrize("during", ["copying 60 documents", "<== 1 copy"])
