@@ -772,18 +772,6 @@ def print_closing_table(steps: Sequence[StepResult], seconds: int) -> None:
     print(f"{'total':<50} {seconds:>8}")
 
 
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Keep reports of other runs out of a folder for a moment, if its file system can lock folders."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def utc(moment: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
@@ -809,13 +797,12 @@ def report_run(file: str, alias: str, began: str) -> None:
         "documents": documents, "steps": [{"step": step.name, "seconds": step.seconds} for step in steps],
         "newest_object_age_hours": ages[-1] if ages else None, "last_success": utc(now),
     }  # fmt: skip
-    with folder_lock(Path(file).parent):
-        previous = previous_report(Path(file))
-        if exit_code == "75" and not steps and str(previous.get("ended")) >= utc(int(began)):
-            return  # the run that held the lock has reported in the meantime
-        if failed:
-            report["last_success"] = previous.get("last_success")
-        replace_file(Path(file), json.dumps(report) + "\n")
+    previous = previous_report(Path(file))
+    if exit_code == "75" and not steps and str(previous.get("ended")) >= utc(int(began)):
+        return  # the run that held the lock has reported in the meantime
+    if failed:
+        report["last_success"] = previous.get("last_success")
+    replace_file(Path(file), json.dumps(report) + "\n")
 
 
 # --- one request: AWS -------------------------------------------------------------------------------------------------
@@ -1414,7 +1401,7 @@ class Marker:
         """Write the marker of this run; return False, with a warning, if the cluster rejects it."""
         meta = self._meta()
         self.own = {  # before the request: a signal may arrive in between
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": self.manager.host,
+            "started": utc(time.time()), "host": self.manager.host,
             "found": {name: found.get(name) for name in wanted}, "set": dict(wanted),
         }  # fmt: skip
         try:
