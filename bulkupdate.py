@@ -41,8 +41,8 @@ from typing import Any, BinaryIO, TypeVar
 from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
     MAX_CONNECTIONS, SUITE, Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
-    TooManyRejects, add_settings, aws_errors, field_definitions, index_name, log, per_second,
-    run_cli, seconds_since,
+    TooManyRejects, add_settings, aws_errors, bulk_probe, deleting_probes, field_definitions, index_name, log,
+    per_second, reading_probes, run_cli, seconds_since, settings_probe,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -1255,10 +1255,14 @@ class BulkUpdate(OpenSearchBaseManager):
         self.bucket = Bucket(settings.bucket, self.aws, settings.retry_seconds)
         self.place = f"s3://{settings.bucket}/{settings.prefix}"
         self.rejects = Rejects(settings.log_dir, settings.index, settings.max_rejects)
+        index, self.names = settings.index, [settings.index]
+        self.probes = [*reading_probes(index), bulk_probe(index, "index")]
+        if not self.keep:
+            self.probes += [*deleting_probes(index), settings_probe(index), bulk_probe(index, "delete")]
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
-        self.target.claim(may_be_live=self.keep or self.dry_run)
+        self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
         self.rejects.prepare()
         objects = self._list()
         if self.dry_run and self.settings.skip_unchanged and (record := self._load_record(objects).unchanged()):

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opensearch_base_manager import (
-    SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Refused, RequestFailed, TargetIndex, add_settings,
-    field_definitions, index_name, log, per_second, run_cli, run_to_completion, seconds_since,
+    SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused, RequestFailed, TargetIndex,
+    add_settings, bulk_probe, creating_probes, deleting_probes, field_definitions, index_name, log,
+    missing_permissions, per_second, reading_probes, recovered_settings, run_cli, run_to_completion, seconds_since,
 )  # fmt: skip
 
 MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more would chase a client that keeps writing
@@ -56,6 +57,20 @@ class ClearableIndex(TargetIndex):
 
     # --- recover ---
 
+    def exists(self) -> bool:
+        """Say whether it is there to stay: with a backup index, a run may be about to delete or to create it."""
+        backup = self.manager.request("GET", f"/{self.backup.name}", accept=[403, 404])
+        return super().exists() and backup.status != 200
+
+    def require_permissions(self) -> None:
+        super().require_permissions()
+        if self.method == "recreate":
+            probes = [*creating_probes(self.name), *creating_probes(self.backup.name)]
+            if missing := missing_permissions(self.manager, probes):
+                log.warning("index %s is not recreated, its documents are deleted one by one: the role of %s lacks %s",
+                            self.name, self.manager.who, ", ".join(missing))  # fmt: skip
+                self.method = "delete"
+
     def recover_index(self) -> None:
         """Create an index that a crashed run had deleted; delete a backup that is no longer needed.
 
@@ -92,6 +107,10 @@ class ClearableIndex(TargetIndex):
         if self.method == "recreate":
             log.warning("index %s is not recreated, its documents are deleted one by one: %s", self.name, forbidden)
             self.method = "delete"
+
+    def await_primaries(self) -> None:
+        if self.method != "recreate":  # which heals it
+            super().await_primaries()
 
     # --- empty ---
 
@@ -314,12 +333,9 @@ def differences(definition: Mapping[str, Any], other: Mapping[str, Any]) -> list
 
 def parts_of(definition: Mapping[str, Any]) -> dict[str, Any]:
     """Return a definition name by name, as it is when no load is under way."""
-    mappings, settings = dict(definition["mappings"]), dict(definition["settings"])
+    mappings, settings = dict(definition["mappings"]), recovered_settings(definition)
     meta = dict(mappings.pop("_meta", {}))
-    marker = meta.pop(SUITE, None) or {"found": {}, "set": {}}
-    for name, value in marker["found"].items():
-        if settings.get(name) == marker["set"].get(name):
-            settings[name] = value
+    meta.pop(SUITE, None)
     settings.pop("index.blocks.read_only_allow_delete", None)
     fields = dict(field_definitions(mappings))
     mappings.pop("properties", None)
@@ -358,6 +374,11 @@ class IndexCleanup(OpenSearchBaseManager):
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(settings)
         self.target = ClearableIndex(self, settings.index)
+        self.names = [settings.index]
+        self.probes = [*reading_probes(settings.index), *deleting_probes(settings.index),
+                       bulk_probe(settings.index, "delete")]  # fmt: skip
+        if not settings.no_force_merge:
+            self.probes.append(Probe("POST", f"/{settings.index}/_flush"))
 
     def run(self) -> dict[str, Any]:
         began, target = time.monotonic(), self.target

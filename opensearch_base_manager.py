@@ -40,7 +40,8 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
@@ -79,6 +80,7 @@ POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks end fast, long ones are not a
 PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
 PROGRESS_TTY_S = 0.2
 CERTIFICATE_ADVICE = "renew the certificate, use the host name it is for, or set CA_BUNDLE to its CA"
+PROBES_AT_ONCE = 8
 MAX_CONNECTIONS = 64  # opened when needed; so many bulk requests can be under way at most
 GC_THRESHOLD = 50_000  # new objects; the AWS service models are many small ones, none garbage: 40 ms a run saved
 
@@ -333,6 +335,9 @@ REQUESTS_PER_SECOND = Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0
 LOAD_WITHOUT_REPLICAS = Setting("LOAD_WITHOUT_REPLICAS", "--no-replicas", "false", boolean,
                                 "no replicas during the load: faster, and without a second copy meanwhile")
 SKIP_UNCHANGED = Setting("SKIP_UNCHANGED", "", "false", boolean, "do nothing when the live index holds what S3 holds")
+REFRESH_STRATEGY = Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"),
+                           "which index is loaded")  # fmt: skip
+INDEX_ALIAS = Setting("INDEX_ALIAS", "", "my_index_alias", one_line, "the alias that readers use")
 READER_QUERIES = Setting("READER_QUERIES", "--queries", "", one_line,
                          "a file of search bodies, one per line, tried on both indices; with --show on the live one")
 LOG_DIR = Setting("LOG_DIR", "", "logs", own_folder, "run logs and rejects files")
@@ -364,13 +369,15 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting("", "--accept-fields", "", field_names,
                 'comma-separated fields that this run does not check; a name with a comma or a quotation mark as in '
                 'CSV: a,"b,c"'),
-        READER_QUERIES,
+        READER_QUERIES, REFRESH_STRATEGY,
+        Setting("DISK_CHECK", "", "true", boolean, "refuse a refresh that the data nodes have too little space for"),
         replace(WAIT_SECONDS, flag="--wait-seconds"),
         Setting("", "--undo", "", boolean, "move readers back: counts, fields and queries are not checked"),
         Setting("", "--show", "", boolean, "print the index that the alias points at, nothing else"),
     ],
     "bulkupdate": [
         *ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS, SKIP_UNCHANGED,
+        INDEX_ALIAS,
         Setting("", "--batch-size", "5000", positive_int, "documents per request"),
         Setting("", "--workers", "", positive_int, "bulk requests in flight (default: found while loading)"),
         Setting("", "--id-column", "", str, "the column that holds the id; a later row replaces an earlier one"),
@@ -391,12 +398,12 @@ SETTINGS: dict[str, list[Setting]] = {
         LOG_DIR, LOCK_DIR, READER_QUERIES, SKIP_UNCHANGED,
         Setting("PRIMARY_INDEX", "", "my_index_primary", one_line, "the index that readers are on"),
         Setting("SECONDARY_INDEX", "", "my_index_secondary", one_line, "the standby index"),
-        Setting("INDEX_ALIAS", "", "my_index_alias", one_line, "the alias that readers use"),
+        INDEX_ALIAS,
         Setting("S3_BUCKET", "", "your-bucket", one_line, "the bucket of the CSV files"),
         Setting("S3_PREFIX", "", "your/prefix/", one_line, "the prefix of their keys"),
         Setting("BATCH_SIZE", "", "1000", positive_int, "documents per request"),
         Setting("STEP_DELAY_SECONDS", "", "5", non_negative, "seconds between two steps"),
-        Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"), "which index is loaded"),
+        REFRESH_STRATEGY,
     ],
 }  # fmt: skip
 
@@ -1117,8 +1124,12 @@ class Connection:
             what_to_do = "look at GET _cluster/health and run again"
         return f"; given up after {seconds_since(began):.0f} s: {what_to_do}"
 
+    @property
+    def who(self) -> str:
+        return f"user {self.credentials.username}" if self.credentials.username else "the AWS credentials"
+
     def _advice(self, status: int, kind: str, reason: str) -> str:
-        user = f"user {self.credentials.username}" if self.credentials.username else "the AWS credentials"
+        user = self.who
         if not self.credentials.username and status in (401, 403) and not kind:  # AWS itself, before the cluster
             return "; renew the AWS credentials, or let their policy allow es:ESHttp* on the domain"
         if status == 401:
@@ -1147,6 +1158,8 @@ class OpenSearchBaseManager(Connection):
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(settings)
         self.dry_run: bool = settings.dry_run
+        self.names: list[str] = []  # the indices and aliases that the script works on
+        self.probes: list[Probe] = []  # of the permissions that it needs with these settings
         self._version: tuple[int, int] | None = None
         self._locks: list[int] = []
         self._task_started = False
@@ -1189,6 +1202,18 @@ class OpenSearchBaseManager(Connection):
             raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the index itself")
         settings: dict[str, Any] = found[index]["settings"]
         return settings
+
+    def read_indices(self, *indices: str) -> dict[str, dict[str, Any]]:
+        """Return aliases, mapping and flat settings of each index. Raises as `_verify_index_exists`."""
+        path, params = f"/{','.join(indices)}", {"flat_settings": "true"}
+        response = self.request("GET", path, params=params, accept=[404])
+        missing = [index for index in indices if response.status == 404 or index not in response.data]
+        for index in missing:
+            self._verify_index_exists(index)
+        if missing:
+            raise OperationFailed(f"index {', '.join(missing)} was created just now; run again")
+        found: dict[str, dict[str, Any]] = response.data
+        return found
 
     def index_uuid(self, index: str) -> str:
         """Return what tells an index from a later one of the same name. Raises as `_verify_index_exists`."""
@@ -1370,6 +1395,155 @@ class OpenSearchBaseManager(Connection):
             time.sleep(0.5)
 
 
+# --- permissions ------------------------------------------------------------------------------------------------------
+
+
+class Probe(NamedTuple):
+    """A request that changes nothing, but is denied to a user who lacks the permissions that it stands for."""
+
+    method: str
+    path: str
+    body: Any = None
+    allowed: Sequence[int] = (200,)  # the statuses that prove the permissions
+
+
+# The server refuses these for another reason, once the user may send them: no such task, setting, scroll or document.
+UNKNOWN_SETTING = {"index.permission_probe": 1}
+NOT_THERE = {"_id": "permission-probe", "if_seq_no": 0, "if_primary_term": 1}
+
+
+def reading_probes(*indices: str) -> list[Probe]:
+    """What every script sends before it changes anything."""
+    names = ",".join(indices)
+    paths = ["/", f"/_cluster/health/{names}", "/_tasks?actions=*reindex", f"/{names}", f"/{names}/_settings",
+             f"/{names}/_mapping", f"/{names}/_alias", f"/{names}/_count", f"/{names}/_stats/store"]  # fmt: skip
+    return [*(Probe("GET", path) for path in paths), Probe("POST", f"/{names}/_refresh")]
+
+
+def bulk_probe(index: str, *actions: str) -> Probe:
+    """Only for an index that exists: on a missing one, this would create it."""
+    lines = [json.dumps({action: NOT_THERE}) + ("\n{}" if action == "index" else "") for action in actions]
+    return Probe("POST", f"/{index}/_bulk?pipeline=_none", ("\n".join(lines) + "\n").encode())
+
+
+def deleting_probes(index: str) -> list[Probe]:
+    """What is sent to empty an index, except for the deletions themselves (`bulk_probe`)."""
+    return [
+        Probe("GET", "/_tasks/permission-probe:1", allowed=(404,)),
+        Probe("POST", "/_tasks/permission-probe:1/_cancel"),
+        Probe("POST", "/_search/scroll", {"scroll_id": "permission-probe"}, (400, 404)),
+        Probe("GET", f"/{index}/_search_shards"),
+        Probe("POST", f"/{index}/_delete_by_query?slices=auto", {"query": {"match_none": {}}}),
+        Probe("PUT", f"/{index}/_mapping", {"properties": {}}),
+    ]
+
+
+def settings_probe(index: str) -> Probe:
+    return Probe("PUT", f"/{index}/_settings", UNKNOWN_SETTING, (400,))
+
+
+def creating_probes(index: str) -> list[Probe]:
+    """What is sent to recreate an index, except for the deletion, which cannot be asked without deleting."""
+    unknown = {"settings": UNKNOWN_SETTING}  # never creates it
+    return [Probe("PUT", f"/{index}", unknown, (400,)), Probe("GET", f"/{index}", None, (200, 404))]
+
+
+def denied(probe: Probe, response: Response) -> list[str]:
+    """Return what the response says is missing: permissions of the role, or a verb of IAM or the access policy."""
+    text = response.body.decode(errors="replace") if response.status == 403 or "_bulk" in probe.path else ""
+    if found := re.findall(r"no permissions for \[((?:[^][]|\[\w+\])+)\]", text):
+        return [role_line(action) for part in found for action in part.split(", ")]
+    if response.status != 403 or error_of(response.body)[0] or re.search("request: .* is not allowed", text):
+        return []  # allowed, or refused for another reason: a block, or nobody may send this to a managed domain
+    verb = re.search(r"es:\w+", text)
+    return [verb[0] if verb else f"es:ESHttp{probe.method.capitalize()}"]
+
+
+def role_line(action: str) -> str:
+    """Return an action as a role has it: with those that the server derives from it for each shard."""
+    return re.sub(r"^(indices:(data/read/scroll|admin/(refresh|flush)|data/write/bulk(?=\[))).*", r"\1*", action)
+
+
+def missing_permissions(manager: OpenSearchBaseManager, probes: Iterable[Probe]) -> list[str]:
+    """Send all probes, eight at a time; return what is denied, each once."""
+
+    def send(probe: Probe) -> list[str]:
+        try:
+            response = manager.request(probe.method, probe.path, probe.body, retry=False, accept=range(300, 500))
+        except RequestFailed as error:  # busy or not reached: this proves nothing, and the run itself will retry
+            log.debug("not determined: %s", error)
+            return []
+        missing = denied(probe, response)
+        if not missing and response.status not in probe.allowed:
+            log.debug("%s %s: unexpected status %s", probe.method, probe.path, response.status)
+        return missing
+
+    with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
+        return sorted({line for lines in pool.map(send, probes) for line in lines})
+
+
+def require_permissions(manager: OpenSearchBaseManager, probes: Iterable[Probe]) -> None:
+    """Raise OperationFailed that names all that is missing, as lines of a role."""
+    if not manager._answered:  # a wrong endpoint or certificate has to show, and not eight times
+        manager.request("GET", "/", accept=[403])
+    if not (missing := missing_permissions(manager, probes)):
+        return
+    verbs = [line for line in missing if line.startswith("es:")]
+    cluster = [line for line in missing if re.match(r"cluster:|indices:data/(write/(bulk|reindex)$|read/scroll)", line)]
+    role, advice = dict[str, Any](), list[str]()
+    if cluster:
+        role["cluster_permissions"] = cluster
+    if index := [line for line in missing if line not in verbs + cluster]:
+        role["index_permissions"] = [{"index_patterns": manager.names, "allowed_actions": index}]
+    if role:
+        advice.append(f"add to the role of {manager.who}: {json.dumps(role)}")
+    if verbs:
+        advice.append(f"let IAM and the access policy of the domain allow {', '.join(verbs)} to {manager.who}")
+    raise OperationFailed(f"permissions are missing, nothing was changed; {'; '.join(advice)}")
+
+
+# --- the state of an index --------------------------------------------------------------------------------------------
+
+TO_READ = ("index.blocks.read", "index.blocks.search_only")
+TO_MOVE_ALIAS = (*TO_READ, "index.blocks.read_only", "index.blocks.read_only_allow_delete")
+TO_FILL = (*TO_MOVE_ALIAS, "index.blocks.write", "index.append_only.enabled")
+REMEDIES = {  # where removing the setting is none
+    "index.blocks.read_only_allow_delete": "free disk space on the data nodes, and the server removes it",
+    "index.blocks.search_only": "scale the index up again (_scale)",
+    "index.append_only.enabled": "create the index without it",
+}
+
+
+def recovered_settings(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an index as they are once a load has restored what it has changed."""
+    settings, marker = found["settings"], found["mappings"].get("_meta", {}).get(SUITE) or {"found": {}, "set": {}}
+    changed = {name: value for name, value in marker["found"].items() if settings.get(name) == marker["set"].get(name)}
+    return {**settings, **changed}
+
+
+def refuse_unusable(index: str, found: Mapping[str, Any], obstacles: Sequence[str]) -> None:
+    """Raise Refused if the index is closed, or has a setting that is an obstacle to what it is needed for."""
+    settings = recovered_settings(found)
+    if settings.get("index.verified_before_close") == "true":
+        raise Refused(f"index {index} is closed, nothing was changed; open it, see POST /{index}/_open")
+    for name in obstacles:
+        if settings.get(name) == "true":
+            remedy = REMEDIES.get(name, f'remove it: PUT /{index}/_settings {{"{name}": null}}')
+            raise Refused(f"index {index} has {name}, nothing was changed; check why, and {remedy}")
+
+
+def await_primaries(manager: OpenSearchBaseManager, *indices: str) -> None:
+    """Wait for RETRY_SECONDS until no index is red. Raises Refused."""
+    retry, path = Retry(manager.settings.retry_seconds), f"/_cluster/health/{','.join(indices)}"
+    while True:
+        health = manager.request("GET", path, params={"level": "indices"}).data["indices"]
+        if not (red := ", ".join(index for index in indices if health[index]["status"] == "red")):
+            return
+        if not retry.wait(f"index {red} is red: a shard has no active copy; checking again"):
+            why = "see GET _cluster/allocation/explain, and run again"
+            raise Refused(f"index {red} is red: a shard has no active copy; nothing was changed: {why}")
+
+
 # --- an index that is filled ------------------------------------------------------------------------------------------
 
 
@@ -1496,25 +1670,50 @@ class TargetIndex:
         self.uuid = ""
         self.emptied = False  # at least partly
 
-    def claim(self, *, may_be_live: bool = False) -> None:
+    def claim(self, *, may_be_live: bool = False, alias: str = "") -> None:
         """Lock the index and recover it; a dry run changes nothing.
+
+        `alias` is the one that readers will have left when the index is emptied; any other one keeps it live.
 
         Raises Locked, Refused if it is live or another client is working on it, OperationFailed if it is missing.
         """
         self.manager.lock(self.name, shared=self.shared)
+        self.require_permissions()
         self.recover_index()
         self.marker = Marker(self.manager, self.name)
-        self.uuid = self.manager.index_uuid(self.name)
+        found = self.manager.read_indices(self.name)[self.name]
+        self.uuid = found["settings"]["index.uuid"]
+        refuse_unusable(self.name, found, TO_FILL)
+        self.await_primaries()
         if not may_be_live:
             self.refuse_live()
-        elif aliases := self.manager._check_index_aliases(self.name):
-            log.info("index %s is live: alias %s points at it", self.name, ", ".join(aliases))
+        elif alias and (others := sorted({*found["aliases"]} - {alias})):
+            raise Refused(
+                f"index {self.name} is to be emptied, but alias {', '.join(others)} points at it too; nothing was "
+                f"changed. Give that alias an index of its own, and move it there: python switch_alias.py --alias "
+                f"{others[0]} --source {self.name} --target ITS_OWN_INDEX"
+            )
+        elif aliases := ", ".join(sorted(found["aliases"])):
+            log.info("index %s is live: alias %s points at it", self.name, aliases)
         self.manager.await_tasks(self.name, exclusive=not self.shared)
-        if marker := self.marker.read():
+        if marker := found["mappings"].get("_meta", {}).get(SUITE):
             log.warning("index %s is unfinished: a run on %s, started %s, did not succeed", self.name,
                         marker.get("host"), marker.get("started"))  # fmt: skip
             if not self.manager.dry_run:
                 self.marker.restore_settings(marker)
+
+    def require_permissions(self) -> None:
+        """Raise OperationFailed if the user may not do all that the script needs to do."""
+        there = self.exists()  # a bulk request would create a missing index
+        probes = [probe for probe in self.manager.probes if there or "_bulk" not in probe.path]
+        require_permissions(self.manager, probes)
+
+    def exists(self) -> bool:
+        response = self.manager.request("GET", f"/{self.name}", accept=[403, 404])
+        return response.status == 200 and self.name in response.data
+
+    def await_primaries(self) -> None:
+        await_primaries(self.manager, self.name)
 
     def recover_index(self) -> None:
         """Recover a missing index; here there is nothing to recover it from."""

@@ -14,8 +14,9 @@ from typing import Any
 
 from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
-    ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, Refused, add_settings, field_definitions,
-    index_name, log, per_second, run_cli, seconds_since,
+    TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, Probe, Refused, add_settings,
+    await_primaries, bulk_probe, deleting_probes, field_definitions, index_name, log, per_second, reading_probes,
+    refuse_unusable, run_cli, seconds_since, settings_probe,
 )  # fmt: skip
 
 BATCH_SIZE = 5000  # documents a scroll batch; copies 8 to 15 % faster than the server's 1000
@@ -36,6 +37,13 @@ class Reindex(OpenSearchBaseManager):
         super().__init__(settings)
         self.source: str = settings.source
         self.target = ClearableIndex(self, settings.target)
+        self.names = [settings.source, settings.target]
+        source, target = settings.source, settings.target
+        nothing = {"source": {"index": source, "query": {"match_none": {}}}, "dest": {"index": target}}
+        self.probes = [
+            *reading_probes(source, target), *deleting_probes(target), settings_probe(target),
+            bulk_probe(target, "index", "delete"), Probe("POST", "/_reindex?slices=auto", nothing),
+        ]  # fmt: skip
 
     def run(self) -> dict[str, Any]:
         began, target = time.monotonic(), self.target
@@ -56,12 +64,14 @@ class Reindex(OpenSearchBaseManager):
     def _check(self) -> str:
         """Claim the target, and see that the source is whole and has the same fields; return the source's UUID."""
         self.lock(self.source, shared=True)  # so that a task found on it is known to be alive
-        source_uuid = self.index_uuid(self.source)
         self.target.claim()
+        found = self.read_indices(self.source, self.target.name)
+        refuse_unusable(self.source, found[self.source], TO_READ)
+        await_primaries(self, self.source)
         # somebody has moved readers to it past the scripts: the target may be the only whole data there is
         what_to_do = f"load it again, or move readers to {self.target.name}, before it is copied"
         Marker(self, self.source).refuse(what_to_do)
-        missing, different = compare_fields(self.get_mapping(self.source), self.get_mapping(self.target.name))
+        missing, different = compare_fields(*(found[index]["mappings"] for index in (self.source, self.target.name)))
         if different:
             raise Refused(
                 f"fields defined differently in {self.source} and {self.target.name}: {', '.join(different)}; "
@@ -69,7 +79,7 @@ class Reindex(OpenSearchBaseManager):
             )
         if missing:
             log.info("fields that %s lacks: %s", self.target.name, ", ".join(missing))
-        return source_uuid
+        return str(found[self.source]["settings"]["index.uuid"])
 
     def _add_missing_fields(self) -> None:
         """Define new fields in the target as the source does, or the copy would make it guess (dates!)."""

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opensearch_base_manager import (
-    HERE, SETTINGS, ConfigurationError, LogFormatter, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown,
-    Progress, Refused, RequestFailed, Retry, add_settings, boolean, index_name, log, run_cli, seconds_since,
+    HERE, SETTINGS, TO_MOVE_ALIAS, ConfigurationError, LogFormatter, Marker, OpenSearchBaseManager, OperationFailed,
+    OutcomeUnknown, Probe, Progress, Refused, RequestFailed, Retry, add_settings, await_primaries, boolean, error_of,
+    index_name, log, reading_probes, refuse_unusable, require_permissions, run_cli, seconds_since,
 )  # fmt: skip
 
 CARRIED_OVER = ("filter", "index_routing", "search_routing", "is_write_index", "is_hidden")  # `add` would drop them
@@ -30,6 +31,9 @@ TEXT_TYPES = set("text match_only_text annotated_text search_as_you_type".split(
 FIELDS_AT_ONCE = 8  # counts under way; each is answered in a millisecond, however many documents there are
 NAMED = 10  # fields or queries in a message; the command beside it has them all
 NOTICED_SHARE = Fraction(1, 100)  # a field that fewer documents have may come and go
+GB = 1e9
+# of the live index's size: the copy and the load beside what was deleted, or the load alone
+DISK_NEEDED = {"copy-back": 2.5, "alternate": 1.5}
 QUERY_TIMEOUT_S = 30  # the server's limit for a reader's query; where it does not answer, READ_TIMEOUT_S is ours
 AGAIN = "Until this is resolved, every nightly refresh will be refused."
 
@@ -300,7 +304,18 @@ class SwitchAlias(OpenSearchBaseManager):
         self.queries = read_queries(queries_file(settings))
         super().__init__(settings)
         self.alias, self.source, self.target = settings.alias, settings.source, settings.target
+        if self.source and self.target:
+            self.names, self.probes = [self.source, self.target, self.alias], self._probes()
         self.audit = Audit(self)
+
+    def _probes(self) -> list[Probe]:
+        indices, alias = [self.source, self.target], self.alias
+        twice = [{"add": {"index": index, "alias": alias, "index_routing": "x,y"}} for index in indices]
+        return [
+            *reading_probes(*indices), Probe("GET", f"/{alias}/_alias/{alias}"),
+            Probe("POST", "/_tasks/permission-probe:1/_cancel"),
+            Probe("POST", "/_aliases", {"actions": twice}, (400,)),  # two routing values: refused, whatever is there
+        ]  # fmt: skip
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -312,6 +327,7 @@ class SwitchAlias(OpenSearchBaseManager):
         for index in sorted([self.source, self.target]):
             self.lock(index)
         if not self.settings.undo:
+            require_permissions(self, self.probes)
             self.await_tasks(self.target)
         Marker(self, self.target).refuse("load it again first")
         self.audit.run()
@@ -329,15 +345,63 @@ class SwitchAlias(OpenSearchBaseManager):
         return result
 
     def show(self) -> str:
-        """Return the one index that the alias points at, and try the queries on it. Raises Refused for several."""
+        """Return the one index that the alias points at. Raises Refused if it points at several.
+
+        With source and target, in any order, check whether a switch from it to the other one could work, as far as that
+        does not depend on the documents of the target.
+        """
+        if self.source and self.target:
+            require_permissions(self, self.probes)
         indices = self._indices_behind()
         if len(indices) != 1:
             state = ", ".join(sorted(indices))
             raise Refused(f"alias {self.alias} points at {len(indices)} indices: {state}; take it off all but one")
-        [index] = indices
+        [live] = indices
+        if self.source and self.target:
+            self.source, self.target = sorted([self.source, self.target], key=lambda index: index != live)
+            self._check_pair()
+        return live
+
+    def _check_pair(self) -> None:
+        """Raise Refused for what would keep readers from being moved, whatever the target will hold by then."""
+        self._expected_indices()
+        found = self.read_indices(self.source, self.target)
+        for index in (self.source, self.target):
+            refuse_unusable(index, found[index], TO_MOVE_ALIAS)
+        await_primaries(self, self.source)
+        if others := sorted({*found[self.source]["aliases"]} - {self.alias}):
+            log.warning("alias %s points at %s too: a refresh that is to empty this index is refused; give that alias "
+                        "an index of its own", ", ".join(others), self.source)  # fmt: skip
+        self._warn_of_moving_shards()
+        if self.settings.disk_check:
+            self._check_disk()
         for place, body in self.queries:
-            self.audit.hits(index, place, body)
-        return index
+            self.audit.hits(self.source, place, body)
+
+    def _warn_of_moving_shards(self) -> None:
+        if moving := self.request("GET", "/_cluster/health").data["relocating_shards"]:
+            log.warning("%s shards are relocating: if a node is about to leave, or the domain is being changed, a copy "
+                        "or a deletion may be lost with its node", moving)  # fmt: skip
+
+    def _check_disk(self) -> None:
+        """Raise Refused if the data nodes have less free space than the strategy needs for copies of the live index."""
+        response = self.request("GET", "/_nodes/stats/fs", accept=[403])
+        if response.status == 403:
+            log.info("free disk space is not checked: %s", error_of(response.body)[1])
+            return
+        free = {node["name"]: node["fs"]["total"]["available_in_bytes"]
+                for node in response.data["nodes"].values() if "data" in node["roles"]}  # fmt: skip
+        stats = self.request("GET", f"/{self.source}/_stats/store").data
+        needed = DISK_NEEDED[self.settings.refresh_strategy] * stats["_all"]["total"]["store"]["size_in_bytes"]
+        shown = ", ".join(f"{name} {size / GB:,.1f}" for name, size in free.items())
+        if sum(free.values()) < needed:
+            raise Refused(
+                f"a refresh of {self.source} needs {needed / GB:,.1f} GB of disk, and the data nodes have less free "
+                f"({shown}); nothing was changed. Give them more, or turn this check off: DISK_CHECK=false"
+            )
+        if any(size < needed / len(free) for size in free.values()):
+            log.warning("a refresh of %s needs %.1f GB of disk, and one of the data nodes may run short: %s",
+                        self.source, needed / GB, shown)  # fmt: skip
 
     # --- the indices behind the alias ---
 

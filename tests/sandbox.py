@@ -57,13 +57,14 @@ USER, PASSWORD = "refresh", """p@ss: "w'o\\rd" $HOME `#1` %41 {ü€} =;&?/"""
 ADMIN, ADMIN_PASSWORD = "admin", "sandbox-only"
 PRIMARY, SECONDARY, ALIAS = "my_index_primary", "my_index_secondary", "my_index_alias"
 BUCKET, PREFIX, PARAMETERS = "your-bucket", "your/prefix/", "/opensearch"
-FILLED = 4  # counts the kinds of filled data: roles and rows that a server starts with
+FILLED = 5  # counts the kinds of filled data: roles and rows that a server starts with
 LAST_LOADED_MONTH = 11  # primary starts without December, so that a refresh changes what readers see (+9.1 %)
 
 # What the scripts need, and nothing else: each was found by taking it away.
 CLUSTER_PERMISSIONS = """
 cluster:monitor/main cluster:monitor/health cluster:monitor/task/get cluster:monitor/tasks/lists
 cluster:admin/tasks/cancel indices:data/write/bulk indices:data/write/reindex indices:data/read/scroll*
+cluster:monitor/nodes/stats
 """.split()
 INDEX_PERMISSIONS = """
 indices:data/read/search indices:admin/shards/search_shards indices:data/write/bulk* indices:data/write/index
