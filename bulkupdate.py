@@ -41,8 +41,8 @@ from typing import Any, BinaryIO, TypeVar
 from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
     MAX_CONNECTIONS, SUITE, Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
-    TooManyRejects, add_settings, aws_errors, bulk_probe, deleting_probes, field_definitions, index_name, log,
-    per_second, reading_probes, run_cli, seconds_since, settings_probe,
+    TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions, index_name,
+    log, parents_of, per_second, reading_probes, refuse_too_many_fields, run_cli, seconds_since, settings_probe,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -78,8 +78,14 @@ BULK_PARAMS = {
     "filter_path": "errors,items.*.status,items.*.error.type,items.*.error.reason,items.*.error.caused_by.reason"
 }
 METADATA_FIELDS = frozenset(
-    ["_id", "_index", "_source", "_routing", "_field_names", "_ignored", "_size", "_type", "_seq_no", "_version"]
-)
+    ["_id", "_index", "_source", "_routing", "_field_names", "_ignored", "_size", "_type", "_seq_no", "_version",
+     "_doc_count", "_nested_path", "_primary_term", "_data_stream_timestamp"]
+)  # fmt: skip
+NO_CSV = {  # how files begin that are something else
+    b"\x28\xb5\x2f\xfd": "compressed with zstd", b"PK\x03\x04": "a zip archive or a spreadsheet",
+    GZIP_MAGIC: "compressed with gzip twice", b"PAR1\x15": "Parquet",
+}  # fmt: skip
+ROWS_CHECKED = 100  # of each object in a dry run
 
 Result = TypeVar("Result")
 
@@ -210,23 +216,29 @@ class Schema:
     added: dict[str, dict[str, Any]]
 
 
-def read_heads(bucket: Bucket, objects: Iterable[S3Object], delimiter: str, new: NewColumns) -> list[Head]:
+def read_heads(
+    bucket: Bucket, objects: Iterable[S3Object], delimiter: str, new: NewColumns, check: FirstRows | None = None
+) -> list[Head]:
     """Read the heads of all objects; objects that are complete in it are kept for the load, 16 MiB in total."""
     heads, kept = list[Head](), 0
     for item, data in read_ahead(bucket, [item for item in objects if item.size], HEAD_BYTES):
-        heads.append(look_at(item, data, delimiter, new))
+        heads.append(look_at(item, data, delimiter, new, check))
         if len(data) == item.size and kept + item.size <= KEPT_BYTES:
             bucket.kept[item.key] = data
             kept += item.size
     return heads
 
 
-def look_at(item: S3Object, data: bytes, delimiter: str, new: NewColumns) -> Head:
+def look_at(
+    item: S3Object, data: bytes, delimiter: str, new: NewColumns, check: FirstRows | None = None
+) -> Head:
     """Read the head of an object. Raises Refused when it is not a CSV file that can be loaded."""
     data, complete = head_lines(item, data)
     columns, blocks = read_csv(io.BytesIO(data), item.key, delimiter, complete=False)
     if data and not columns:
         raise no_header(item.key)
+    if check and columns:
+        check.render(item.key, *read_csv(io.BytesIO(data), item.key, delimiter, complete=False))
     undecided, has_rows = new.undecided(columns), bool(columns) and not complete
     for block in blocks:
         has_rows = has_rows or any(block.rows)
@@ -248,9 +260,15 @@ def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
         except zlib.error as error:
             raise OperationFailed(f"{item.key}: broken gzip: {error}; write the object again") from None
         complete = complete and unpacker.eof and not unpacker.unused_data
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4 > 0:
+    if found := [kind for magic, kind in NO_CSV.items() if data.startswith(magic)]:
+        raise Refused(f"{item.key} is {found[0]}; save it as plain CSV, or compressed with gzip once")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or abs(data[::2].count(0) - data[1::2].count(0)) > len(data) // 4:
         raise Refused(f"{item.key}: UTF-16; save it as UTF-8")
+    if data.count(0) > len(data) // 4:
+        raise Refused(f"{item.key}: many NUL characters; is it a CSV file?")
     data = data.removeprefix(b"\xef\xbb\xbf")
+    if b"\r" in data and b"\n" not in data:
+        raise Refused(f"{item.key}: lines end with CR alone; save it with LF or CRLF")
     if not complete and b"\n" not in data:
         raise Refused(f"{item.key}: no line ends within the first {HEAD_BYTES // 1024} KiB; is it a CSV file?")
     return data if complete else data[: data.rindex(b"\n") + 1], complete
@@ -318,11 +336,16 @@ def is_dynamic(mapping: Mapping[str, Any], name: str) -> bool:
     return dynamic_of(mapping, name) != "false" and not dynamic_of(mapping, name).startswith("strict")
 
 
+def unwritable(columns: Iterable[str], types: Mapping[str, str]) -> list[str]:
+    """Return the columns that no document could bring: alias fields, and single parts of nested objects."""
+    nested = {name for name, kind in types.items() if kind == "nested"}
+    return [name for name in columns if types.get(name) == "alias" or nested & parents_of(name)]
+
+
 def inside_values(mapping: Mapping[str, Any], added: Mapping[str, Any]) -> list[str]:
     """Return the new fields that would be part of one that holds a value itself, as a.b would beside a number a."""
     values = {name for name, kind in types_in(mapping).items() if kind not in ("object", "nested")}
-    parents = {name: set(itertools.accumulate(name.split(".")[:-1], "{}.{}".format)) for name in added}
-    return [name for name in added if parents[name] & {*values, *added}]
+    return [name for name in added if parents_of(name) & {*values, *added}]
 
 
 def properties_of(added: Mapping[str, Any]) -> dict[str, Any]:
@@ -518,14 +541,20 @@ def mark_unreadable(block: Block) -> None:
             block.rows[place], block.clean = Defect(reason, row), False
 
 
-def no_header(place: str) -> Refused:
-    return Refused(f"{place}: the first line is not a CSV header; add the column names")
+def no_header(place: str, row: Any = None) -> Refused:
+    what_to_do = "add the column names"
+    if isinstance(row, Defect):
+        spaced = re.search(r'"[ \t]', row.row)
+        what_to_do = f"{row.reason}; {'remove the space between quote and delimiter' if spaced else 'mend the file'}"
+    return Refused(f"{place}: the first line is not a CSV header: {what_to_do}")
 
 
 def header_of(place: str, row: Any) -> list[str]:
     """Return the column names in the first record. Raises Refused when they cannot be field names."""
     if not row or isinstance(row, Defect):
-        raise no_header(place)
+        raise no_header(place, row)
+    if re.fullmatch("sep=.?", row[0]):
+        raise Refused(f"{place}: the first line, {row[0]}, is for spreadsheets; remove it, and give the delimiter")
     columns = [sys.intern(name.strip()) for name in row]  # 10,000 objects need 10 MB less
     if doubled := sorted({name for name in columns if columns.count(name) > 1 and name}):
         raise Refused(f"{place}: doubled column names: {', '.join(doubled)}; rename them")
@@ -829,6 +858,38 @@ class Renderer:
             return map(separator_with_id, ids, itertools.count(self.first_version + self.read + offset))
         first = source.record + offset
         return map(source.separator.__mod__, range(first, first + len(ids)))
+
+
+class FirstRows:
+    """Renders the first rows of each object as the load would, to see in a dry run what it would reject."""
+
+    def __init__(self, types: Mapping[str, str], bucket: str, id_column: str) -> None:
+        self._renderer = Renderer(types, self._reject, bucket=bucket, id_column=id_column)
+        self.rejected, self.reasons = 0, list[str]()
+
+    def render(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> None:
+        for name in columns:  # the type of a new one will fit all cells of the heads
+            self._renderer.columns.setdefault(name, Column(name, "text"))
+        left = ROWS_CHECKED
+        for block in blocks:
+            first = Block(block.lines[:left], block.rows[:left], block.clean)
+            list(self._renderer.documents(key, columns, [first]))
+            left -= len(first.rows)
+            if not left:
+                break
+
+    def _reject(self, key: str, line: int, defect: Defect) -> None:
+        self.rejected += 1
+        if len(self.reasons) < REJECTS_SHOWN:
+            self.reasons.append(f"{key} line {line}: {defect.reason}")
+
+    def refuse(self, accepted: int) -> None:
+        """Raise Refused if the load would reject more rows than are accepted."""
+        if self.rejected > accepted:
+            raise Refused(
+                f"of the first {ROWS_CHECKED} rows of each object {self.rejected:,} would be rejected, {accepted:,} "
+                f"are accepted (MAX_REJECTS); nothing was changed: mend data or mapping. {'; '.join(self.reasons)}"
+            )
 
 
 # --- batch ------------------------------------------------------------------------------------------------------------
@@ -1357,9 +1418,12 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _look(self, objects: list[S3Object]) -> Schema:
         """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
-        mapping = self.get_mapping(self.target.name)
+        mapping, index = self.target.found["mappings"], self.target.name
+        if mapping.get("_routing", {}).get("required"):
+            raise Refused(f"index {index} requires a routing (_routing), which no row has; create it without that")
         new, known = NewColumns(mapping), types_in(mapping)
-        heads = read_heads(self.bucket, objects, self.delimiter, new)
+        check = FirstRows(known, self.bucket.name, self.id_column) if self.dry_run else None
+        heads = read_heads(self.bucket, objects, self.delimiter, new, check)
         if not any(head.has_rows for head in heads):
             raise Refused(
                 f"{self.place}: not one data row, nothing was changed; see whether the producer of the files has "
@@ -1368,7 +1432,14 @@ class BulkUpdate(OpenSearchBaseManager):
         for head in heads:
             if head.columns:
                 self._check_columns(head, known)
-        return schema_of(self.target.name, mapping, new)
+        if wrong := unwritable(sorted({name for head in heads for name in head.columns}), known):
+            raise Refused(f"columns that {index} takes from no document, since they are aliases or parts of nested "
+                          f"objects: {', '.join(wrong)}; rename them or take them out")  # fmt: skip
+        schema = schema_of(index, mapping, new)
+        refuse_too_many_fields(index, self.target.found, schema.added)
+        if check:
+            check.refuse(self.settings.max_rejects)
+        return schema
 
     def _check_columns(self, head: Head, known: Container[str]) -> None:
         if known and not any(name in known for name in head.columns):
@@ -1490,7 +1561,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bulkupdate.py",
         description="Replace the documents of an index by the rows of the CSV files under an S3 prefix.",
     )
-    parser.add_argument("--bucket", required=True, help="the S3 bucket")
+    parser.add_argument("--bucket", required=True, type=bucket_name, help="the S3 bucket")
     parser.add_argument("--prefix", required=True, help="the prefix of the keys; .csv and .csv.gz are taken")
     parser.add_argument("--index", required=True, type=index_name, help="the index to fill; no alias may point at it")
     return add_settings(parser)

@@ -145,8 +145,12 @@ class ClearableIndex(TargetIndex):
         began, left, rounds = time.monotonic(), found, 0
         size = self.manager.settings.requests_per_second.batch_size(SCROLL_SIZE)
         while left and rounds < MAX_ROUNDS:
-            if rounds:  # a run on another host may have finished meanwhile, and have moved readers here
-                self.refuse_live()
+            # a run on another host may have finished meanwhile, and have moved readers here
+            if rounds and (aliases := self.manager._check_index_aliases(self.name)):
+                raise Refused(
+                    f"index {self.name} is live: alias {', '.join(aliases)} points at it, and {found:,} documents have "
+                    f"been deleted; readers see the {left:,} that are left. Move them away, and load the index again"
+                )
             self.manager.run_task(
                 f"/{self.name}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {self.name}",
                 total=left, conflicts="proceed", scroll_size=size,

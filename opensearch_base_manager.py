@@ -25,6 +25,7 @@ import contextlib
 import csv
 import fcntl
 import gc
+import itertools
 import io
 import json
 import logging
@@ -207,6 +208,12 @@ def index_name(text: str) -> str:
     if not re.fullmatch(r"[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#:%]*", text) or text in (".", ".."):
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of an index (lower case, no pattern, no list)")
     return text
+
+
+def bucket_name(text: str) -> str:
+    if re.search("[:/]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a bucket; give the bucket's name alone")
+    return one_line(text)
 
 
 def one_character(text: str) -> str:
@@ -399,7 +406,7 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting("PRIMARY_INDEX", "", "my_index_primary", one_line, "the index that readers are on"),
         Setting("SECONDARY_INDEX", "", "my_index_secondary", one_line, "the standby index"),
         INDEX_ALIAS,
-        Setting("S3_BUCKET", "", "your-bucket", one_line, "the bucket of the CSV files"),
+        Setting("S3_BUCKET", "", "your-bucket", bucket_name, "the bucket of the CSV files"),
         Setting("S3_PREFIX", "", "your/prefix/", one_line, "the prefix of their keys"),
         Setting("BATCH_SIZE", "", "1000", positive_int, "documents per request"),
         Setting("STEP_DELAY_SECONDS", "", "5", non_negative, "seconds between two steps"),
@@ -886,6 +893,15 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
         raise OperationFailed(f"{what}: {error}; check AWS_REGION and the network, and run again") from None
 
 
+AWS_ADVICE = {
+    "InvalidObjectState": "it is archived: restore it, or take it out of the prefix",
+    "RequestTimeTooSkewed": "set the clock of this host",
+    "SignatureDoesNotMatch": "check the secret access key of the AWS credentials, and the clock of this host",
+    "AllAccessDisabled": "AWS has disabled the bucket: ask AWS Support, or give another bucket",
+    "KMS.DisabledException": "enable its key in KMS again",
+}
+
+
 def aws_advice(code: str, permission: str) -> str:
     if code in ("AccessDenied", "AccessDeniedException", "403"):
         return f"the IAM policy has to allow {permission}"
@@ -893,7 +909,7 @@ def aws_advice(code: str, permission: str) -> str:
         return "renew the AWS credentials and run again"
     if code in ("SlowDown", "ServiceUnavailable", "InternalError", "InternalServerError") or "Throttl" in code:
         return "AWS is busy: run again later"
-    return "check its name and the region"
+    return AWS_ADVICE.get(code, "check its name and the region")
 
 
 # --- one request: where it goes, and as whom --------------------------------------------------------------------------
@@ -931,11 +947,13 @@ class Credentials:
 def stored(aws: Aws, prefix: str, *parameters: str) -> list[str]:
     """Return the values below a prefix of Parameter Store, SecureString or not, read in one call."""
     names = [f"{prefix}/{name}" for name in parameters]
+    if not names[0].startswith("/"):
+        raise ConfigurationError(f"OPENSEARCH_PARAMETER_PREFIX: {prefix!r} has no slash before it; give /{prefix}")
     with aws_errors(f"Parameter Store, {prefix}/*", "ssm:GetParameters (and kms:Decrypt for a key of your own)"):
         found = aws.client("ssm").get_parameters(Names=names, WithDecryption=True)
     if missing := found["InvalidParameters"]:
         raise OperationFailed(f"Parameter Store: {', '.join(missing)}: no such parameter in this region; create it")
-    values = {parameter["Name"]: parameter["Value"] for parameter in found["Parameters"]}
+    values = {parameter["Name"]: re.sub(r"\r?\n\Z", "", parameter["Value"]) for parameter in found["Parameters"]}
     return [values[name] for name in names]
 
 
@@ -998,8 +1016,23 @@ def error_of(body: bytes) -> tuple[str, str]:
         return "", re.sub(r"<[^>]*>|\s+", " ", body[:300].decode(errors="replace")).strip()
     if not isinstance(error, dict):
         return "", str(error)
+    return root_cause(error)
+
+
+def root_cause(error: Mapping[str, Any]) -> tuple[str, str]:
+    """Return type and reason at the bottom of an error: of its first failed shard, where all that it says is that."""
+    if shards := error.get("failed_shards"):
+        return root_cause(shards[0]["reason"])
     cause = (error.get("root_cause") or [error])[0]
     return str(cause.get("type") or error.get("type")), str(cause.get("reason") or error.get("reason"))
+
+
+def other_server(response: requests.Response) -> str:
+    """Return what has answered in place of OpenSearch, if that shows."""
+    if {"osd-name", "kbn-name"} & {name.lower() for name in response.headers}:
+        return "OpenSearch Dashboards"
+    page = "html" in response.headers.get("Content-Type", "") and response.status_code in (200, 302, 404)
+    return "a web page (a proxy's login?)" if page else ""
 
 
 class Connection:
@@ -1099,6 +1132,9 @@ class Connection:
             )  # fmt: skip
         except requests.RequestException as error:
             raise self._no_response(what, error) from None
+        if what_answers := other_server(response):
+            raise RequestFailed(f"{what}: {what_answers} answers at {self.credentials.endpoint}; give the endpoint of "
+                                "the cluster itself")  # fmt: skip
         self._answered = True
         if response.status_code >= 300 and response.status_code not in accept:
             raise self.failure(what, response.status_code, response.content, response.headers.get("Retry-After"))
@@ -1382,7 +1418,7 @@ class OpenSearchBaseManager(Connection):
         return response
 
     def _reason_of(self, error: Mapping[str, Any]) -> str:
-        kind, reason = str(error.get("type")), str(error.get("reason"))
+        kind, reason = root_cause(error)
         return f"{kind}: {reason}{self._advice(0, kind, reason) or '; run it again'}"
 
     def _cancel_own_tasks(self) -> None:
@@ -1540,8 +1576,27 @@ def await_primaries(manager: OpenSearchBaseManager, *indices: str) -> None:
         if not (red := ", ".join(index for index in indices if health[index]["status"] == "red")):
             return
         if not retry.wait(f"index {red} is red: a shard has no active copy; checking again"):
-            why = "see GET _cluster/allocation/explain, and run again"
-            raise Refused(f"index {red} is red: a shard has no active copy; nothing was changed: {why}")
+            raise Refused(f"index {red} is red: a shard has no active copy (see GET _cluster/allocation/explain); "
+                          "nothing was changed, run again")  # fmt: skip
+
+
+def fields_in(definition: Mapping[str, Any]) -> int:
+    """Count a field as the server's limit does: with its multi-fields, and with those that a text has hidden."""
+    hidden = ("index_prefixes" in definition) + bool(definition.get("index_phrases"))
+    return 1 + hidden + sum(map(fields_in, definition.get("fields", {}).values()))
+
+
+def refuse_too_many_fields(index: str, found: Mapping[str, Any], added: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise Refused if these fields, by their full names, are more than may be added to the mapping."""
+    held, name = dict(field_definitions(found["mappings"])), "index.mapping.total_fields.limit"
+    objects = {parent for field in added for parent in parents_of(field)} - {*held, *added}
+    needed = len(objects) + sum(map(fields_in, [*held.values(), *added.values()]))
+    if added and needed > (limit := int(found["settings"].get(name, 1000))):
+        raise Refused(
+            f"index {index} would have {needed:,} fields with the new ones ({', '.join(added)[:200]}), and {name} is "
+            f'{limit:,}; nothing was changed. Raise it: PUT /{index}/_settings {{"{name}": {needed}}}, or take columns '
+            "out of the files"
+        )
 
 
 # --- an index that is filled ------------------------------------------------------------------------------------------
@@ -1668,6 +1723,7 @@ class TargetIndex:
         self.manager, self.name, self.shared = manager, name, shared
         self.marker = Marker(manager, name)
         self.uuid = ""
+        self.found: dict[str, Any] = {}  # aliases, mappings and settings when it was claimed
         self.emptied = False  # at least partly
 
     def claim(self, *, may_be_live: bool = False, alias: str = "") -> None:
@@ -1682,7 +1738,7 @@ class TargetIndex:
         self.recover_index()
         self.marker = Marker(self.manager, self.name)
         found = self.manager.read_indices(self.name)[self.name]
-        self.uuid = found["settings"]["index.uuid"]
+        self.uuid, self.found = found["settings"]["index.uuid"], found
         refuse_unusable(self.name, found, TO_FILL)
         self.await_primaries()
         if not may_be_live:
@@ -1771,6 +1827,11 @@ class TargetIndex:
 
 
 # --- definitions of fields --------------------------------------------------------------------------------------------
+
+
+def parents_of(name: str) -> set[str]:
+    """Return the objects that a field is part of: `a` and `a.b` of `a.b.c`."""
+    return set(itertools.accumulate(name.split(".")[:-1], "{}.{}".format))
 
 
 def field_definitions(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
     TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, Probe, Refused, add_settings,
     await_primaries, bulk_probe, deleting_probes, field_definitions, index_name, log, per_second, reading_probes,
-    refuse_unusable, run_cli, seconds_since, settings_probe,
+    refuse_too_many_fields, refuse_unusable, run_cli, seconds_since, settings_probe,
 )  # fmt: skip
 
 BATCH_SIZE = 5000  # documents a scroll batch; copies 8 to 15 % faster than the server's 1000
@@ -77,6 +77,8 @@ class Reindex(OpenSearchBaseManager):
                 f"fields defined differently in {self.source} and {self.target.name}: {', '.join(different)}; "
                 f"create {self.target.name} anew with the mapping of {self.source}"
             )
+        definitions = dict(field_definitions(found[self.source]["mappings"]))
+        refuse_too_many_fields(self.target.name, found[self.target.name], {name: definitions[name] for name in missing})
         if missing:
             log.info("fields that %s lacks: %s", self.target.name, ", ".join(missing))
         return str(found[self.source]["settings"]["index.uuid"])
