@@ -1459,7 +1459,7 @@ def reading_probes(*indices: str) -> list[Probe]:
 def bulk_probe(index: str, *actions: str) -> Probe:
     """Only for an index that exists: on a missing one, this would create it."""
     lines = [json.dumps({action: NOT_THERE}) + ("\n{}" if action == "index" else "") for action in actions]
-    return Probe("POST", f"/{index}/_bulk?pipeline=_none", ("\n".join(lines) + "\n").encode())
+    return Probe("POST", f"/{index}/_bulk?pipeline=_none&timeout=1s", ("\n".join(lines) + "\n").encode())
 
 
 def deleting_probes(index: str) -> list[Probe]:
