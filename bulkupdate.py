@@ -1322,12 +1322,14 @@ class BulkUpdate(OpenSearchBaseManager):
             self.probes += [*deleting_probes(index), settings_probe(index), bulk_probe(index, "delete")]
 
     def run(self) -> dict[str, Any]:
-        began = time.monotonic()
+        began, objects = time.monotonic(), list[S3Object]()
+        if self.dry_run and self.settings.skip_unchanged:  # first: without a change, nothing else has to be checked
+            self.target.uuid, objects = self.index_uuid(self.target.name), self._list()
+            if record := self._load_record(objects).unchanged():
+                return self._nothing_to_do(objects, record)
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
         self.rejects.prepare()
-        objects = self._list()
-        if self.dry_run and self.settings.skip_unchanged and (record := self._load_record(objects).unchanged()):
-            return self._nothing_to_do(objects, record)
+        objects = objects or self._list()
         schema = self._look(objects)
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")

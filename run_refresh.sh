@@ -176,8 +176,9 @@ pause() {
 }
 
 check() { # step 0: everything that can be checked before readers are moved
-  local to_load=$PRIMARY
-  run_step "check where readers are" switch_alias.py --alias "$ALIAS" --show
+  local to_load=$PRIMARY pair=(--source "$PRIMARY" --target "$SECONDARY") keep=()
+  [[ ${setting[SKIP_UNCHANGED]} != true ]] || pair=() # checked below, unless there is nothing to do
+  run_step "check where readers are" switch_alias.py --alias "$ALIAS" --show ${pair[@]+"${pair[@]}"}
   live=$(<"$result")
   [[ -n $live ]] || die "the index behind $ALIAS could not be read from $result: ${last_line#* }" 1
   case "$live" in
@@ -187,15 +188,14 @@ check() { # step 0: everything that can be checked before readers are moved
   esac
   both=(--source "$live" --target "$idle")
   [[ ${setting[REFRESH_STRATEGY]} != alternate ]] || to_load=$idle
-  if [[ -n ${setting[READER_QUERIES]} ]]; then
-    run_step "check the queries" switch_alias.py --alias "$ALIAS" --show "${both[@]}"
-  fi
   if [[ ${setting[SKIP_UNCHANGED]} == true ]]; then
-    run_step "check what has changed" bulkupdate.py "${load[@]}" --index "$live" --dry-run
+    [[ $to_load == "$live" ]] || keep=(--no-cleanup) # this run does not empty it
+    run_step "check what has changed" bulkupdate.py "${load[@]}" --index "$live" --dry-run ${keep[@]+"${keep[@]}"}
     if [[ $(value_of unchanged) == True ]]; then
       say "nothing has changed since $live was loaded: nothing to do"
       exit 0
     fi
+    run_step "check the switch" switch_alias.py --alias "$ALIAS" --show "${both[@]}"
   fi
   load+=(--index "$to_load")
   if [[ ${setting[SKIP_UNCHANGED]} != true || $to_load != "$live" ]]; then # or it was the same command

@@ -358,13 +358,15 @@ class SwitchAlias(OpenSearchBaseManager):
             raise Refused(f"alias {self.alias} points at {len(indices)} indices: {state}; take it off all but one")
         [live] = indices
         if self.source and self.target:
+            if live not in (self.source, self.target):
+                raise Refused(f"alias {self.alias} is on {live}, neither on {self.source} nor on {self.target}; it "
+                              f"stays there. Move it to one: {self.command(live, self.source)}")  # fmt: skip
             self.source, self.target = sorted([self.source, self.target], key=lambda index: index != live)
             self._check_pair()
         return live
 
     def _check_pair(self) -> None:
         """Raise Refused for what would keep readers from being moved, whatever the target will hold by then."""
-        self._expected_indices()
         found = self.read_indices(self.source, self.target)
         for index in (self.source, self.target):
             refuse_unusable(index, found[index], TO_MOVE_ALIAS)

@@ -831,7 +831,7 @@ def test_the_file_of_queries_is_tried_before_anything_is_touched(pair, refresh, 
         code, err, _ = refresh(prefix, READER_QUERIES=queries(line))
         assert code == 2, err
         assert says in err
-        assert "FAILED at: check the queries" in err
+        assert "FAILED at: check where readers are" in err
     assert state_of(admin, *both) == before
     code, err, _ = refresh(prefix, "--dry-run", READER_QUERIES=queries(UA))
     assert code == 0, err
