@@ -106,6 +106,61 @@ class S3Object:
         return f"{self.key} ({self.modified:%Y-%m-%dT%H:%M:%SZ})"
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The objects under a prefix, by what becomes of them."""
+
+    data: list[S3Object]
+    leftovers: list[S3Object]  # CSV files whose names say that they are no data
+    others: list[S3Object]  # with another suffix, and folders
+    ready: S3Object | None  # READY_OBJECT, which is no data whatever its name
+
+    def log_ignored(self) -> None:
+        """Log what is not loaded."""
+        if self.leftovers:
+            size = sum(item.size for item in self.leftovers)
+            log.warning('not loaded, since a part of their names begins with "." or "_": %s (%s bytes), the first is %s',
+                        counted(len(self.leftovers), "object"), f"{size:,}", self.leftovers[0].key)  # fmt: skip
+        empty = sum(not item.size for item in self.data)
+        folders = sum(item.key.endswith("/") for item in self.others)
+        parts = [(empty, "empty object"), (folders, "folder"), (len(self.others) - folders, "object")]
+        if text := ", ".join(counted(number, word) for number, word in parts if number):
+            log.info("not loaded: %s%s", text, " with another suffix" * (len(self.others) > folders))
+
+
+def sort_objects(found: Sequence[S3Object], prefix: str, ready_object: str | None) -> Listing:
+    keys = (f"{prefix}{ready_object}", f"{prefix}/{ready_object}") if ready_object else ()
+    ready = next((item for item in found if item.key in keys), None)
+    rest = [item for item in found if item is not ready]
+    files = [item for item in rest if item.is_csv()]
+    return Listing(
+        data=[item for item in files if not is_leftover(item.key, prefix)],
+        leftovers=[item for item in files if is_leftover(item.key, prefix)],
+        others=[item for item in rest if not item.is_csv()],
+        ready=ready,
+    )
+
+
+def is_leftover(key: str, prefix: str) -> bool:
+    """Return whether a name below the prefix marks no data, by Spark's rule: `_date=2024-01-01/` is a partition."""
+    parts = key.removeprefix(prefix).split("/")
+    if prefix and not prefix.endswith("/"):
+        parts = parts[1:]  # the first one begins within the prefix
+    return any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts)
+
+
+def folders_of(prefix: str, objects: Iterable[S3Object]) -> list[str]:
+    """Return the folders that a prefix without a final slash matches: `flights` matches flights/ and flights_old/."""
+    if not prefix or prefix.endswith("/"):
+        return []
+    ends = {item.key: item.key.find("/", len(prefix)) + 1 for item in objects}
+    return sorted({key[:end] for key, end in ends.items() if end})
+
+
+def counted(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
 class Bucket:
     """The objects of one bucket, read through one client; failures are OperationFailed and name the object.
 
@@ -1306,12 +1361,19 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _list(self) -> list[S3Object]:
         """Return the objects to load. Raises Refused where their producer has not finished, or has not begun."""
-        objects, ready = self._csv_objects(S3_FIRST_CONTACT_S)
-        if not objects:
-            raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; check bucket and prefix")
+        listing = self._listing(S3_FIRST_CONTACT_S)
+        listing.log_ignored()
+        if not (objects := listing.data):
+            advice = "check bucket and prefix"
+            if listing.others:
+                advice = f"{listing.others[0].key} has another suffix; a manifest (READY_OBJECT) may name such objects"
+            raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; {advice}")
         log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
-        self._refuse_untimely(objects, ready)
+        if len(folders := folders_of(self.settings.prefix, objects)) > 1:
+            log.warning("the prefix %s does not end with a slash, and all folders that it matches are loaded: %s",
+                        self.settings.prefix, ", ".join(folders))  # fmt: skip
+        self._refuse_untimely(objects, listing.ready)
         return objects
 
     def _refuse_untimely(self, objects: list[S3Object], ready: S3Object | None) -> None:
@@ -1342,12 +1404,9 @@ class BulkUpdate(OpenSearchBaseManager):
                 "still writing; run again when it has finished"
             )
 
-    def _csv_objects(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
-        """List the prefix; return the objects to load, and READY_OBJECT, which is none of them whatever its name."""
-        prefix, name = self.settings.prefix, self.settings.ready_object
-        found = self.bucket.list_objects(prefix, retry_seconds)
-        ready = next((item for item in found if name and item.key in (prefix + name, f"{prefix}/{name}")), None)
-        return [item for item in found if item.is_csv() and item is not ready], ready
+    def _listing(self, retry_seconds: float) -> Listing:
+        prefix = self.settings.prefix
+        return sort_objects(self.bucket.list_objects(prefix, retry_seconds), prefix, self.settings.ready_object)
 
     def _look(self, objects: list[S3Object]) -> Schema:
         """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
@@ -1426,7 +1485,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _verify_all_loaded(self, objects: list[S3Object], sums: Sums) -> None:
         """Raise OperationFailed unless S3 holds what was loaded, and each row was stored, rejected or skipped."""
-        now, _ = self._csv_objects(self.bucket.retry_seconds)  # all is stored: waiting pays
+        now = self._listing(self.bucket.retry_seconds).data  # all is stored: waiting pays
         if changed := sorted({item.key for item in set(now) ^ set(objects)}):
             raise OperationFailed(
                 f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
