@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -76,6 +76,9 @@ MAX_ID_BYTES = 512  # one longer id and the cluster refuses the whole request
 BULK_PARAMS = {
     "filter_path": "errors,items.*.status,items.*.error.type,items.*.error.reason,items.*.error.caused_by.reason"
 }
+VALUE = re.compile(  # what a column name does not look like: nothing, a number, a date
+    r"|[+-]?[0-9.,]*[0-9](?:[eE][+-]?[0-9]+)?|[0-9]{4}-[0-9]{2}-[0-9]{2}.*|[0-9]{1,2}/[0-9]{1,2}/[0-9]{2,4}.*"
+)
 METADATA_FIELDS = frozenset(
     ["_id", "_index", "_source", "_routing", "_field_names", "_ignored", "_size", "_type", "_seq_no", "_version"]
 )
@@ -118,9 +121,9 @@ class Listing:
     def log_ignored(self) -> None:
         """Log what is not loaded."""
         if self.leftovers:
-            size = sum(item.size for item in self.leftovers)
-            log.warning('not loaded, since a part of their names begins with "." or "_": %s (%s bytes), the first is %s',
-                        counted(len(self.leftovers), "object"), f"{size:,}", self.leftovers[0].key)  # fmt: skip
+            number, size = counted(len(self.leftovers), "object"), sum(item.size for item in self.leftovers)
+            log.warning('not loaded, since a part of the name begins with "." or "_": %s (%s bytes), the first is %s',
+                        number, f"{size:,}", self.leftovers[0].key)  # fmt: skip
         empty = sum(not item.size for item in self.data)
         folders = sum(item.key.endswith("/") for item in self.others)
         parts = [(empty, "empty object"), (folders, "folder"), (len(self.others) - folders, "object")]
@@ -308,6 +311,42 @@ def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
     if not complete and b"\n" not in data:
         raise Refused(f"{item.key}: no line ends within the first {HEAD_BYTES // 1024} KiB; is it a CSV file?")
     return data if complete else data[: data.rindex(b"\n") + 1], complete
+
+
+def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
+    """Raise Refused where an object has no header, or one that names no fields; log columns that only some have."""
+    parts = Counter(name for head in heads for name in set(head.columns))
+    number = sum(bool(head.columns) for head in heads)
+    for head in heads:
+        common = {name for name in head.columns if name in known or parts[name] > 1}
+        if (known or number > 1) and lacks_header(head.columns, common):
+            value = next(name for name in head.columns if name not in common and VALUE.fullmatch(name))
+            raise Refused(
+                f"{head.key}: this part has no header: most of its column names are unknown, and {value!r} looks like "
+                "a value; nothing was changed: have the producer write the column names into each part"
+            )
+        check_names(head)
+    if partial_columns := [f"{name} ({found} of {number})" for name, found in parts.items() if found < number]:
+        log.info("columns that only some objects have: %s", ", ".join(partial_columns))
+
+
+def lacks_header(columns: Sequence[str], known: Container[str]) -> bool:
+    """Return whether a first row is data: fewer than half of its cells are known names, and one looks like a value.
+
+    Values beside known names alone are names: `country,1960,1961`.
+    """
+    new = [name for name in columns if name not in known]
+    values = sum(bool(VALUE.fullmatch(name)) for name in new)
+    return len(new) * 2 > len(columns) and values > 0 and not values == len(new) < len(columns)
+
+
+def check_names(head: Head) -> None:
+    """Raise Refused where column names cannot be field names."""
+    if doubled := sorted({name for name in head.columns if head.columns.count(name) > 1 and name}):
+        raise Refused(f"{head.key}: doubled column names: {', '.join(doubled)}; rename them")
+    if wrong := [name for name in head.columns if not all(name.split(".")) or name in METADATA_FIELDS]:
+        names = ", ".join(map(repr, wrong))
+        raise Refused(f"{head.key}: the header has names that cannot be fields: {names}; rename them")
 
 
 def types_in(mapping: Mapping[str, Any]) -> dict[str, str]:
@@ -532,6 +571,8 @@ class Block:
     lines: Sequence[int]
     rows: list[Any]
     clean: bool = True
+    empty: int = 0  # rows of empty cells, now blank lines
+    repeated: list[int] = field(default_factory=list)  # lines of rows that repeat the header, now blank lines
 
 
 def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
@@ -577,16 +618,31 @@ def no_header(place: str) -> Refused:
 
 
 def header_of(place: str, row: Any) -> list[str]:
-    """Return the column names in the first record. Raises Refused when they cannot be field names."""
+    """Return the column names in the first record. Raises Refused when it is no CSV."""
     if not row or isinstance(row, Defect):
         raise no_header(place)
-    columns = [sys.intern(name.strip()) for name in row]  # 10,000 objects need 10 MB less
-    if doubled := sorted({name for name in columns if columns.count(name) > 1 and name}):
-        raise Refused(f"{place}: doubled column names: {', '.join(doubled)}; rename them")
-    if wrong := [name for name in columns if not all(name.split(".")) or name in METADATA_FIELDS]:
-        names = ", ".join(map(repr, wrong))
-        raise Refused(f"{place}: the header has names that cannot be fields: {names}; rename them")
-    return columns
+    return [sys.intern(name.strip()) for name in row]  # 10,000 objects need 10 MB less
+
+
+def blank_out(block: Block, header: Sequence[str]) -> Block:
+    """Turn rows of empty cells into blank lines, and rows that repeat the header of two columns or more."""
+    last = header[-1] if len(header) > 1 else None
+    for place, row in enumerate(block.rows):
+        if isinstance(row, Defect):
+            continue
+        if not any(row):
+            block.empty += bool(row)
+            block.rows[place] = []
+        elif row[-1].strip() == last and repeats(row, header):
+            block.repeated.append(block.lines[place])
+            block.rows[place] = []
+    return block
+
+
+def repeats(row: Sequence[str], header: Sequence[str]) -> bool:
+    """Return whether a row is the header again, as in joined files, perhaps with the BOM of its file."""
+    first = row[0].removeprefix("\ufeff").strip('"') if row[0].startswith("\ufeff") else row[0]
+    return [first.strip(), *(cell.strip() for cell in row[1:])] == header
 
 
 def read_csv(
@@ -602,7 +658,8 @@ def read_csv(
     if not first:
         return [], blocks
     columns = header_of(place, first.rows[0])
-    return columns, itertools.chain(iter([Block(first.lines[1:], first.rows[1:], first.clean)]), blocks)
+    blocks = itertools.chain(iter([Block(first.lines[1:], first.rows[1:], first.clean)]), blocks)
+    return columns, map(partial(blank_out, header=columns), blocks)
 
 
 def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) -> Iterator[Block]:
@@ -810,6 +867,8 @@ class Renderer:
         self.id_column, self.operation = id_column, operation
         self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
         self.read = self.skipped = 0  # records
+        self.empty = self.repeated = 0  # of the skipped ones: rows of empty cells, rows that repeat the header
+        self.first_repeated = ""
 
     def documents(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> Iterator[Batch]:
         """Yield the documents of one object."""
@@ -821,6 +880,10 @@ class Renderer:
                 batch = self._one_by_one(source, block)
             source.record += len(block.rows)
             self.read += len(block.rows)
+            self.empty += block.empty
+            if block.repeated:
+                self.first_repeated = self.first_repeated or f"{key} line {block.repeated[0]}"
+                self.repeated += len(block.repeated)
             yield batch
 
     def is_own_version(self, version: int) -> bool:
@@ -1413,6 +1476,7 @@ class BulkUpdate(OpenSearchBaseManager):
         mapping = self.get_mapping(self.target.name)
         new = NewColumns(mapping)
         heads = read_heads(self.bucket, objects, self.delimiter, new)
+        check_headers(heads, types_in(mapping))
         if not any(head.has_rows for head in heads):
             raise Refused(
                 f"{self.place}: not one data row, nothing was changed; see whether the producer of the files has "
@@ -1452,6 +1516,9 @@ class BulkUpdate(OpenSearchBaseManager):
             rate.wait(batch.count())
             workers.put(batch)
         workers.finish()
+        if renderer.repeated:
+            log.warning("skipped %s equal to the header, the first is %s", counted(renderer.repeated, "row"),
+                        renderer.first_repeated)  # fmt: skip
         log.info("loaded %s rows in %.1f s, %s/s, at most %s requests in flight", f"{store.stored:,}",
                  time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.peak)  # fmt: skip
         return Sums(

@@ -112,3 +112,130 @@ def test_a_prefix_that_matches_several_folders_says_so(make_index, put_csv, load
     assert f"{prefix}flights/" in line
     for one_folder in (f"{prefix}flights/", f"{prefix}flights_", f"{prefix}"):
         assert warnings(load(one_folder, index), "flights_old/") == []
+
+
+# --- headers ----------------------------------------------------------------------------------------------------------
+
+REPEATED = {
+    "joined with cat": ({"a.csv": "k,t\na,b\nk,t\nc,d\n"}, 3),
+    "and a BOM each": ({"a.csv": f"{BOM}k,t\na,b\n{BOM}k,t\nc,d\n"}, 3),
+    "quoted, and a BOM each": ({"a.csv": f'{BOM}"k","t"\r\n"a","b"\r\n{BOM}"k","t"\r\n"c","d"\r\n'}, 3),
+    "in each gzip member": ({"a.csv.gz": gzip.compress(b"k,t\na,b\n") + gzip.compress(b"k,t\nc,d\n")}, 3),
+    "far down": ({"a.csv": "k,t\n" + "a,b\n" * 50_000 + "k,t\nc,d\n"}, 50_002),
+}
+
+
+@pytest.mark.parametrize(("files", "line"), REPEATED.values(), ids=REPEATED)
+def test_a_row_that_repeats_the_header_is_skipped(files, line, make_index, put_csv, load, admin):
+    index = make_index("index", WORDS)
+    prefix = put_csv(files)
+    outcome = load(prefix, index)
+    assert outcome.result["skipped"] == 1
+    assert count(admin, index) == outcome.result["read"] - 1
+    found = admin("POST", f"/{index}/_count", {"query": {"bool": {"should": [
+        {"term": {"k": "k"}}, {"term": {"t": "t"}}, {"prefix": {"k": BOM}}]}}})  # fmt: skip
+    assert found["count"] == 0
+    [said] = warnings(outcome, "header")
+    assert re.search(rf"\b1 row\b.*{prefix}a\.csv\S*,? line {line}\b", said)
+
+
+def test_repeated_headers_are_no_rejects_and_no_evidence_of_types(make_index, put_csv, load, admin):
+    """Beside an integer column it was a reject; of an unknown column it made a text."""
+    index = make_index("index", {"k": {"type": "keyword"}, "n": {"type": "long"}})
+    prefix = put_csv({"a.csv": "k,n,new\na,1,10\nk,n,new\nb,2,20\n", "b.csv": "k,n,new\n\nk,n,new\nc,3,\nk,n,new\n"})
+    outcome = load(prefix, index)
+    assert cells(admin, index, "k", "n", "new") == [("a", 1, 10), ("b", 2, 20), ("c", 3, None)]
+    assert outcome.result["skipped"] == 4
+    assert admin("GET", f"/{index}/_mapping")[index]["mappings"]["properties"]["new"] == {"type": "long"}
+    [said] = warnings(outcome, "header")
+    assert re.search(rf"\b3 rows\b.*{prefix}a\.csv,? line 3\b", said)
+
+
+def test_a_header_alone_twice_is_not_a_data_row(make_index, put_csv, load):
+    load(put_csv({"a.csv": "k,t\nk,t\n"}), make_index("index", WORDS), code=4)
+
+
+def test_in_a_file_of_one_column_a_row_like_the_header_is_data(make_index, put_csv, load, admin):
+    index = make_index("index", {"t": {"type": "keyword"}})
+    assert load(put_csv({"a.csv": "t\nt\nu\n"}), index).result["skipped"] == 0
+    assert cells(admin, index, "t") == [("t",), ("u",)]
+
+
+def test_a_row_that_has_the_names_in_part_is_data(make_index, put_csv, load, admin):
+    index = make_index("index", WORDS)
+    assert load(put_csv({"a.csv": "k,t\nk,x\nx,t\nt,k\n"}), index).result["skipped"] == 0
+    assert count(admin, index) == 3
+
+
+HEADERLESS = {
+    "no name is known": ({"part-0.csv": "k,n,d\na,1,2024-01-15\n", "part-1.csv": "b,2,2024-01-16\n"}, COLUMNS),
+    "one cell is a name": ({"part-0.csv": "k,t,x\na,b,c\n", "part-1.csv": "k,2,d\ne,3,f\n"}, WORDS),
+    "an empty mapping": ({"part-0.csv": "k,t\na,b\n", "part-1.csv": "2,d\n3,e\n"}, {}),
+    "an empty mapping and a name": ({"part-0.csv": "k,t,x\na,b,c\n", "part-1.csv": "k,2024-01-15,d\n"}, {}),
+    "an empty cell": ({"part-0.csv": "k,t,x\na,b,c\n", "part-1.csv": "k,,d\n"}, WORDS),
+    "the same cell twice": ({"part-0.csv": "k,n,m\na,1,1\n", "part-1.csv": "b,0,0\n"}, COLUMNS),
+    "packed": ({"part-0.csv.gz": gzip.compress(b"k,t\na,b\n"), "part-1.csv.gz": gzip.compress(b"c,-1.5\n")}, WORDS),
+    "no part has one": ({"part-0.csv": "a,1,2024-01-15\n", "part-1.csv": "b,2,2024-01-16\n"}, {}),
+}
+
+
+@pytest.mark.parametrize(("files", "mapping"), HEADERLESS.values(), ids=HEADERLESS)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])
+def test_a_part_without_a_header_is_refused(files, mapping, dry, make_index, put_csv, load, admin):
+    index = make_index("index", mapping, docs=[])
+    before = admin("GET", f"/{index}/_mapping")
+    prefix = put_csv(files)
+    outcome = load(prefix, index, *dry, code=4)
+    assert "this part has no header" in outcome.last
+    assert re.search(rf"{prefix}part-[01]\.csv", outcome.last)
+    assert "nothing was changed" in outcome.last
+    assert admin("GET", f"/{index}/_mapping") == before
+
+
+YEARS = "country,code,1960,1961\nNamibia,NA,1,2\n"
+HEADERS = {
+    "years beside known names": ({"a.csv": YEARS}, {"country": {"type": "keyword"}, "code": {"type": "keyword"}}),
+    "many years beside one": ({"a.csv": "country,1960,1961,1962\nNA,1,2,3\n"}, {"country": {"type": "keyword"}}),
+    "years in each part": ({"a.csv": YEARS, "b.csv": YEARS}, {}),
+    "years alone in an empty index": ({"a.csv": YEARS}, {}),
+    "new names without a value": ({"a.csv": "k,t,u,v,w\na,b,c,d,e\n"}, {"k": {"type": "keyword"}}),
+}
+
+
+@pytest.mark.parametrize(("files", "mapping"), HEADERS.values(), ids=HEADERS)
+def test_a_header_with_numbers_is_one(files, mapping, make_index, put_csv, load, admin):
+    index = make_index("index", mapping)
+    load(put_csv(files), index)
+    assert count(admin, index) == len(files)
+
+
+def test_columns_that_only_some_parts_have_are_logged(make_index, put_csv, load):
+    files = {"a.csv": "k,t\na,b\n", "b.csv": "k,t,new\na,b,c\n", "c.csv": "k\na\n", "empty.csv": ""}
+    outcome = load(put_csv(files), make_index("index", WORDS))
+    assert re.search(r"only some objects have: .*\bt \(2 of 3\)", outcome.err)
+    assert re.search(r"only some objects have: .*\bnew \(1 of 3\)", outcome.err)
+    assert "only some objects" not in load(put_csv({"a.csv": ROWS, "b.csv": ROWS}), make_index("other", COLUMNS)).err
+
+
+# --- rows of empty cells ----------------------------------------------------------------------------------------------
+
+EXCEL = f"{BOM}k;n;d\r\na;1;2024-01-15\r\n;;\r\n\r\nb;2;\r\n;;\r\n;;\r\n"
+
+
+@pytest.mark.parametrize("id_column", [[], ["--id-column", "k"]], ids=["", "ids"])
+def test_a_row_of_empty_cells_is_skipped_like_a_blank_line(id_column, make_index, put_csv, load, admin):
+    index = make_index("index", COLUMNS)
+    outcome = load(put_csv({"a.csv": EXCEL}), index, "--delimiter", ";", *id_column)
+    assert cells(admin, index, "k", "n") == [("a", 1), ("b", 2)]
+    assert (outcome.result["read"], outcome.result["skipped"], outcome.result["rejected"]) == (6, 4, 0)
+
+
+def test_quoted_empty_cells_are_empty_and_other_cells_are_not(make_index, put_csv, load, admin):
+    index = make_index("index", WORDS)
+    outcome = load(put_csv({"a.csv": 'k,t\n"",""\n,b\na,\n" ",\n', "b.csv": 't\n""\nx\n'}), index)
+    assert (outcome.result["stored"], outcome.result["skipped"]) == (4, 2)
+    assert count(admin, index) == 4
+
+
+def test_a_file_of_empty_cells_alone_has_no_data_row(make_index, put_csv, load):
+    load(put_csv({"a.csv": "k,t\n,\n,\n"}), make_index("index", WORDS), code=4)
