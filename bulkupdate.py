@@ -1491,10 +1491,10 @@ class BulkUpdate(OpenSearchBaseManager):
         if known and not any(name in known for name in head.columns):
             raise Refused(
                 f"{head.key}: the mapping of {self.target.name} knows none of the columns "
-                f"{', '.join(head.columns)[:200]}; is the delimiter {self.delimiter!r} (--delimiter)?"
+                f"{', '.join(head.columns)[:200]}; is the delimiter {self.delimiter!r} (DELIMITER, --delimiter)?"
             )
         if self.id_column and self.id_column not in head.columns:
-            raise Refused(f"{head.key}: has no column {self.id_column}; give another --id-column")
+            raise Refused(f"{head.key}: has no column {self.id_column}; set ID_COLUMN (--id-column) to another one")
 
     # --- load ---
 

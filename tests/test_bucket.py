@@ -214,7 +214,8 @@ def test_columns_that_only_some_parts_have_are_logged(make_index, put_csv, load)
     outcome = load(put_csv(files), make_index("index", WORDS))
     assert re.search(r"only some objects have: .*\bt \(2 of 3\)", outcome.err)
     assert re.search(r"only some objects have: .*\bnew \(1 of 3\)", outcome.err)
-    assert "only some objects" not in load(put_csv({"a.csv": ROWS, "b.csv": ROWS}), make_index("other", COLUMNS)).err
+    prefix = put_csv({"equal/a.csv": ROWS, "equal/b.csv": ROWS})
+    assert "only some objects" not in load(f"{prefix}equal/", make_index("other", COLUMNS)).err
 
 
 # --- rows of empty cells ----------------------------------------------------------------------------------------------
@@ -239,3 +240,33 @@ def test_quoted_empty_cells_are_empty_and_other_cells_are_not(make_index, put_cs
 
 def test_a_file_of_empty_cells_alone_has_no_data_row(make_index, put_csv, load):
     load(put_csv({"a.csv": "k,t\n,\n,\n"}), make_index("index", WORDS), code=4)
+
+
+# --- settings of a night ----------------------------------------------------------------------------------------------
+
+
+def test_delimiter_and_id_column_come_from_variables_as_well(make_index, put_csv, load, admin, monkeypatch):
+    index = make_index("index", WORDS)
+    prefix = put_csv({"a.csv": "k\tt\na\tb\na\tc\n"})
+    monkeypatch.setenv("DELIMITER", r"\t")
+    monkeypatch.setenv("ID_COLUMN", "k")
+    assert load(prefix, index).result["replaced"] == 1
+    assert cells(admin, index, "k", "t") == [("a", "c")]
+    load(put_csv({"a.csv": "k;t\nb;d\n"}), index, "--delimiter", ";", "--id-column", "t")
+    assert admin("GET", f"/{index}/_doc/d")["_source"] == {"k": "b", "t": "d"}
+
+
+def test_advice_names_the_variable_that_the_nightly_run_reads(make_index, put_csv, load, monkeypatch):
+    index = make_index("index", WORDS)
+    assert "DELIMITER" in load(put_csv({"a.csv": "k;t\na;b\n"}), index, code=4).last
+    monkeypatch.setenv("ID_COLUMN", "no")
+    assert "ID_COLUMN" in load(put_csv({"a.csv": "k,t\na,b\n"}), index, code=4).last
+
+
+@pytest.mark.parametrize(("delimiter", "variable"), [(";", ";"), ("\t", r"\t")])
+def test_the_runner_loads_semicolons_tabs_and_an_id_column(delimiter, variable, pair, refresh, put_csv, admin):  # noqa: F811
+    primary, _, _ = pair(WORDS)
+    prefix = put_csv({"a.csv": "k,t\na,b\na,c\n".replace(",", delimiter)})
+    code, _, err = finish(refresh(prefix, DELIMITER=variable, ID_COLUMN="k"))
+    assert code == 0, err
+    assert admin("GET", f"/{primary}/_doc/a")["_source"] == {"k": "a", "t": "c"}
