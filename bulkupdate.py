@@ -47,6 +47,7 @@ from opensearch_base_manager import (
 
 MIB = 1024 * 1024
 HEAD_BYTES = 64 * 1024  # enough to see a header and some hundred rows of each object
+MAX_MANIFEST_BYTES = 16 * MIB  # about 100,000 objects
 KEPT_BYTES = 16 * MIB  # of objects that were whole in their heads, together; others are read again
 READS_AT_ONCE = 32  # S3 takes 50 to 200 ms for a first byte, and answers thousands of requests side by side
 AHEAD_BYTES = MIB  # of an object, before its turn comes; the rest is asked for when it has come
@@ -116,7 +117,6 @@ class Listing:
     data: list[S3Object]
     leftovers: list[S3Object]  # CSV files whose names say that they are no data
     others: list[S3Object]  # with another suffix, and folders
-    ready: S3Object | None  # READY_OBJECT, which is no data whatever its name
 
     def log_ignored(self) -> None:
         """Log what is not loaded."""
@@ -131,17 +131,15 @@ class Listing:
             log.info("not loaded: %s%s", text, " with another suffix" * (len(self.others) > folders))
 
 
-def sort_objects(found: Sequence[S3Object], prefix: str, ready_object: str | None) -> Listing:
-    keys = (f"{prefix}{ready_object}", f"{prefix}/{ready_object}") if ready_object else ()
-    ready = next((item for item in found if item.key in keys), None)
-    rest = [item for item in found if item is not ready]
-    files = [item for item in rest if item.is_csv()]
-    return Listing(
-        data=[item for item in files if not is_leftover(item.key, prefix)],
-        leftovers=[item for item in files if is_leftover(item.key, prefix)],
-        others=[item for item in rest if not item.is_csv()],
-        ready=ready,
-    )
+def sort_objects(found: Iterable[S3Object], prefix: str, named: Container[str]) -> Listing:
+    """Sort what was found under a prefix; objects that a manifest names are data whatever their names."""
+    listing = Listing([], [], [])
+    for item in found:
+        if item.key in named or (item.is_csv() and not is_leftover(item.key, prefix)):
+            listing.data.append(item)
+        else:
+            (listing.leftovers if item.is_csv() else listing.others).append(item)
+    return listing
 
 
 def is_leftover(key: str, prefix: str) -> bool:
@@ -158,6 +156,43 @@ def folders_of(prefix: str, objects: Iterable[S3Object]) -> list[str]:
         return []
     ends = {item.key: item.key.find("/", len(prefix)) + 1 for item in objects}
     return sorted({key[:end] for key, end in ends.items() if end})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the producer says it wrote: the sizes of the objects by key, and the rows; None where it does not say."""
+
+    sizes: Mapping[str, int | None] = field(default_factory=dict)
+    rows: int | None = None
+
+    def differences(self, objects: Iterable[S3Object]) -> list[str]:
+        """Return what differs in the bucket, if the manifest names objects."""
+        found = {item.key: item.size for item in objects} if self.sizes else {}
+        return [
+            *(f"{key} is missing" for key in self.sizes if key not in found),
+            *(f"{key} is not in the manifest" for key in found if key not in self.sizes),
+            *(f"{key} has {found[key]} bytes instead of {size}" for key, size in self.sizes.items()
+              if size is not None and found.get(key, size) != size),
+        ]  # fmt: skip
+
+
+def parse_manifest(data: bytes, bucket: str, prefix: str) -> Manifest | None:
+    """Parse what `UNLOAD ... MANIFEST VERBOSE` of Redshift writes, or `{"rows": N}`; return None for anything else.
+
+    A manifest whose objects are all elsewhere is none either: it may have been copied with the data.
+    """
+    root = f"s3://{bucket}/"
+    try:
+        content = json.loads(data)
+        entries = {entry["url"]: entry.get("meta", {}) for entry in content.get("entries", [])}
+        sizes = {url.removeprefix(root): meta.get("content_length") for url, meta in entries.items()}
+        counts = [meta.get("record_count") for meta in entries.values()] or [content.get("rows")]
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return None
+    rows = sum(counts) if all(type(count) is int and count >= 0 for count in counts) else None
+    if sizes and not any(key.startswith(prefix) for key in sizes):
+        return None
+    return Manifest(sizes, rows) if sizes or rows is not None else None
 
 
 def counted(number: int, word: str) -> str:
@@ -1306,6 +1341,7 @@ class Sums:
     stored: int
     rejected: int
     skipped: int
+    empty: int  # of the skipped ones, rows of empty cells
     replaced: int  # of the stored ones, those whose id another row has as well
     unsure: int  # of the stored ones, perhaps replaced
     requests_under_way: int  # at most
@@ -1369,7 +1405,7 @@ class BulkUpdate(OpenSearchBaseManager):
         self.target = ClearableIndex(self, settings.index, shared=self.keep)
         self.delimiter, self.id_column = settings.delimiter, settings.id_column
         self.bucket = Bucket(settings.bucket, self.aws, settings.retry_seconds)
-        self.place = f"s3://{settings.bucket}/{settings.prefix}"
+        self.place, self.manifest = f"s3://{settings.bucket}/{settings.prefix}", Manifest()
         self.rejects = Rejects(settings.log_dir, settings.index, settings.max_rejects)
 
     def run(self) -> dict[str, Any]:
@@ -1406,7 +1442,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _load_record(self, objects: list[S3Object]) -> LoadRecord:
         files = sorted((item.key, item.etag, item.size) for item in objects)
-        return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, files])
+        return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, self._expected_rows(), files])
 
     def _add(self, objects: list[S3Object], schema: Schema) -> Sums:
         """Load beside what the index holds."""
@@ -1424,7 +1460,10 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _list(self) -> list[S3Object]:
         """Return the objects to load. Raises Refused where their producer has not finished, or has not begun."""
-        listing = self._listing(S3_FIRST_CONTACT_S)
+        found, ready = self._listed(S3_FIRST_CONTACT_S)
+        if ready:
+            self.manifest = self._read_manifest(ready)
+        listing = sort_objects(found, self.settings.prefix, self.manifest.sizes)
         listing.log_ignored()
         if not (objects := listing.data):
             advice = "check bucket and prefix"
@@ -1436,7 +1475,12 @@ class BulkUpdate(OpenSearchBaseManager):
         if len(folders := folders_of(self.settings.prefix, objects)) > 1:
             log.warning("the prefix %s does not end with a slash, and all folders that it matches are loaded: %s",
                         self.settings.prefix, ", ".join(folders))  # fmt: skip
-        self._refuse_untimely(objects, listing.ready)
+        self._refuse_untimely(objects, ready)
+        if differences := self.manifest.differences(objects):
+            raise Refused(
+                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) names other objects, nothing was changed: "
+                f"{'; '.join(differences[:5])}; run again when the producer has finished"
+            )
         return objects
 
     def _refuse_untimely(self, objects: list[S3Object], ready: S3Object | None) -> None:
@@ -1467,9 +1511,27 @@ class BulkUpdate(OpenSearchBaseManager):
                 "still writing; run again when it has finished"
             )
 
-    def _listing(self, retry_seconds: float) -> Listing:
-        prefix = self.settings.prefix
-        return sort_objects(self.bucket.list_objects(prefix, retry_seconds), prefix, self.settings.ready_object)
+    def _listed(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
+        """List the prefix; return READY_OBJECT apart from the others."""
+        prefix, name = self.settings.prefix, self.settings.ready_object
+        found = self.bucket.list_objects(prefix, retry_seconds)
+        ready = next((item for item in found if name and item.key in (prefix + name, f"{prefix}/{name}")), None)
+        return [item for item in found if item is not ready], ready
+
+    def _read_manifest(self, ready: S3Object) -> Manifest:
+        data = S3Body(self.bucket, ready).read_all() if 0 < ready.size <= MAX_MANIFEST_BYTES else b""
+        manifest = parse_manifest(data, self.bucket.name, self.settings.prefix)
+        if not manifest:
+            log.info("%s (READY_OBJECT) is no manifest: neither objects nor rows are compared", ready.key)
+            return Manifest()
+        rows = "an unknown number of rows" if manifest.rows is None else counted(manifest.rows, "row")
+        log.info("%s (READY_OBJECT) is a manifest: %s, %s", ready.key, counted(len(manifest.sizes), "object"), rows)
+        return manifest
+
+    def _expected_rows(self) -> int | None:
+        """Return how many rows the load must read, if that is known; EXPECTED_ROWS=0 says that it is not."""
+        given: int | None = self.settings.expected_rows
+        return self.manifest.rows if given is None else given or None
 
     def _look(self, objects: list[S3Object]) -> Schema:
         """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
@@ -1523,6 +1585,7 @@ class BulkUpdate(OpenSearchBaseManager):
                  time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.peak)  # fmt: skip
         return Sums(
             read=renderer.read, stored=store.stored, rejected=self.rejects.count, skipped=renderer.skipped,
+            empty=renderer.empty,
             replaced=store.replaced, unsure=store.unsure, requests_under_way=workers.peak,
         )  # fmt: skip
 
@@ -1552,7 +1615,8 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _verify_all_loaded(self, objects: list[S3Object], sums: Sums) -> None:
         """Raise OperationFailed unless S3 holds what was loaded, and each row was stored, rejected or skipped."""
-        now = self._listing(self.bucket.retry_seconds).data  # all is stored: waiting pays
+        found, _ = self._listed(self.bucket.retry_seconds)  # all is stored: waiting pays
+        now = sort_objects(found, self.settings.prefix, self.manifest.sizes).data
         if changed := sorted({item.key for item in set(now) ^ set(objects)}):
             raise OperationFailed(
                 f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
@@ -1561,6 +1625,12 @@ class BulkUpdate(OpenSearchBaseManager):
         self.target.verify_same()
         if sums.read != sums.stored + sums.rejected + sums.skipped:
             raise OperationFailed(f"the rows do not add up: {sums}; run again")
+        rows, expected = sums.read - sums.skipped, self._expected_rows()
+        if expected is not None and not rows <= expected <= rows + sums.empty:  # a producer may count rows of NULLs
+            raise OperationFailed(
+                f"{self.place}: {rows:,} rows were read where {expected:,} are expected (EXPECTED_ROWS, or a manifest in "
+                "READY_OBJECT); run again when the producer has finished"
+            )
 
     def _verify_count(self, sums: Sums) -> None:
         """Raise OperationFailed unless the index holds what the responses said was stored."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 
+import bulkupdate
 import pytest
 import sandbox
-from conftest import count, sources
+from conftest import count, load_arguments, sources
 from fault_proxy import after
 from test_bulkupdate import NUMBERS, WORDS, meta_of, rejected, short_pauses  # noqa: F401  # fixtures
 from test_run_refresh import finish, pair, refresh  # noqa: F401  # fixtures
@@ -270,3 +272,147 @@ def test_the_runner_loads_semicolons_tabs_and_an_id_column(delimiter, variable, 
     code, _, err = finish(refresh(prefix, DELIMITER=variable, ID_COLUMN="k"))
     assert code == 0, err
     assert admin("GET", f"/{primary}/_doc/a")["_source"] == {"k": "a", "t": "c"}
+
+
+# --- what the producer says it wrote ----------------------------------------------------------------------------------
+
+
+def manifest(prefix, files, rows, **more):
+    """Return what UNLOAD ... MANIFEST VERBOSE writes about these files; `rows` by name, None for a size alone."""
+    entries = [
+        {"url": f"s3://{sandbox.BUCKET}/{prefix}{key}", "mandatory": True,
+         "meta": {"content_length": len(content)} | ({} if rows is None else {"record_count": rows[key]})}
+        for key, content in files.items()
+    ]  # fmt: skip
+    return json.dumps({"entries": entries, **more})
+
+
+UNLOADED = {"0000_part_00": "k,n\na,1\nb,2\n", "0001_part_00": "k,n\nc,3\n"}
+COUNTED = {"0000_part_00": 2, "0001_part_00": 1}
+
+
+@pytest.fixture
+def unload(put_csv, s3):
+    """Store files and a manifest about them, changed by a function if there is one; return the prefix."""
+
+    def do(files, rows, change=lambda entries: None):
+        prefix = put_csv(files)
+        body = json.loads(manifest(prefix, files, rows))
+        change(body["entries"])
+        s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}manifest", Body=json.dumps(body).encode())
+        return prefix
+
+    return do
+
+
+READY = ["--ready-object", "manifest"]
+
+
+def test_what_a_manifest_names_is_loaded_whatever_its_suffix(unload, make_index, load, admin):
+    index = make_index("index", COLUMNS)
+    outcome = load(unload(UNLOADED, COUNTED), index, *READY)
+    assert cells(admin, index, "k", "n") == [("a", 1), ("b", 2), ("c", 3)]
+    assert outcome.result["objects"] == 2
+    assert re.search(r"manifest.* 2 objects, 3 rows", outcome.err)
+
+
+def test_what_a_manifest_names_is_data_whatever_its_name_says(unload, make_index, load, admin):
+    index = make_index("index", COLUMNS)
+    load(unload({"_run/.a": "k,n\na,1\n"}, {"_run/.a": 1}), index, *READY)
+    assert count(admin, index) == 1
+
+
+def drop(at):
+    return lambda entries: entries.pop(at)
+
+
+def resize(entries):
+    entries[0]["meta"]["content_length"] += 1
+
+
+def another_url(entries):
+    entries[1]["url"] += "x"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(drop(1), "0001_part_00.csv"), (resize, "0000_part_00.csv"), (another_url, "0001_part_00.csvx")],
+    ids=["an object is not named", "another size", "an object is missing"],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])
+def test_a_bucket_that_is_not_what_its_manifest_says_is_refused(change, says, dry, unload, make_index, load, admin):
+    index = make_index("index", COLUMNS, docs=4)
+    files = {f"{key}.csv": content for key, content in UNLOADED.items()}
+    prefix = unload(files, {f"{key}.csv": rows for key, rows in COUNTED.items()}, change)
+    outcome = load(prefix, index, *READY, *dry, code=4)
+    assert f"{prefix}{says}" in outcome.last
+    assert "manifest (READY_OBJECT)" in outcome.last
+    assert "nothing was changed" in outcome.last
+    assert count(admin, index) == 4
+
+
+def test_leftovers_beside_a_manifest_are_no_difference(unload, make_index, load, s3):
+    prefix = unload(UNLOADED, COUNTED)
+    for key in ("_temporary/x.csv", ".a.csv", "notes.txt", "old_part_00"):
+        s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}{key}", Body=b"k,n\nz,9\n")
+    s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}manifest",
+                  Body=manifest(prefix, UNLOADED, COUNTED).encode())  # fmt: skip
+    assert load(prefix, make_index("index", COLUMNS), *READY).result["stored"] == 3
+
+
+@pytest.mark.parametrize("said", ["manifest", "plain", "variable", "flag"])
+@pytest.mark.parametrize(("rows", "code"), [(3, 0), (4, 1), (2, 1)])
+def test_the_rows_are_compared_before_readers_see_them(
+    said, rows, code, unload, make_index, put_csv, load, run, admin, monkeypatch
+):
+    index, more = make_index("index", COLUMNS), []
+    files = {"a.csv": "k,n\na,1\n\nb,2\n\nk,n\n", "b.csv": "k,n\nc,x\n"}  # 3 rows, one of them a reject
+    if said == "manifest":
+        prefix, more = unload(files, {"a.csv": 2, "b.csv": rows - 2}), READY
+    elif said == "plain":
+        prefix, more = put_csv({**files, "done.json": json.dumps({"rows": rows})}), ["--ready-object", "done.json"]
+    elif said == "variable":
+        prefix = put_csv(files)
+        monkeypatch.setenv("EXPECTED_ROWS", str(rows))
+    else:
+        prefix, more = put_csv(files), ["--expected-rows", str(rows)]
+    outcome = run(bulkupdate, *load_arguments(prefix, index, "--max-rejects", "1", *more))
+    assert outcome.code == code, outcome.err
+    assert ("opensearch-refresh" in meta_of(admin, index)) == bool(code)  # unfinished: no switch goes there
+    if code:
+        assert re.search(rf"\b3 rows\b.*\b{rows}\b", outcome.last)
+        assert " done: " not in outcome.err
+
+
+def test_the_number_given_by_hand_counts_and_0_compares_nothing(unload, make_index, load, monkeypatch):
+    prefix = unload(UNLOADED, {"0000_part_00": 2, "0001_part_00": 9})
+    load(prefix, make_index("a", COLUMNS), *READY, code=1)
+    load(prefix, make_index("b", COLUMNS), *READY, "--expected-rows", "3")
+    load(prefix, make_index("c", COLUMNS), *READY, "--expected-rows", "0")
+
+
+def test_a_row_of_empty_cells_may_be_one_for_the_producer(make_index, put_csv, load):
+    """A database counts a row of NULLs, a spreadsheet does not count its empty rows."""
+    prefix = put_csv({"a.csv": "k,n\na,1\n,\nb,2\n"})
+    for rows, code in (2, 0), (3, 0), (1, 1), (4, 1):
+        load(prefix, make_index(f"index-{rows}", COLUMNS), "--expected-rows", str(rows), code=code)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"done", b"3", b'"x"', b"[]", b"{}", b'{"rows": "3"}', b'{"rows": true}', b'{"rows": -1}', b'{"entries": {}}',
+     b'{"entries": []}', b'{"entries": [{"path": "x"}]}', b'{"entries": [1]}', b"\xff\xfe\0", b"{" * 99_999,
+     b'{"entries": [{"url": "s3://elsewhere/x.csv"}]}', b'{"entries": [{"url": "s3://your-bucket/else/x.csv"}]}'],
+)  # fmt: skip
+def test_anything_else_is_no_manifest_and_the_log_says_so(content, make_index, put_csv, load, admin):
+    index = make_index("index", COLUMNS)
+    outcome = load(put_csv({"a.csv": ROWS, "manifest": content}), index, *READY)
+    assert count(admin, index) == 2
+    assert re.search(r"manifest \(READY_OBJECT\).* (no|not a) manifest", outcome.err)
+
+
+def test_a_manifest_without_rows_compares_names_and_sizes_alone(unload, make_index, load):
+    index = make_index("index", COLUMNS)
+    load(unload(UNLOADED, None), index, *READY)
+    load(unload(UNLOADED, None, lambda entries: entries[0].pop("meta")), index, *READY)
+    load(unload(UNLOADED, None, resize), index, *READY, code=4)
