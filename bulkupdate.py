@@ -868,9 +868,9 @@ def separator(operation: str, quoted_id: str, version: str = "") -> str:
     return f'{DOCUMENT_END}{{"{operation}":{{"_id":{quoted_id}{version}}}}}\n{{'
 
 
-def separator_with_id(cell: str, version: int) -> str:
+def separator_with_id(cell: str, version: int, no_ids: Container[str]) -> str:
     """Take the id from a column; thanks to the version a later row wins, in any order of arrival."""
-    if not cell or len(cell.encode()) > MAX_ID_BYTES:
+    if cell.strip() in no_ids or len(cell.encode()) > MAX_ID_BYTES:
         raise ValueError(f"no id, or one of more than {MAX_ID_BYTES} bytes")
     return separator("index", encode_basestring(cell), f',"version":{version},"version_type":"external"')
 
@@ -900,6 +900,8 @@ class Renderer:
         self.columns = {name: Column(name, kind) for name, kind in types.items()}
         self.reject, self.bucket = reject, bucket
         self.id_column, self.operation = id_column, operation
+        is_text = RENDERERS.get(types.get(id_column, "")) is render_text  # `NA` is Namibia
+        self.no_ids = {"", r"\N"} if is_text else {*EMPTY, r"\N"}
         self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
         self.read = self.skipped = 0  # records
         self.empty = self.repeated = 0  # of the skipped ones: rows of empty cells, rows that repeat the header
@@ -978,7 +980,8 @@ class Renderer:
     def _separators(self, source: Source, ids: Sequence[str], offset: int = 0) -> Iterator[str]:
         """Yield the separators before consecutive documents, the first one `offset` records after the last block."""
         if self.id_column:
-            return map(separator_with_id, ids, itertools.count(self.first_version + self.read + offset))
+            versions = itertools.count(self.first_version + self.read + offset)
+            return map(partial(separator_with_id, no_ids=self.no_ids), ids, versions)
         first = source.record + offset
         return map(source.separator.__mod__, range(first, first + len(ids)))
 
@@ -1628,8 +1631,8 @@ class BulkUpdate(OpenSearchBaseManager):
         rows, expected = sums.read - sums.skipped, self._expected_rows()
         if expected is not None and not rows <= expected <= rows + sums.empty:  # a producer may count rows of NULLs
             raise OperationFailed(
-                f"{self.place}: {rows:,} rows were read where {expected:,} are expected (EXPECTED_ROWS, or a manifest in "
-                "READY_OBJECT); run again when the producer has finished"
+                f"{self.place}: {rows:,} rows were read, {expected:,} are expected (EXPECTED_ROWS or the manifest); "
+                "run again when the producer has finished"
             )
 
     def _verify_count(self, sums: Sums) -> None:

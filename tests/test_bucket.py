@@ -416,3 +416,24 @@ def test_a_manifest_without_rows_compares_names_and_sizes_alone(unload, make_ind
     load(unload(UNLOADED, None), index, *READY)
     load(unload(UNLOADED, None, lambda entries: entries[0].pop("meta")), index, *READY)
     load(unload(UNLOADED, None, resize), index, *READY, code=4)
+
+
+# --- ids --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["keyword", "text", "long", "date"])
+def test_a_cell_without_a_value_is_no_id(kind, make_index, put_csv, load, admin, rejected):  # noqa: F811
+    good = {"keyword": ["x", "y"], "text": ["x", "y"], "long": ["1", "2"], "date": ["2024-01-15", "2024-01-16"]}[kind]
+    words = ["NULL", "NaN", "NA", "null", "None", "N/A", "#N/A", "nan"]
+    blank = ["", "  ", r"\N"]
+    rows = [f"{name},{at}\n" for at, name in enumerate([*good, *words, *blank])]
+    index = make_index("index", {"i": {"type": kind}, "n": {"type": "long"}})
+    are_ids = kind in ("keyword", "text")
+    outcome = load(put_csv({"a.csv": "i,n\n" + "".join(rows)}), index, "--id-column", "i", code=3)
+    kept = [*good, *(words if are_ids else [])]
+    found = admin("POST", f"/{index}/_search", {"size": 100})["hits"]["hits"]
+    assert sorted(hit["_id"] for hit in found) == sorted(kept)
+    assert outcome.result["replaced"] == 0
+    lines = [entry["line"] for entry in rejected()]
+    assert lines == list(range(2 + len(kept), 2 + len(rows)))
+    assert {entry["column"] for entry in rejected()} == {"i"}
