@@ -390,21 +390,24 @@ def types_in(mapping: Mapping[str, Any]) -> dict[str, str]:
 
 def schema_of(index: str, mapping: Mapping[str, Any], new: NewColumns) -> Schema:
     """Return the type of each column. Raises Refused for new columns that the mapping forbids."""
-    added = new_fields(index, mapping, new)
+    dynamic = {name: rule["type"] for name in new if (rule := dynamic_property(mapping, name))}
+    added = new_fields(index, mapping, {name: new[name] for name in new if name not in dynamic})
     types = {name: added.get(name, {"type": "text"})["type"] for name in new}
-    return Schema({**types_in(mapping), **types}, added)
+    return Schema({**types_in(mapping), **types, **dynamic}, added)
 
 
 def new_fields(index: str, mapping: Mapping[str, Any], new: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
     """Return the definitions of new columns, by the kinds of their values."""
-    if strict := [name for name in new if dynamic_of(mapping, name).startswith("strict")]:
+    templates = {name: rule for name, kinds in new.items() if (rule := dynamic_template(mapping, name, kinds))}
+    others = [name for name in new if name not in templates]
+    if strict := [name for name in others if dynamic_of(mapping, name).startswith("strict")]:
         raise Refused(
             f"columns that the strict mapping of {index} does not know: {', '.join(strict)}; add them to the "
             "mapping, or take them out of the files"
         )
-    if ignored := [name for name in new if not is_dynamic(mapping, name)]:
+    if ignored := [name for name in others if dynamic_of(mapping, name).startswith("false")]:
         log.warning("not searchable, since the mapping does not know them (dynamic: false): %s", ", ".join(ignored))
-    added = {name: new_field(kinds - {""}) for name, kinds in new.items() if name not in ignored}
+    added = {name: templates.get(name) or new_field(kinds) for name, kinds in new.items() if name not in ignored}
     if torn := inside_values(mapping, added):
         raise Refused(f"columns inside of another that is no object: {', '.join(torn)}; rename one of the two")
     if added:
@@ -425,6 +428,7 @@ def kind_of(cell: str) -> str:
 
 def new_field(kinds: set[str]) -> dict[str, Any]:
     """Return the definition of a new column; text unless every value seen is a canonical number or true/false."""
+    kinds = kinds - {""}
     if kinds and kinds <= {"long", "double"}:
         return {"type": "double" if "double" in kinds else "long"}
     if kinds == {"boolean"}:
@@ -442,8 +446,40 @@ def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
 
 
 def is_dynamic(mapping: Mapping[str, Any], name: str) -> bool:
-    """Return whether a new field of this name would be added to the mapping, with a type."""
-    return dynamic_of(mapping, name) != "false" and not dynamic_of(mapping, name).startswith("strict")
+    """Return whether a new field of this name could be added to the mapping, with a type."""
+    return dynamic_of(mapping, name) not in ("false", "strict")
+
+
+def dynamic_property(mapping: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """Return the definition that `dynamic_properties` have for a column; the server refuses to add such a field."""
+    rules: dict[str, dict[str, Any]] = mapping.get("dynamic_properties", {}) if is_dynamic(mapping, name) else {}
+    return next((rule for pattern, rule in rules.items() if matches(pattern, name)), None)
+
+
+def dynamic_template(mapping: Mapping[str, Any], name: str, kinds: set[str]) -> dict[str, Any] | None:
+    """Return the definition of the first of the `dynamic_templates` that matches a new column.
+
+    One with other conditions than `match_mapping_type` and `match` is not evaluated, nor are those behind it.
+    """
+    kind, leaf = new_field(kinds)["type"], name.rpartition(".")[2]
+    for entry in mapping.get("dynamic_templates", []) if is_dynamic(mapping, name) else []:
+        [(title, template)] = entry.items()
+        if template.get("match_mapping_type", "*") not in ("*", {"text": "string"}.get(kind, kind)):
+            continue
+        if template.keys() - {"match_mapping_type", "match", "mapping"}:
+            log.warning("the dynamic template %s is not evaluated for the new column %s; if it should apply, add the "
+                        "column to the mapping", title, name)  # fmt: skip
+            return None
+        if matches(template.get("match", "*"), leaf):
+            text = json.dumps({"type": kind, **template["mapping"]}).replace("{dynamic_type}", kind)
+            definition: dict[str, Any] = json.loads(text.replace("{name}", json.dumps(leaf)[1:-1]))
+            return definition
+    return None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether a name matches a pattern of the server, in which only the asterisk is special."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.S) is not None
 
 
 def inside_values(mapping: Mapping[str, Any], added: Mapping[str, Any]) -> list[str]:
@@ -1541,7 +1577,8 @@ class BulkUpdate(OpenSearchBaseManager):
         mapping = self.get_mapping(self.target.name)
         new = NewColumns(mapping)
         heads = read_heads(self.bucket, objects, self.delimiter, new)
-        check_headers(heads, types_in(mapping))
+        known = {*types_in(mapping), *(name for name in new if dynamic_property(mapping, name))}
+        check_headers(heads, known)
         if not any(head.has_rows for head in heads):
             raise Refused(
                 f"{self.place}: not one data row, nothing was changed; see whether the producer of the files has "
@@ -1549,7 +1586,7 @@ class BulkUpdate(OpenSearchBaseManager):
             )
         for head in heads:
             if head.columns:
-                self._check_columns(head, types_in(mapping))
+                self._check_columns(head, known)
         return schema_of(self.target.name, mapping, new)
 
     def _check_columns(self, head: Head, known: Container[str]) -> None:

@@ -437,3 +437,74 @@ def test_a_cell_without_a_value_is_no_id(kind, make_index, put_csv, load, admin,
     lines = [entry["line"] for entry in rejected()]
     assert lines == list(range(2 + len(kept), 2 + len(rows)))
     assert {entry["column"] for entry in rejected()} == {"i"}
+
+
+# --- new columns and the mapping's own rules --------------------------------------------------------------------------
+
+TEMPLATES = [
+    {"dates": {"match": "*_at", "match_mapping_type": "string", "mapping": {"type": "date"}}},
+    {"codes": {"match": "code_*_x", "mapping": {"type": "keyword", "ignore_above": 9}}},
+    {"whole": {"match_mapping_type": "long", "mapping": {"type": "integer"}}},
+    {"strings": {"match_mapping_type": "string", "mapping": {"type": "keyword"}}},
+    {"rest": {"match": "*", "match_mapping_type": "*", "mapping": {"type": "{dynamic_type}", "store": True}}},
+]
+
+
+def test_new_columns_get_what_dynamic_templates_say(make_index, put_csv, load, admin):
+    index = make_index("index", {"k": {"type": "keyword"}}, dynamic_templates=TEMPLATES)
+    text = "k,seen_at,code_1_x,count,word,price,flag,a.b,void\na,2024-01-15,7,3,x,1.5,true,y,\n"
+    load(put_csv({"a.csv": text}), index)
+    assert admin("GET", f"/{index}/_mapping")[index]["mappings"]["properties"] == {
+        "k": {"type": "keyword"}, "seen_at": {"type": "date"}, "code_1_x": {"type": "keyword", "ignore_above": 9},
+        "count": {"type": "integer"}, "word": {"type": "keyword"}, "price": {"type": "double", "store": True},
+        "flag": {"type": "boolean", "store": True}, "a": {"properties": {"b": {"type": "keyword"}}},
+        "void": {"type": "keyword"},
+    }  # fmt: skip
+    [document] = sources(admin, index)
+    assert (document["code_1_x"], document["count"], document["price"], document["flag"]) == ("7", 3, 1.5, True)
+    admin("POST", f"/{index}/_search", {"size": 0, "aggs": {"words": {"terms": {"field": "word"}}}})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"match_pattern": "regex", "match": "^w.*$", "mapping": {"type": "keyword"}},
+        {"path_match": "a.*", "mapping": {"type": "keyword"}},
+        {"match_mapping_type": "string", "unmatch": "*_t", "mapping": {"type": "keyword"}},
+    ],
+)
+def test_other_templates_leave_text_and_are_named(other, make_index, put_csv, load, admin):
+    index = make_index("index", {"k": {"type": "keyword"}}, dynamic_templates=[TEMPLATES[0], {"special": other}])
+    outcome = load(put_csv({"a.csv": "k,seen_at,word\na,2024-01-15,x\n"}), index)
+    properties = admin("GET", f"/{index}/_mapping")[index]["mappings"]["properties"]
+    assert (properties["seen_at"], properties["word"]["type"]) == ({"type": "date"}, "text")
+    [line] = warnings(outcome, "special")
+    assert "word" in line
+    assert warnings(load(put_csv({"a.csv": "k,seen_at,word\na,2024-01-15,x\n"}), index), "special") == []
+
+
+def test_templates_for_other_kinds_of_values_are_passed_over(make_index, put_csv, load, admin):
+    templates = [{"o": {"match_mapping_type": "object", "mapping": {"enabled": False}}}, TEMPLATES[2]]
+    index = make_index("index", {"k": {"type": "keyword"}}, dynamic_templates=templates)
+    outcome = load(put_csv({"a.csv": "k,count,word\na,1,x\n"}), index)
+    properties = admin("GET", f"/{index}/_mapping")[index]["mappings"]["properties"]
+    assert (properties["count"]["type"], properties["word"]["type"]) == ("integer", "text")
+    assert warnings(outcome, "template") == []
+
+
+@pytest.mark.skipif(sandbox.VERSION < "2.16", reason="2.16 and later")
+def test_a_mapping_that_allows_templates_alone_takes_the_columns_that_one_matches(make_index, put_csv, load, admin):
+    index = make_index("index", {"k": {"type": "keyword"}}, dynamic="strict_allow_templates",
+                       dynamic_templates=TEMPLATES[:1])  # fmt: skip
+    load(put_csv({"a.csv": "k,seen_at\na,2024-01-15\n"}), index)
+    assert sources(admin, index) == [{"k": "a", "seen_at": "2024-01-15"}]
+    assert "word" in load(put_csv({"a.csv": "k,word\na,x\n"}), index, code=4).last
+
+
+@pytest.mark.skipif(sandbox.MAJOR < 3, reason="dynamic_properties are new in 3.x")
+def test_columns_that_dynamic_properties_match_have_their_type_and_are_not_added(make_index, put_csv, load, admin):
+    rules = {"*_i": {"type": "long"}, "*_s": {"type": "keyword"}}
+    index = make_index("index", {"k": {"type": "keyword"}}, dynamic_properties=rules)
+    load(put_csv({"a.csv": "k,a_i,b_s\na,007,007\nb,1.0,x\n"}), index)
+    assert cells(admin, index, "k", "a_i", "b_s") == [("a", 7, "007"), ("b", 1, "x")]
+    assert admin("GET", f"/{index}/_mapping")[index]["mappings"]["properties"] == {"k": {"type": "keyword"}}
