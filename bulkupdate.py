@@ -69,6 +69,8 @@ CACHED_CELLS = 4000  # remembered values a column, and no longer than this many 
 CACHED_CELL_CHARS = 32
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
 REJECTS_SHOWN = 5
+REASONS_SHOWN, MAX_REASONS = 10, 1000
+REASON_END = re.compile(r""": ['"]| in document with id | \(""")  # what follows is about one row
 KEEP_DAYS = 30
 RECORD = f"{SUITE}/loaded"  # in `_meta`, with SKIP_UNCHANGED: what a load that ended well has stored
 DOCUMENT_END = "}\n"
@@ -1326,6 +1328,7 @@ class Rejects:
     def __init__(self, folder: Path, index: str, accepted: int) -> None:
         self.path = folder / f"rejects-{index}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.ndjson"
         self.limit, self.count = max(accepted, REJECTS_TOLERATED), 0
+        self._reasons = Counter[tuple[str | None, str]]()  # by column and reason less its values
         self._lock = threading.Lock()
         self._file: Any = None
 
@@ -1347,6 +1350,9 @@ class Rejects:
         entry = {"object": key, "line": line, "column": defect.column, "reason": defect.reason, "row": defect.row}
         with self._lock:
             self.count += 1
+            kind = (defect.column, REASON_END.split(defect.reason)[0])
+            is_kept = kind in self._reasons or len(self._reasons) < MAX_REASONS
+            self._reasons[kind if is_kept else (None, "other reasons")] += 1
             if self.count <= REJECTS_SHOWN:
                 column = f", column {defect.column}" if defect.column else ""
                 log.warning("rejected: %s line %s%s: %s", key, line, column, defect.reason)
@@ -1362,6 +1368,16 @@ class Rejects:
                 raise OperationFailed(
                     f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}"
                 )
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return how many rows were rejected for which reason in which column, the most frequent first."""
+        return [{"rows": rows, "column": column, "reason": reason}
+                for (column, reason), rows in self._reasons.most_common(REASONS_SHOWN)]  # fmt: skip
+
+    def log_summary(self) -> None:
+        for entry in self.summary():
+            column = f"{entry['column']}: " if entry["column"] else ""
+            log.warning("rejected: %s x %s%s", entry["rows"], column, entry["reason"])
 
     def _open(self) -> Any:
         if self.path.exists():  # of another load that began in the same second
@@ -1458,7 +1474,10 @@ class BulkUpdate(OpenSearchBaseManager):
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
             return {"index": self.target.name, "objects": len(objects), **self._newest_age(objects), "dry_run": True}
-        sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
+        try:
+            sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
+        finally:
+            self.rejects.log_summary()
         return self._report(objects, sums, began)
 
     # --- the index ---
@@ -1702,7 +1721,7 @@ class BulkUpdate(OpenSearchBaseManager):
         }  # fmt: skip
         text = " ".join(f"{name}={value}" for name, value in result.items())
         if sums.rejected:
-            result["rejects_file"] = str(self.rejects.path)
+            result |= {"rejects_file": str(self.rejects.path), "reject_reasons": self.rejects.summary()}
         if sums.rejected > self.settings.max_rejects:
             raise TooManyRejects(
                 f"finished, but {sums.rejected:,} rows were rejected and {self.settings.max_rejects:,} are accepted "

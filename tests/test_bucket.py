@@ -508,3 +508,42 @@ def test_columns_that_dynamic_properties_match_have_their_type_and_are_not_added
     load(put_csv({"a.csv": "k,a_i,b_s\na,007,007\nb,1.0,x\n"}), index)
     assert cells(admin, index, "k", "a_i", "b_s") == [("a", 7, "007"), ("b", 1, "x")]
     assert admin("GET", f"/{index}/_mapping")[index]["mappings"]["properties"] == {"k": {"type": "keyword"}}
+
+
+# --- rejects at a glance ----------------------------------------------------------------------------------------------
+
+MIXED = {"k": {"type": "keyword"}, "distance": {"type": "long"}, "when": {"type": "date"}}
+BAD = (
+    "k,distance,when\n" + "a,x,\n" * 2 + "b,1e99,\n" + "".join(f"c,word{at},\n" for at in range(5))
+    + "".join(f"d,1,day{at}\n" for at in range(4)) + "e\n" * 3 + "f,1,2024-01-15\n"
+)  # fmt: skip
+
+
+def test_the_closing_lines_sum_up_the_rejects(make_index, put_csv, load):
+    outcome = load(put_csv({"a.csv": BAD}), make_index("index", MIXED), code=3)
+    sums = outcome.result["reject_reasons"]
+    found = [(entry["rows"], entry["column"]) for entry in sums]
+    assert found == [(7, "distance"), (4, "when"), (3, None), (1, "distance")]
+    assert sums[0]["reason"] == "not a number"
+    assert "failed to parse field [when] of type [date]" in sums[1]["reason"]
+    said = [line.split(": ", 2)[2] for line in warnings(outcome, " x ")]
+    assert said[0] == "7 x distance: not a number"
+    assert len(said) == 4
+    assert outcome.err.index(said[3]) < outcome.err.index("finished, but")
+
+
+def test_ten_reasons_at_most_are_said_also_where_the_load_goes_on(make_index, put_csv, load):
+    names = [f"c{at:02d}" for at in range(12)]
+    rows = [",".join("x" if name == bad else "1" for name in names) + "\n" for bad in names]
+    text = ",".join(names) + "\n" + "".join(row * at for at, row in enumerate(rows, 1)) + ",".join("1" * 12)
+    index = make_index("index", {name: {"type": "long"} for name in names})
+    outcome = load(put_csv({"a.csv": text}), index, "--max-rejects", "100")
+    assert [entry["rows"] for entry in outcome.result["reject_reasons"]] == list(range(12, 2, -1))
+    assert len(warnings(outcome, " x c")) == 10
+    assert "reject_reasons" not in load(put_csv({"a.csv": "c00\n1\n"}), index).result
+
+
+def test_a_load_that_stops_for_too_many_rejects_sums_them_up(make_index, put_csv, load, monkeypatch):
+    monkeypatch.setattr(bulkupdate, "REJECTS_TOLERATED", 20)
+    outcome = load(put_csv({"a.csv": "n\n1\n" + "x\n" * 50}), make_index("index", NUMBERS), code=1)
+    assert re.search(r"2\d x n: not a number", outcome.err)
