@@ -261,13 +261,13 @@ class Bucket:
 
 
 def may_pass(error: Exception) -> bool:
-    """Say whether a failure of S3 may be over soon: it is busy, or not reached."""
-    from botocore.exceptions import ClientError, HTTPClientError
+    """Return whether a failure of S3 may be over soon: it is busy, or cannot be reached."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, SSLError
 
     if isinstance(error, ClientError):
         code, status = error.response["Error"].get("Code", ""), error.response["ResponseMetadata"]["HTTPStatusCode"]
         return bool(status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout") or "Throttl" in code)
-    return isinstance(error, HTTPClientError)
+    return isinstance(error, (HTTPClientError, ConnectionError)) and not isinstance(error, SSLError)
 
 
 # --- look -------------------------------------------------------------------------------------------------------------

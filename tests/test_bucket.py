@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import time
 
 import bulkupdate
+import opensearch_base_manager as base
 import pytest
 import sandbox
 from conftest import count, load_arguments, sources
-from fault_proxy import after
+from fault_proxy import FaultProxy, after, refused
 from test_bulkupdate import NUMBERS, WORDS, meta_of, rejected, short_pauses  # noqa: F401  # fixtures
 from test_run_refresh import finish, pair, refresh  # noqa: F401  # fixtures
 
@@ -547,3 +549,103 @@ def test_a_load_that_stops_for_too_many_rejects_sums_them_up(make_index, put_csv
     monkeypatch.setattr(bulkupdate, "REJECTS_TOLERATED", 20)
     outcome = load(put_csv({"a.csv": "n\n1\n" + "x\n" * 50}), make_index("index", NUMBERS), code=1)
     assert re.search(r"2\d x n: not a number", outcome.err)
+
+
+# --- S3 that is away for a minute -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3_proxy(environment, monkeypatch):
+    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", running.endpoint)
+        yield running
+
+
+def test_a_listing_after_the_load_outlasts_a_closed_port(s3_proxy, proxy, make_index, put_csv, load, admin):
+    index = make_index("index", COLUMNS)
+    s3_proxy.on("GET", "list-type=2", refused, skip=1)  # the connection that is open
+    proxy.on("POST", "/_bulk", after(lambda: s3_proxy.refuse_connections(3)))
+    outcome = load(put_csv({"a.csv": ROWS}), index)
+    assert warnings(outcome, "listing again")
+    assert count(admin, index) == 2
+
+
+def test_a_wrong_endpoint_shows_within_ten_seconds_at_the_start(make_index, put_csv, load, monkeypatch, admin):
+    index = make_index("index", COLUMNS, docs=3)
+    prefix = put_csv({"a.csv": ROWS})
+    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.5)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    began = time.monotonic()
+    outcome = load(prefix, index, code=1)
+    assert time.monotonic() - began < 13
+    assert "127.0.0.1:9" in outcome.last
+    assert count(admin, index) == 3
+
+
+# --- prefixes as the producers leave them -----------------------------------------------------------------------------
+
+
+def test_spark(make_index, put_csv, load, admin):
+    """A job that was aborted and run again: header in each part, an empty one, checksums, partitions, the marker."""
+    index = make_index("index", COLUMNS)
+    prefix = put_csv({
+        "_temporary/0/_temporary/attempt_1/part-00000-1.csv": "k,n\na,1\n",
+        "_date=2024-01-01/part-00000-2-c000.csv.gz": gzip.compress(b"k,n\na,1\n"),
+        "_date=2024-01-01/.part-00000-2-c000.csv.gz.crc": "crc", "_date=2024-01-02/part-00001-2-c000.csv": "k,n\nb,2\n",
+        "_date=2024-01-02/part-00002-2-c000.csv": "k,n\n", "._SUCCESS.crc": "crc", "_SUCCESS": "",
+        "_started_42": "", "_committed_42": '{"added":[]}',
+    })  # fmt: skip
+    outcome = load(prefix, index, "--ready-object", "_SUCCESS")
+    assert cells(admin, index, "k", "n") == [("a", 1), ("b", 2)]
+    assert re.search(r"1 object \(8 bytes\)", warnings(outcome, "not loaded")[0])
+
+
+def test_spark_without_headers_is_refused(make_index, put_csv, load):
+    files = {"part-00000.csv": "a,1\n", "part-00001.csv": "b,2\n", "_SUCCESS": ""}
+    outcome = load(put_csv(files), make_index("index", COLUMNS), "--ready-object", "_SUCCESS", code=4)
+    assert "this part has no header" in outcome.last
+
+
+def test_redshift(make_index, put_csv, s3, load, admin):
+    """UNLOAD ... FORMAT CSV HEADER GZIP MANIFEST VERBOSE, beside the parts of a former and larger one."""
+    index = make_index("index", COLUMNS)
+    files = {"0000_part_00.gz": gzip.compress(b"k,n\na,1\n"), "0001_part_00.gz": gzip.compress(b'k,n\n"b, c",2\n')}
+    prefix = put_csv({**files, "0002_part_00.gz": gzip.compress(b"k,n\nold,9\n")})
+    meta = {"content_length": sum(map(len, files.values())), "record_count": 2}
+    text = manifest(prefix, files, dict.fromkeys(files, 1), meta=meta, schema={"elements": []},
+                    author={"name": "Amazon Redshift", "version": "1.0.0"})  # fmt: skip
+    s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}manifest", Body=text.encode())
+    load(prefix, index, *READY)
+    assert cells(admin, index, "k", "n") == [("a", 1), ("b, c", 2)]
+
+
+def test_athena(make_index, put_csv, load, admin):
+    """The result of a query: all cells quoted, NULL is an unquoted empty cell, and a binary beside it."""
+    index = make_index("index", COLUMNS)
+    name = "7b0a0d4e-8d4c-4a2c-9a1b-0c5b5d3b8f11"
+    outcome = load(put_csv({f"{name}.csv": '"k","n"\n"a","1"\n"b",\n', f"{name}.csv.metadata": b"\x0a\x14\x08"}), index)
+    assert cells(admin, index, "k", "n") == [("a", 1), ("b", None)]
+    assert "other suffix" in outcome.err
+
+
+def test_athena_without_a_suffix_is_refused(make_index, put_csv, load):
+    prefix = put_csv({"20240115_010203_00001_abcde_0f6e.gz": gzip.compress(b"a\x011\n")})
+    assert f"{prefix}2024" in load(prefix, make_index("index", COLUMNS), code=4).last
+
+
+def test_snowflake(make_index, put_csv, load, admin):
+    r"""COPY INTO with HEADER and quotes; without HEADER it is refused."""
+    index = make_index("index", {"K": {"type": "keyword"}, "N": {"type": "long"}})
+    parts = [gzip.compress(b'"K","N"\n"a",1\n'), gzip.compress(b'"K","N"\n"b",\n')]
+    load(put_csv({f"data_0_{at}_0.csv.gz": part for at, part in enumerate(parts)}), index)
+    assert cells(admin, index, "K", "N") == [("a", 1), ("b", None)]
+    files = {"data_0_0_0.csv.gz": gzip.compress(b"a,1\n"), "data_0_1_0.csv.gz": gzip.compress(b"b,\\N\n")}
+    assert "this part has no header" in load(put_csv(files), index, code=4).last
+
+
+def test_excel(make_index, put_csv, load, admin, monkeypatch):
+    index = make_index("index", COLUMNS)
+    monkeypatch.setenv("DELIMITER", ";")
+    outcome = load(put_csv({"Mappe1.csv": EXCEL, "~$Mappe1.xlsx": b"\5owner"}), index)
+    assert cells(admin, index, "k", "n") == [("a", 1), ("b", 2)]
+    assert outcome.result["skipped"] == 4
