@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -47,6 +47,7 @@ from opensearch_base_manager import (
 
 MIB = 1024 * 1024
 HEAD_BYTES = 64 * 1024  # enough to see a header and some hundred rows of each object
+MAX_MANIFEST_BYTES = 16 * MIB  # about 100,000 objects
 KEPT_BYTES = 16 * MIB  # of objects that were whole in their heads, together; others are read again
 READS_AT_ONCE = 32  # S3 takes 50 to 200 ms for a first byte, and answers thousands of requests side by side
 AHEAD_BYTES = MIB  # of an object, before its turn comes; the rest is asked for when it has come
@@ -69,6 +70,8 @@ CACHED_CELLS = 4000  # remembered values a column, and no longer than this many 
 CACHED_CELL_CHARS = 32
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
 REJECTS_SHOWN = 5
+REASONS_SHOWN, MAX_REASONS = 10, 1000
+REASON_END = re.compile(r""": ['"]| in document with id | \(""")  # what follows is about one row
 KEEP_DAYS = 30
 RECORD = f"{SUITE}/loaded"  # in `_meta`, with SKIP_UNCHANGED: what a load that ended well has stored
 DOCUMENT_END = "}\n"
@@ -77,6 +80,9 @@ MAX_ID_BYTES = 512  # one longer id and the cluster refuses the whole request
 BULK_PARAMS = {
     "filter_path": "errors,items.*.status,items.*.error.type,items.*.error.reason,items.*.error.caused_by.reason"
 }
+VALUE = re.compile(  # what a column name does not look like: nothing, a number, a date
+    r"|[+-]?[0-9.,]*[0-9](?:[eE][+-]?[0-9]+)?|[0-9]{4}-[0-9]{2}-[0-9]{2}.*|[0-9]{1,2}/[0-9]{1,2}/[0-9]{2,4}.*"
+)
 METADATA_FIELDS = frozenset(
     ["_id", "_index", "_source", "_routing", "_field_names", "_ignored", "_size", "_type", "_seq_no", "_version",
      "_doc_count", "_nested_path", "_primary_term", "_data_stream_timestamp"]
@@ -111,6 +117,95 @@ class S3Object:
 
     def __str__(self) -> str:
         return f"{self.key} ({self.modified:%Y-%m-%dT%H:%M:%SZ})"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The objects under a prefix, by what becomes of them."""
+
+    data: list[S3Object]
+    leftovers: list[S3Object]  # CSV files whose names say that they are no data
+    others: list[S3Object]  # with another suffix, and folders
+
+    def log_ignored(self) -> None:
+        """Log what is not loaded."""
+        if self.leftovers:
+            number, size = counted(len(self.leftovers), "object"), sum(item.size for item in self.leftovers)
+            log.warning('not loaded, since a part of the name begins with "." or "_": %s (%s bytes), the first is %s',
+                        number, f"{size:,}", self.leftovers[0].key)  # fmt: skip
+        empty = sum(not item.size for item in self.data)
+        folders = sum(item.key.endswith("/") for item in self.others)
+        parts = [(empty, "empty object"), (folders, "folder"), (len(self.others) - folders, "object")]
+        if text := ", ".join(counted(number, word) for number, word in parts if number):
+            log.info("not loaded: %s%s", text, " with another suffix" * (len(self.others) > folders))
+
+
+def sort_objects(found: Iterable[S3Object], prefix: str, named: Container[str]) -> Listing:
+    """Sort what was found under a prefix; objects that a manifest names are data whatever their names."""
+    listing = Listing([], [], [])
+    for item in found:
+        if item.key in named or (item.is_csv() and not is_leftover(item.key, prefix)):
+            listing.data.append(item)
+        else:
+            (listing.leftovers if item.is_csv() else listing.others).append(item)
+    return listing
+
+
+def is_leftover(key: str, prefix: str) -> bool:
+    """Return whether a name below the prefix marks no data, by Spark's rule: `_date=2024-01-01/` is a partition."""
+    parts = key.removeprefix(prefix).split("/")
+    if prefix and not prefix.endswith("/"):
+        parts = parts[1:]  # the first one begins within the prefix
+    return any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts)
+
+
+def folders_of(prefix: str, objects: Iterable[S3Object]) -> list[str]:
+    """Return the folders that a prefix without a final slash matches: `flights` matches flights/ and flights_old/."""
+    if not prefix or prefix.endswith("/"):
+        return []
+    ends = {item.key: item.key.find("/", len(prefix)) + 1 for item in objects}
+    return sorted({key[:end] for key, end in ends.items() if end})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the producer says it wrote: the sizes of the objects by key, and the rows; None where it does not say."""
+
+    sizes: Mapping[str, int | None] = field(default_factory=dict)
+    rows: int | None = None
+
+    def differences(self, objects: Iterable[S3Object]) -> list[str]:
+        """Return what differs in the bucket, if the manifest names objects."""
+        found = {item.key: item.size for item in objects} if self.sizes else {}
+        return [
+            *(f"{key} is missing" for key in self.sizes if key not in found),
+            *(f"{key} is not in the manifest" for key in found if key not in self.sizes),
+            *(f"{key} has {found[key]} bytes instead of {size}" for key, size in self.sizes.items()
+              if size is not None and found.get(key, size) != size),
+        ]  # fmt: skip
+
+
+def parse_manifest(data: bytes, bucket: str, prefix: str) -> Manifest | None:
+    """Parse what `UNLOAD ... MANIFEST VERBOSE` of Redshift writes, or `{"rows": N}`; return None for anything else.
+
+    A manifest whose objects are all elsewhere is none either: it may have been copied with the data.
+    """
+    root = f"s3://{bucket}/"
+    try:
+        content = json.loads(data)
+        entries = {entry["url"]: entry.get("meta", {}) for entry in content.get("entries", [])}
+        sizes = {url.removeprefix(root): meta.get("content_length") for url, meta in entries.items()}
+        counts = [meta.get("record_count") for meta in entries.values()] or [content.get("rows")]
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return None
+    rows = sum(counts) if all(type(count) is int and count >= 0 for count in counts) else None
+    if sizes and not any(key.startswith(prefix) for key in sizes):
+        return None
+    return Manifest(sizes, rows) if sizes or rows is not None else None
+
+
+def counted(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 class Bucket:
@@ -173,13 +268,13 @@ class Bucket:
 
 
 def may_pass(error: Exception) -> bool:
-    """Say whether a failure of S3 may be over soon: it is busy, or not reached."""
-    from botocore.exceptions import ClientError, HTTPClientError
+    """Return whether a failure of S3 may be over soon: it is busy, or cannot be reached."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, SSLError
 
     if isinstance(error, ClientError):
         code, status = error.response["Error"].get("Code", ""), error.response["ResponseMetadata"]["HTTPStatusCode"]
         return bool(status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout") or "Throttl" in code)
-    return isinstance(error, HTTPClientError)
+    return isinstance(error, (HTTPClientError, ConnectionError)) and not isinstance(error, SSLError)
 
 
 # --- look -------------------------------------------------------------------------------------------------------------
@@ -274,27 +369,66 @@ def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
     return data if complete else data[: data.rindex(b"\n") + 1], complete
 
 
+def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
+    """Raise Refused where an object has no header, or one that names no fields; log columns that only some have."""
+    parts = Counter(name for head in heads for name in set(head.columns))
+    number = sum(bool(head.columns) for head in heads)
+    for head in heads:
+        common = {name for name in head.columns if name in known or parts[name] > 1}
+        if (known or number > 1) and lacks_header(head.columns, common):
+            value = next(name for name in head.columns if name not in common and VALUE.fullmatch(name))
+            raise Refused(
+                f"{head.key}: this part has no header: most of its column names are unknown, and {value!r} looks like "
+                "a value; nothing was changed: have the producer write the column names into each part"
+            )
+        check_names(head)
+    if partial_columns := [f"{name} ({found} of {number})" for name, found in parts.items() if found < number]:
+        log.info("columns that only some objects have: %s", ", ".join(partial_columns))
+
+
+def lacks_header(columns: Sequence[str], known: Container[str]) -> bool:
+    """Return whether a first row is data: fewer than half of its cells are known names, and one looks like a value.
+
+    Values beside known names alone are names: `country,1960,1961`.
+    """
+    new = [name for name in columns if name not in known]
+    values = sum(bool(VALUE.fullmatch(name)) for name in new)
+    return len(new) * 2 > len(columns) and values > 0 and not values == len(new) < len(columns)
+
+
+def check_names(head: Head) -> None:
+    """Raise Refused where column names cannot be field names."""
+    if doubled := sorted({name for name in head.columns if head.columns.count(name) > 1 and name}):
+        raise Refused(f"{head.key}: doubled column names: {', '.join(doubled)}; rename them")
+    if wrong := [name for name in head.columns if not all(name.split(".")) or name in METADATA_FIELDS]:
+        names = ", ".join(map(repr, wrong))
+        raise Refused(f"{head.key}: the header has names that cannot be fields: {names}; rename them")
+
+
 def types_in(mapping: Mapping[str, Any]) -> dict[str, str]:
     return {name: definition.get("type", "object") for name, definition in field_definitions(mapping)}
 
 
 def schema_of(index: str, mapping: Mapping[str, Any], new: NewColumns) -> Schema:
     """Return the type of each column. Raises Refused for new columns that the mapping forbids."""
-    added = new_fields(index, mapping, new)
+    dynamic = {name: rule["type"] for name in new if (rule := dynamic_property(mapping, name))}
+    added = new_fields(index, mapping, {name: new[name] for name in new if name not in dynamic})
     types = {name: added.get(name, {"type": "text"})["type"] for name in new}
-    return Schema({**types_in(mapping), **types}, added)
+    return Schema({**types_in(mapping), **types, **dynamic}, added)
 
 
 def new_fields(index: str, mapping: Mapping[str, Any], new: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
     """Return the definitions of new columns, by the kinds of their values."""
-    if strict := [name for name in new if dynamic_of(mapping, name).startswith("strict")]:
+    templates = {name: rule for name, kinds in new.items() if (rule := dynamic_template(mapping, name, kinds))}
+    others = [name for name in new if name not in templates]
+    if strict := [name for name in others if dynamic_of(mapping, name).startswith("strict")]:
         raise Refused(
             f"columns that the strict mapping of {index} does not know: {', '.join(strict)}; add them to the "
             "mapping, or take them out of the files"
         )
-    if ignored := [name for name in new if not is_dynamic(mapping, name)]:
+    if ignored := [name for name in others if dynamic_of(mapping, name).startswith("false")]:
         log.warning("not searchable, since the mapping does not know them (dynamic: false): %s", ", ".join(ignored))
-    added = {name: new_field(kinds - {""}) for name, kinds in new.items() if name not in ignored}
+    added = {name: templates.get(name) or new_field(kinds) for name, kinds in new.items() if name not in ignored}
     if torn := inside_values(mapping, added):
         raise Refused(f"columns inside of another that is no object: {', '.join(torn)}; rename one of the two")
     if added:
@@ -315,6 +449,7 @@ def kind_of(cell: str) -> str:
 
 def new_field(kinds: set[str]) -> dict[str, Any]:
     """Return the definition of a new column; text unless every value seen is a canonical number or true/false."""
+    kinds = kinds - {""}
     if kinds and kinds <= {"long", "double"}:
         return {"type": "double" if "double" in kinds else "long"}
     if kinds == {"boolean"}:
@@ -332,8 +467,40 @@ def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
 
 
 def is_dynamic(mapping: Mapping[str, Any], name: str) -> bool:
-    """Return whether a new field of this name would be added to the mapping, with a type."""
-    return dynamic_of(mapping, name) != "false" and not dynamic_of(mapping, name).startswith("strict")
+    """Return whether a new field of this name could be added to the mapping, with a type."""
+    return dynamic_of(mapping, name) not in ("false", "strict")
+
+
+def dynamic_property(mapping: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """Return the definition that `dynamic_properties` have for a column; the server refuses to add such a field."""
+    rules: dict[str, dict[str, Any]] = mapping.get("dynamic_properties", {}) if is_dynamic(mapping, name) else {}
+    return next((rule for pattern, rule in rules.items() if matches(pattern, name)), None)
+
+
+def dynamic_template(mapping: Mapping[str, Any], name: str, kinds: set[str]) -> dict[str, Any] | None:
+    """Return the definition of the first of the `dynamic_templates` that matches a new column.
+
+    One with other conditions than `match_mapping_type` and `match` is not evaluated, nor are those behind it.
+    """
+    kind, leaf = new_field(kinds)["type"], name.rpartition(".")[2]
+    for entry in mapping.get("dynamic_templates", []) if is_dynamic(mapping, name) else []:
+        [(title, template)] = entry.items()
+        if template.get("match_mapping_type", "*") not in ("*", {"text": "string"}.get(kind, kind)):
+            continue
+        if template.keys() - {"match_mapping_type", "match", "mapping"}:
+            log.warning("the dynamic template %s is not evaluated for the new column %s; if it should apply, add the "
+                        "column to the mapping", title, name)  # fmt: skip
+            return None
+        if matches(template.get("match", "*"), leaf):
+            text = json.dumps({"type": kind, **template["mapping"]}).replace("{dynamic_type}", kind)
+            definition: dict[str, Any] = json.loads(text.replace("{name}", json.dumps(leaf)[1:-1]))
+            return definition
+    return None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether a name matches a pattern of the server, in which only the asterisk is special."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.S) is not None
 
 
 def unwritable(columns: Iterable[str], types: Mapping[str, str]) -> list[str]:
@@ -501,6 +668,8 @@ class Block:
     lines: Sequence[int]
     rows: list[Any]
     clean: bool = True
+    empty: int = 0  # rows of empty cells, now blank lines
+    repeated: list[int] = field(default_factory=list)  # lines of rows that repeat the header, now blank lines
 
 
 def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
@@ -550,18 +719,33 @@ def no_header(place: str, row: Any = None) -> Refused:
 
 
 def header_of(place: str, row: Any) -> list[str]:
-    """Return the column names in the first record. Raises Refused when they cannot be field names."""
+    """Return the column names in the first record. Raises Refused when it is no CSV."""
     if not row or isinstance(row, Defect):
         raise no_header(place, row)
     if re.fullmatch("sep=.?", row[0]):
         raise Refused(f"{place}: the first line, {row[0]}, is for spreadsheets; remove it, and give the delimiter")
-    columns = [sys.intern(name.strip()) for name in row]  # 10,000 objects need 10 MB less
-    if doubled := sorted({name for name in columns if columns.count(name) > 1 and name}):
-        raise Refused(f"{place}: doubled column names: {', '.join(doubled)}; rename them")
-    if wrong := [name for name in columns if not all(name.split(".")) or name in METADATA_FIELDS]:
-        names = ", ".join(map(repr, wrong))
-        raise Refused(f"{place}: the header has names that cannot be fields: {names}; rename them")
-    return columns
+    return [sys.intern(name.strip()) for name in row]  # 10,000 objects need 10 MB less
+
+
+def blank_out(block: Block, header: Sequence[str]) -> Block:
+    """Turn rows of empty cells into blank lines, and rows that repeat the header of two columns or more."""
+    last = header[-1] if len(header) > 1 else None
+    for place, row in enumerate(block.rows):
+        if isinstance(row, Defect):
+            continue
+        if not any(row):
+            block.empty += bool(row)
+            block.rows[place] = []
+        elif row[-1].strip() == last and repeats(row, header):
+            block.repeated.append(block.lines[place])
+            block.rows[place] = []
+    return block
+
+
+def repeats(row: Sequence[str], header: Sequence[str]) -> bool:
+    """Return whether a row is the header again, as in joined files, perhaps with the BOM of its file."""
+    first = row[0].removeprefix("\ufeff").strip('"') if row[0].startswith("\ufeff") else row[0]
+    return [first.strip(), *(cell.strip() for cell in row[1:])] == header
 
 
 def read_csv(
@@ -577,7 +761,8 @@ def read_csv(
     if not first:
         return [], blocks
     columns = header_of(place, first.rows[0])
-    return columns, itertools.chain(iter([Block(first.lines[1:], first.rows[1:], first.clean)]), blocks)
+    blocks = itertools.chain(iter([Block(first.lines[1:], first.rows[1:], first.clean)]), blocks)
+    return columns, map(partial(blank_out, header=columns), blocks)
 
 
 def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) -> Iterator[Block]:
@@ -751,9 +936,9 @@ def separator(operation: str, quoted_id: str, version: str = "") -> str:
     return f'{DOCUMENT_END}{{"{operation}":{{"_id":{quoted_id}{version}}}}}\n{{'
 
 
-def separator_with_id(cell: str, version: int) -> str:
+def separator_with_id(cell: str, version: int, no_ids: Container[str]) -> str:
     """Take the id from a column; thanks to the version a later row wins, in any order of arrival."""
-    if not cell or len(cell.encode()) > MAX_ID_BYTES:
+    if cell.strip() in no_ids or len(cell.encode()) > MAX_ID_BYTES:
         raise ValueError(f"no id, or one of more than {MAX_ID_BYTES} bytes")
     return separator("index", encode_basestring(cell), f',"version":{version},"version_type":"external"')
 
@@ -783,8 +968,12 @@ class Renderer:
         self.columns = {name: Column(name, kind) for name, kind in types.items()}
         self.reject, self.bucket = reject, bucket
         self.id_column, self.operation = id_column, operation
+        is_text = RENDERERS.get(types.get(id_column, "")) is render_text  # `NA` is Namibia
+        self.no_ids = {"", r"\N"} if is_text else {*EMPTY, r"\N"}
         self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
         self.read = self.skipped = 0  # records
+        self.empty = self.repeated = 0  # of the skipped ones: rows of empty cells, rows that repeat the header
+        self.first_repeated = ""
 
     def documents(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> Iterator[Batch]:
         """Yield the documents of one object."""
@@ -796,6 +985,10 @@ class Renderer:
                 batch = self._one_by_one(source, block)
             source.record += len(block.rows)
             self.read += len(block.rows)
+            self.empty += block.empty
+            if block.repeated:
+                self.first_repeated = self.first_repeated or f"{key} line {block.repeated[0]}"
+                self.repeated += len(block.repeated)
             yield batch
 
     def is_own_version(self, version: int) -> bool:
@@ -855,7 +1048,8 @@ class Renderer:
     def _separators(self, source: Source, ids: Sequence[str], offset: int = 0) -> Iterator[str]:
         """Yield the separators before consecutive documents, the first one `offset` records after the last block."""
         if self.id_column:
-            return map(separator_with_id, ids, itertools.count(self.first_version + self.read + offset))
+            versions = itertools.count(self.first_version + self.read + offset)
+            return map(partial(separator_with_id, no_ids=self.no_ids), ids, versions)
         first = source.record + offset
         return map(source.separator.__mod__, range(first, first + len(ids)))
 
@@ -1197,6 +1391,7 @@ class Rejects:
     def __init__(self, folder: Path, index: str, accepted: int) -> None:
         self.path = folder / f"rejects-{index}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.ndjson"
         self.limit, self.count = max(accepted, REJECTS_TOLERATED), 0
+        self._reasons = Counter[tuple[str | None, str]]()  # by column and reason less its values
         self._lock = threading.Lock()
         self._file: Any = None
 
@@ -1218,6 +1413,9 @@ class Rejects:
         entry = {"object": key, "line": line, "column": defect.column, "reason": defect.reason, "row": defect.row}
         with self._lock:
             self.count += 1
+            kind = (defect.column, REASON_END.split(defect.reason)[0])
+            is_kept = kind in self._reasons or len(self._reasons) < MAX_REASONS
+            self._reasons[kind if is_kept else (None, "other reasons")] += 1
             if self.count <= REJECTS_SHOWN:
                 column = f", column {defect.column}" if defect.column else ""
                 log.warning("rejected: %s line %s%s: %s", key, line, column, defect.reason)
@@ -1233,6 +1431,16 @@ class Rejects:
                 raise OperationFailed(
                     f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}"
                 )
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return how many rows were rejected for which reason in which column, the most frequent first."""
+        return [{"rows": rows, "column": column, "reason": reason}
+                for (column, reason), rows in self._reasons.most_common(REASONS_SHOWN)]  # fmt: skip
+
+    def log_summary(self) -> None:
+        for entry in self.summary():
+            column = f"{entry['column']}: " if entry["column"] else ""
+            log.warning("rejected: %s x %s%s", entry["rows"], column, entry["reason"])
 
     def _open(self) -> Any:
         if self.path.exists():  # of another load that began in the same second
@@ -1251,6 +1459,7 @@ class Sums:
     stored: int
     rejected: int
     skipped: int
+    empty: int  # of the skipped ones, rows of empty cells
     replaced: int  # of the stored ones, those whose id another row has as well
     unsure: int  # of the stored ones, perhaps replaced
     requests_under_way: int  # at most
@@ -1314,7 +1523,7 @@ class BulkUpdate(OpenSearchBaseManager):
         self.target = ClearableIndex(self, settings.index, shared=self.keep)
         self.delimiter, self.id_column = settings.delimiter, settings.id_column
         self.bucket = Bucket(settings.bucket, self.aws, settings.retry_seconds)
-        self.place = f"s3://{settings.bucket}/{settings.prefix}"
+        self.place, self.manifest = f"s3://{settings.bucket}/{settings.prefix}", Manifest()
         self.rejects = Rejects(settings.log_dir, settings.index, settings.max_rejects)
         index, self.names = settings.index, [settings.index]
         self.probes = [*reading_probes(index), bulk_probe(index, "index")]
@@ -1334,7 +1543,10 @@ class BulkUpdate(OpenSearchBaseManager):
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
             return {"index": self.target.name, "objects": len(objects), **self._newest_age(objects), "dry_run": True}
-        sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
+        try:
+            sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
+        finally:
+            self.rejects.log_summary()
         return self._report(objects, sums, began)
 
     # --- the index ---
@@ -1357,7 +1569,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _load_record(self, objects: list[S3Object]) -> LoadRecord:
         files = sorted((item.key, item.etag, item.size) for item in objects)
-        return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, files])
+        return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, self._expected_rows(), files])
 
     def _add(self, objects: list[S3Object], schema: Schema) -> Sums:
         """Load beside what the index holds."""
@@ -1375,12 +1587,27 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _list(self) -> list[S3Object]:
         """Return the objects to load. Raises Refused where their producer has not finished, or has not begun."""
-        objects, ready = self._csv_objects(S3_FIRST_CONTACT_S)
-        if not objects:
-            raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; check bucket and prefix")
+        found, ready = self._listed(S3_FIRST_CONTACT_S)
+        if ready:
+            self.manifest = self._read_manifest(ready)
+        listing = sort_objects(found, self.settings.prefix, self.manifest.sizes)
+        listing.log_ignored()
+        if not (objects := listing.data):
+            advice = "check bucket and prefix"
+            if listing.others:
+                advice = f"{listing.others[0].key} has another suffix; a manifest (READY_OBJECT) may name such objects"
+            raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; {advice}")
         log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
+        if len(folders := folders_of(self.settings.prefix, objects)) > 1:
+            log.warning("the prefix %s does not end with a slash, and all folders that it matches are loaded: %s",
+                        self.settings.prefix, ", ".join(folders))  # fmt: skip
         self._refuse_untimely(objects, ready)
+        if differences := self.manifest.differences(objects):
+            raise Refused(
+                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) names other objects, nothing was changed: "
+                f"{'; '.join(differences[:5])}; run again when the producer has finished"
+            )
         return objects
 
     def _refuse_untimely(self, objects: list[S3Object], ready: S3Object | None) -> None:
@@ -1411,21 +1638,38 @@ class BulkUpdate(OpenSearchBaseManager):
                 "still writing; run again when it has finished"
             )
 
-    def _csv_objects(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
-        """List the prefix; return the objects to load, and READY_OBJECT, which is none of them whatever its name."""
+    def _listed(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
+        """List the prefix; return READY_OBJECT apart from the others."""
         prefix, name = self.settings.prefix, self.settings.ready_object
         found = self.bucket.list_objects(prefix, retry_seconds)
         ready = next((item for item in found if name and item.key in (prefix + name, f"{prefix}/{name}")), None)
-        return [item for item in found if item.is_csv() and item is not ready], ready
+        return [item for item in found if item is not ready], ready
+
+    def _read_manifest(self, ready: S3Object) -> Manifest:
+        data = S3Body(self.bucket, ready).read_all() if 0 < ready.size <= MAX_MANIFEST_BYTES else b""
+        manifest = parse_manifest(data, self.bucket.name, self.settings.prefix)
+        if not manifest:
+            log.info("%s (READY_OBJECT) is no manifest: neither objects nor rows are compared", ready.key)
+            return Manifest()
+        rows = "an unknown number of rows" if manifest.rows is None else counted(manifest.rows, "row")
+        log.info("%s (READY_OBJECT) is a manifest: %s, %s", ready.key, counted(len(manifest.sizes), "object"), rows)
+        return manifest
+
+    def _expected_rows(self) -> int | None:
+        """Return how many rows the load must read, if that is known; EXPECTED_ROWS=0 says that it is not."""
+        given: int | None = self.settings.expected_rows
+        return self.manifest.rows if given is None else given or None
 
     def _look(self, objects: list[S3Object]) -> Schema:
         """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
         mapping, index = self.target.found["mappings"], self.target.name
         if mapping.get("_routing", {}).get("required"):
             raise Refused(f"index {index} requires a routing (_routing), which no row has; create it without that")
-        new, known = NewColumns(mapping), types_in(mapping)
-        check = FirstRows(known, self.bucket.name, self.id_column) if self.dry_run else None
+        new, types = NewColumns(mapping), types_in(mapping)
+        check = FirstRows(types, self.bucket.name, self.id_column) if self.dry_run else None
         heads = read_heads(self.bucket, objects, self.delimiter, new, check)
+        known = {*types, *(name for name in new if dynamic_property(mapping, name))}
+        check_headers(heads, known)
         if not any(head.has_rows for head in heads):
             raise Refused(
                 f"{self.place}: not one data row, nothing was changed; see whether the producer of the files has "
@@ -1434,7 +1678,7 @@ class BulkUpdate(OpenSearchBaseManager):
         for head in heads:
             if head.columns:
                 self._check_columns(head, known)
-        if wrong := unwritable(sorted({name for head in heads for name in head.columns}), known):
+        if wrong := unwritable(sorted({name for head in heads for name in head.columns}), types):
             raise Refused(f"columns that {index} takes from no document, since they are aliases or parts of nested "
                           f"objects: {', '.join(wrong)}; rename them or take them out")  # fmt: skip
         schema = schema_of(index, mapping, new)
@@ -1447,10 +1691,10 @@ class BulkUpdate(OpenSearchBaseManager):
         if known and not any(name in known for name in head.columns):
             raise Refused(
                 f"{head.key}: the mapping of {self.target.name} knows none of the columns "
-                f"{', '.join(head.columns)[:200]}; is the delimiter {self.delimiter!r} (--delimiter)?"
+                f"{', '.join(head.columns)[:200]}; is the delimiter {self.delimiter!r} (DELIMITER, --delimiter)?"
             )
         if self.id_column and self.id_column not in head.columns:
-            raise Refused(f"{head.key}: has no column {self.id_column}; give another --id-column")
+            raise Refused(f"{head.key}: has no column {self.id_column}; set ID_COLUMN (--id-column) to another one")
 
     # --- load ---
 
@@ -1472,10 +1716,14 @@ class BulkUpdate(OpenSearchBaseManager):
             rate.wait(batch.count())
             workers.put(batch)
         workers.finish()
+        if renderer.repeated:
+            log.warning("skipped %s equal to the header, the first is %s", counted(renderer.repeated, "row"),
+                        renderer.first_repeated)  # fmt: skip
         log.info("loaded %s rows in %.1f s, %s/s, at most %s requests in flight", f"{store.stored:,}",
                  time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.peak)  # fmt: skip
         return Sums(
             read=renderer.read, stored=store.stored, rejected=self.rejects.count, skipped=renderer.skipped,
+            empty=renderer.empty,
             replaced=store.replaced, unsure=store.unsure, requests_under_way=workers.peak,
         )  # fmt: skip
 
@@ -1505,7 +1753,8 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _verify_all_loaded(self, objects: list[S3Object], sums: Sums) -> None:
         """Raise OperationFailed unless S3 holds what was loaded, and each row was stored, rejected or skipped."""
-        now, _ = self._csv_objects(self.bucket.retry_seconds)  # all is stored: waiting pays
+        found, _ = self._listed(self.bucket.retry_seconds)  # all is stored: waiting pays
+        now = sort_objects(found, self.settings.prefix, self.manifest.sizes).data
         if changed := sorted({item.key for item in set(now) ^ set(objects)}):
             raise OperationFailed(
                 f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
@@ -1514,6 +1763,12 @@ class BulkUpdate(OpenSearchBaseManager):
         self.target.verify_same()
         if sums.read != sums.stored + sums.rejected + sums.skipped:
             raise OperationFailed(f"the rows do not add up: {sums}; run again")
+        rows, expected = sums.read - sums.skipped, self._expected_rows()
+        if expected is not None and not rows <= expected <= rows + sums.empty:  # a producer may count rows of NULLs
+            raise OperationFailed(
+                f"{self.place}: {rows:,} rows were read, {expected:,} are expected (EXPECTED_ROWS or the manifest); "
+                "run again when the producer has finished"
+            )
 
     def _verify_count(self, sums: Sums) -> None:
         """Raise OperationFailed unless the index holds what the responses said was stored."""
@@ -1545,7 +1800,7 @@ class BulkUpdate(OpenSearchBaseManager):
         }  # fmt: skip
         text = " ".join(f"{name}={value}" for name, value in result.items())
         if sums.rejected:
-            result["rejects_file"] = str(self.rejects.path)
+            result |= {"rejects_file": str(self.rejects.path), "reject_reasons": self.rejects.summary()}
         if sums.rejected > self.settings.max_rejects:
             raise TooManyRejects(
                 f"finished, but {sums.rejected:,} rows were rejected and {self.settings.max_rejects:,} are accepted "

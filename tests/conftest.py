@@ -117,8 +117,8 @@ def environment(box: sandbox.Sandbox, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def own_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let nothing of the caller's environment, no stray .env and no working directory decide what a test sees."""
-    mine = "AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|MIN|FIELD|DOCUMENT|READER|VERIFY|CA|RUN|REFRESH|REQUESTS|SKIP"
-    own = re.compile(rf"({mine})_|(https?|no|all)_proxy", re.I)
+    mine = "AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|MIN|FIELD|DOCUMENT|READER|READY|EXPECTED|VERIFY|CA|RUN|REFRESH|SKIP"
+    own = re.compile(rf"({mine}|REQUESTS)_|DELIMITER|ID_COLUMN|(https?|no|all)_proxy", re.I)
     for name in [name for name in os.environ if own.match(name)]:
         monkeypatch.delenv(name)
     for name, value in environment.items():

@@ -65,11 +65,11 @@ def rendered(renderer, text, key="a.csv"):
 
 def test_rows_become_typed_documents_with_ids_of_their_place(rejects, blocks):
     renderer = Renderer(TYPES, rejects, bucket="bucket")
-    found = rendered(renderer, "n,k,day\n007,NA,NA\n,b,2024\n3,,\n,,\n")
+    found = rendered(renderer, "n,k,day\n007,NA,NA\n,b,2024\n3,,\n,,\nNA,,\n")
     assert [document for _, _, document in found] == ['{"n":7,"k":"NA"}', '{"k":"b","day":"2024"}', '{"n":3}', "{}"]
-    assert [line for line, _, _ in found] == [2, 3, 4, 5]
-    assert [action for _, action, _ in found] == [{"create": {"_id": f"{DIGEST}-{at:09d}"}} for at in (1, 2, 3, 4)]
-    assert (renderer.read, renderer.skipped, rejects) == (4, 0, [])
+    assert [line for line, _, _ in found] == [2, 3, 4, 6]
+    assert [action for _, action, _ in found] == [{"create": {"_id": f"{DIGEST}-{at:09d}"}} for at in (1, 2, 3, 5)]
+    assert (renderer.read, renderer.skipped, rejects) == (5, 1, [])
 
 
 def test_a_bad_row_is_a_reject_and_its_neighbours_keep_their_ids_and_lines(rejects, blocks):
