@@ -19,7 +19,7 @@ from opensearch_base_manager import (
 )  # fmt: skip
 
 WRITE_BLOCK = {"index.blocks.write": "true"}
-REPLICA_SETTINGS = ("index.number_of_replicas", "index.auto_expand_replicas")
+EXPANSION = "index.auto_expand_replicas"
 BATCH_SIZE = 5000  # documents a scroll batch; copies 8 to 15 % faster than the server's 1000
 
 
@@ -83,8 +83,11 @@ class Clone:
             self.target.refuse_live()
             self.target.verify_same()
             self.target.delete_index()
-        self._create({"index.blocks.write": None, **replicas}, found["index.uuid"])
+        # a null would stay in the settings of the clone as null, so what it is not to have is removed afterwards
+        self._create({**replicas, EXPANSION: replicas[EXPANSION] or "false"}, found["index.uuid"])
         self._await_primaries()
+        left = {**dict.fromkeys(WRITE_BLOCK), EXPANSION: replicas[EXPANSION]}
+        self.manager.request("PUT", f"/{self.target.name}/_settings", left)
 
     def finish(self) -> None:
         """Remove the block and both markers: the clone is verified."""
@@ -106,7 +109,7 @@ class Clone:
             found = self.manager._verify_index_exists(self.target.name)
         else:
             found = (former or {}).get("replicas") or self.manager._verify_index_exists(self.source)
-        return {name: found.get(name) for name in REPLICA_SETTINGS}
+        return {name: found.get(name) for name in ("index.number_of_replicas", EXPANSION)}
 
     def _create(self, settings: Mapping[str, Any], source_uuid: str) -> None:
         """Send the one request that creates the clone; without a response, check before it is sent again."""
