@@ -109,7 +109,9 @@ class Clone:
             found = self.manager._verify_index_exists(self.target.name)
         else:
             found = (former or {}).get("replicas") or self.manager._verify_index_exists(self.source)
-        return {name: found.get(name) for name in ("index.number_of_replicas", EXPANSION)}
+        expansion = found.get(EXPANSION, "false")
+        return {"index.number_of_replicas": found["index.number_of_replicas"],
+                EXPANSION: None if expansion == "false" else expansion}  # fmt: skip
 
     def _create(self, settings: Mapping[str, Any], source_uuid: str) -> None:
         """Send the one request that creates the clone; without a response, check before it is sent again."""
