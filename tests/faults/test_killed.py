@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sandbox
 from fault_proxy import Exchange
 
 from .driver import Run, World, changes_state
@@ -165,7 +164,6 @@ CLONE_PLACES = [pytest.param(at, marks=() if at in (5, 6, 9) else pytest.mark.lo
 
 @pytest.fixture
 def cloning(world, may_recreate):
-    may_recreate(*sandbox.RECREATE_PERMISSIONS, "indices:admin/resize")
     world.environment["COPY_METHOD"] = "clone"
     return world
 
