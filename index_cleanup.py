@@ -99,7 +99,7 @@ class ClearableIndex(TargetIndex):
 
     def _go_on_without_backup(self, forbidden: RequestFailed) -> None:
         """Without recreate this permission is not needed; report its absence only if a backup may matter."""
-        if self.manager.request("GET", f"/{self.name}/_settings", accept=[404]).status == 404:
+        if not self.manager.index_exists(self.name):
             raise OperationFailed(
                 f'index {self.name} does not exist; create it first (README, "Setting up"), unless {self.backup.name} '
                 f"holds its definition, which could not be read: {forbidden}"
@@ -174,9 +174,9 @@ class ClearableIndex(TargetIndex):
             self.refuse_live()
             self.verify_same()
             self.emptied = True
-            self._delete_index()
+            self.delete_index()
             create_index(self.manager, self.name, definition)
-        except CannotRecreate as error:
+        except CannotReplace as error:
             self.emptied = False
             self.backup.delete()
             log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, error)
@@ -195,7 +195,7 @@ class ClearableIndex(TargetIndex):
     def _validate_definition(self) -> dict[str, Any]:
         """Create the backup, and see that the index could be created as well; return the definition of both.
 
-        Raises CannotRecreate when one of them is refused, or would not become the same.
+        Raises CannotReplace when one of them is refused, or would not become the same.
         """
         if (found := read_index(self.manager, self.name)) is None:
             raise OperationFailed(f"index {self.name} was deleted by somebody else meanwhile; run again")
@@ -207,13 +207,13 @@ class ClearableIndex(TargetIndex):
         except OutcomeUnknown:
             raise
         except OperationFailed as error:
-            raise CannotRecreate(str(error)) from None
+            raise CannotReplace(str(error)) from None
         return definition
 
-    def _delete_index(self) -> None:
+    def delete_index(self) -> None:
         """Delete the index by one request, which is never sent again: it could meet the new index, or a live one.
 
-        Raises CannotRecreate when the cluster refuses, OutcomeUnknown when no response came and it is still there.
+        Raises CannotReplace when the cluster refuses, OutcomeUnknown when no response came and it is still there.
         """
         try:
             self.manager.request("DELETE", f"/{self.name}", idempotent=False, retry=False)
@@ -225,7 +225,7 @@ class ClearableIndex(TargetIndex):
         except RequestFailed as error:
             if error.status == 404:  # somebody else was faster: the backup holds what it was
                 raise
-            raise CannotRecreate(str(error)) from None
+            raise CannotReplace(str(error)) from None
 
     def _restore_after(self, failure: BaseException, definition: Mapping[str, Any]) -> None:
         try:
@@ -303,7 +303,7 @@ class BackupIndex:
             )
 
 
-class CannotRecreate(OperationFailed):
+class CannotReplace(OperationFailed):
     """Something forbids it, and nothing has been deleted."""
 
 
@@ -363,7 +363,7 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
         return
     if exists:
         raise exists
-    manager.request("DELETE", f"/{index}", idempotent=False, retry=False, accept=[404])  # once: as in _delete_index
+    manager.request("DELETE", f"/{index}", idempotent=False, retry=False, accept=[404])  # once: as in delete_index
     brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
     raise OperationFailed(
         f"an index template (or another run) gives a new index {index} {brought}, so it is deleted again; change the "

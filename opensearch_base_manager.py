@@ -337,6 +337,8 @@ WAIT_SECONDS = Setting("WAIT_SECONDS", "", "900", non_negative,
                        "seconds to wait for the shard copies of the target")  # fmt: skip
 CLEANUP_METHOD = Setting("CLEANUP_METHOD", "", "delete", either("delete", "recreate"),
                          "delete the documents, or recreate the index, which takes no time and frees the disk at once")
+COPY_METHOD = Setting("COPY_METHOD", "--copy-method", "reindex", either("reindex", "clone"),
+                      "copy the documents, or clone the source, which takes a second and no disk space")
 REQUESTS_PER_SECOND = Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", documents_per_second,
                               "maximum documents per second for copies, loads and deletions (0: unlimited)")
 LOAD_WITHOUT_REPLICAS = Setting("LOAD_WITHOUT_REPLICAS", "--no-replicas", "false", boolean,
@@ -364,7 +366,7 @@ ALL_SCRIPTS = [
     Setting("", "--dry-run", "", boolean, "make all checks, change nothing"),
 ]  # fmt: skip
 SETTINGS: dict[str, list[Setting]] = {
-    "reindex": [*ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS],
+    "reindex": [*ALL_SCRIPTS, WAIT_SECONDS, COPY_METHOD, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS],
     "switch_alias": [
         *ALL_SCRIPTS,
         Setting("DOCUMENT_COUNT_THRESHOLD", "--threshold", "10", percent,
@@ -1253,6 +1255,9 @@ class OpenSearchBaseManager(Connection):
         found: dict[str, dict[str, Any]] = response.data
         return found
 
+    def index_exists(self, index: str) -> bool:
+        return self.request("GET", f"/{index}/_settings", accept=[404]).status != 404
+
     def index_uuid(self, index: str) -> str:
         """Return what tells an index from a later one of the same name. Raises as `_verify_index_exists`."""
         return str(self._verify_index_exists(index)["index.uuid"])
@@ -1608,7 +1613,8 @@ class Marker:
     """What says, in `_meta` of an index's mapping, that the index is unfinished: `{started, host, found, set}`.
 
     `set` has the settings that were changed for the load, `found` their values before (None: the default). `own` is the
-    marker of this run, for as long as it is in the index.
+    marker of this run, for as long as it is in the index. While an index is cloned, its marker also has `source`, its
+    UUID: the clone, which gets a copy of the marker, is unfinished, and the source is not.
     """
 
     def __init__(self, manager: OpenSearchBaseManager, index: str) -> None:
@@ -1620,20 +1626,23 @@ class Marker:
         marker: dict[str, Any] | None = self._meta().get(SUITE)
         return marker
 
+    def is_of_clone_source(self, marker: Mapping[str, Any]) -> bool:
+        return "source" in marker and marker["source"] == self.manager.index_uuid(self.index)
+
     def refuse(self, what_to_do: str) -> None:
         """Raise Refused if the index is unfinished."""
-        if marker := self.read():
+        if (marker := self.read()) and not self.is_of_clone_source(marker):
             raise Refused(
                 f"index {self.index} is unfinished: a load on {marker.get('host')}, started {marker.get('started')}, "
                 f"did not succeed; {what_to_do}"
             )
 
-    def write(self, found: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+    def write(self, found: Mapping[str, Any], wanted: Mapping[str, str], **more: Any) -> bool:
         """Write the marker of this run; return False, with a warning, if the cluster rejects it."""
         meta = self._meta()
         self.own = {  # before the request: a signal may arrive in between
             "started": utc(time.time()), "host": self.manager.host,
-            "found": {name: found.get(name) for name in wanted}, "set": dict(wanted),
+            "found": {name: found.get(name) for name in wanted}, "set": dict(wanted), **more,
         }  # fmt: skip
         try:
             self._put(meta, self.own)
@@ -1660,6 +1669,21 @@ class Marker:
                 "that one of the two has succeeded, or run again"
             )
         self._put(meta, former)
+
+    def recover(self) -> None:
+        """Restore what a run that did not succeed has left; its marker stays on an index that is unfinished."""
+        if not (marker := self.read()):
+            return
+        cloned = self.is_of_clone_source(marker)
+        state = "was being cloned" if cloned else "is unfinished"
+        log.warning("index %s %s: a run on %s, started %s, did not succeed", self.index, state, marker.get("host"),
+                    marker.get("started"))  # fmt: skip
+        if self.manager.dry_run:
+            return
+        self.restore_settings(marker)
+        if cloned:
+            self.own = marker
+            self.replace()
 
     def restore_settings(self, marker: Mapping[str, Any] | None) -> None:
         """Restore each setting that still has the value of the load, and read it back; others were changed since."""
@@ -1728,7 +1752,7 @@ class TargetIndex:
         self.found: dict[str, Any] = {}  # aliases, mappings and settings when it was claimed
         self.emptied = False  # at least partly
 
-    def claim(self, *, may_be_live: bool = False, alias: str = "") -> None:
+    def claim(self, *, may_be_live: bool = False, may_be_missing: bool = False, alias: str = "") -> None:
         """Lock the index and recover it; a dry run changes nothing.
 
         `alias` is the one that readers will have left when the index is emptied; any other one keeps it live.
@@ -1739,6 +1763,8 @@ class TargetIndex:
         self.require_permissions()
         self.recover_index()
         self.marker = Marker(self.manager, self.name)
+        if may_be_missing and not self.manager.index_exists(self.name):
+            return
         found = self.manager.read_indices(self.name)[self.name]
         self.uuid, self.found = found["settings"]["index.uuid"], found
         refuse_unusable(self.name, found, TO_FILL)
@@ -1754,11 +1780,7 @@ class TargetIndex:
         elif aliases := ", ".join(sorted(found["aliases"])):
             log.info("index %s is live: alias %s points at it", self.name, aliases)
         self.manager.await_tasks(self.name, exclusive=not self.shared)
-        if marker := found["mappings"].get("_meta", {}).get(SUITE):
-            log.warning("index %s is unfinished: a run on %s, started %s, did not succeed", self.name,
-                        marker.get("host"), marker.get("started"))  # fmt: skip
-            if not self.manager.dry_run:
-                self.marker.restore_settings(marker)
+        self.marker.recover()
 
     def require_permissions(self) -> None:
         """Raise OperationFailed if the user may not do all that the script needs to do."""

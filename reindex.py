@@ -12,13 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from index_cleanup import ClearableIndex
+from index_cleanup import CannotReplace, ClearableIndex, read_index
 from opensearch_base_manager import (
-    TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, Probe, Refused, add_settings,
-    await_primaries, bulk_probe, deleting_probes, field_definitions, index_name, log, per_second, reading_probes,
-    refuse_too_many_fields, refuse_unusable, run_cli, seconds_since, settings_probe,
+    TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused,
+    RequestFailed, Retry, add_settings, await_primaries, bulk_probe, deleting_probes, field_definitions, index_name,
+    log, per_second, reading_probes, refuse_too_many_fields, refuse_unusable, run_cli, run_to_completion, seconds_since,
+    settings_probe,
 )  # fmt: skip
 
+WRITE_BLOCK = {"index.blocks.write": "true"}
+EXPANSION = "index.auto_expand_replicas"
 BATCH_SIZE = 5000  # documents a scroll batch; copies 8 to 15 % faster than the server's 1000
 
 
@@ -28,6 +31,127 @@ def compare_fields(source: Mapping[str, Any], target: Mapping[str, Any]) -> tupl
     missing = [name for name, _ in field_definitions(source) if name not in known]
     different = [name for name, definition in field_definitions(source) if known.get(name, definition) != definition]
     return missing, different
+
+
+class Clone:
+    """A copy by `_clone`: the target is deleted, and the files of the source get its name as well (hard links).
+
+    The source has a write block meanwhile; readers do not notice. What a kill leaves, by the request that was sent
+    last. The marker is in the source, and `source` in it is the UUID of the source; the clone gets a copy of it. The
+    next run, on any host, removes block and marker from the source and clones again; readers are on the source
+    throughout.
+
+        marker written            marker; the target is as it was
+        write block set           marker, block
+        target deleted            the same, without a target: the marker has its number of replicas
+        clone created             marker in both, block in the source; the clone is unfinished, being another index
+        block removed             marker in both; the clone is verified
+        clone's marker removed    marker in the source; the clone is finished
+        source's marker removed   nothing to recover
+    """
+
+    def __init__(self, manager: Reindex) -> None:
+        self.manager, self.source, self.target = manager, manager.source, manager.target
+        self.marker = Marker(manager, self.source)
+
+    def obstacle(self) -> str:
+        """Return why the source cannot be cloned, or nothing; asks with a request that the cluster must reject."""
+        if self.manager.request("GET", f"/_cluster/health/{self.source}").data["status"] == "red":
+            return f"{self.source} has shards without an active copy"
+        try:
+            self._send_clone({"index.permission_probe": 1}, accept=[400])
+        except OutcomeUnknown:
+            raise
+        except RequestFailed as error:
+            return str(error)
+        return ""
+
+    def run(self) -> None:
+        """Replace the target by a clone that carries the marker.
+
+        Raises CannotReplace if the cluster rejects the marker or the deletion: nothing but the source was changed, and
+        `abandon` restores that. After another OperationFailed the target may be missing until the next run.
+        """
+        former = self.marker.read()  # of a crashed run
+        replicas = self._replicas_of_target(former)
+        self.marker.restore_settings(former)
+        found = self.manager._verify_index_exists(self.source)
+        wanted = {name: value for name, value in WRITE_BLOCK.items() if found.get(name) != value}
+        if not self.marker.write(found, wanted, source=found["index.uuid"], replicas=replicas):
+            raise CannotReplace("no marker can be written")
+        if wanted:
+            self.manager.request("PUT", f"/{self.source}/_settings", wanted)
+        if self.target.uuid:
+            self.target.refuse_live()
+            self.target.verify_same()
+            self.target.delete_index()
+        # a null would stay in the settings of the clone as null, so what it is not to have is removed afterwards
+        self._create({**replicas, EXPANSION: replicas[EXPANSION] or "false"}, found["index.uuid"])
+        self._await_primaries()
+        left = {**dict.fromkeys(WRITE_BLOCK), EXPANSION: replicas[EXPANSION]}
+        self.manager.request("PUT", f"/{self.target.name}/_settings", left)
+
+    def finish(self) -> None:
+        """Remove the block and both markers: the clone is verified."""
+        self.marker.restore_settings(self.marker.own)
+        self.target.marker.own = self.marker.own
+        self.target.marker.replace()
+        self.marker.replace()
+
+    def abandon(self) -> None:
+        """Remove the block and, unless the target is missing, the marker from the source."""
+        if self.marker.own:
+            self.marker.restore_settings(self.marker.own)
+            if self.manager.index_exists(self.target.name):
+                self.marker.replace()
+
+    def _replicas_of_target(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the target's numbers of replicas; those in the marker of a run that has deleted it and crashed."""
+        if self.target.uuid:
+            found = self.manager._verify_index_exists(self.target.name)
+        else:
+            found = (former or {}).get("replicas") or self.manager._verify_index_exists(self.source)
+        expansion = found.get(EXPANSION, "false")
+        return {"index.number_of_replicas": found["index.number_of_replicas"],
+                EXPANSION: None if expansion == "false" else expansion}  # fmt: skip
+
+    def _create(self, settings: Mapping[str, Any], source_uuid: str) -> None:
+        """Send the one request that creates the clone; without a response, check before it is sent again."""
+        retry = Retry(self.manager.settings.retry_seconds)
+        while True:
+            try:
+                self._send_clone(settings)
+                break
+            except OutcomeUnknown as unknown:
+                again = retry.wait(f"{unknown}; checking whether {self.target.name} was created")
+                if self.manager.index_exists(self.target.name):
+                    break
+                if not again:
+                    raise
+            except RequestFailed:
+                if not (retry.attempt and self.manager.index_exists(self.target.name)):
+                    raise
+        made = read_index(self.manager, self.target.name)
+        if not made or made["settings"].get("index.resize.source.uuid") != source_uuid:
+            raise OperationFailed(f"another client has created index {self.target.name}; delete it and run again")
+        self.target.uuid = made["settings"]["index.uuid"]
+
+    def _await_primaries(self) -> None:
+        """Wait until each shard of the clone has an active copy. Raises OperationFailed after WAIT_SECONDS."""
+        began, path = time.monotonic(), f"/_cluster/health/{self.target.name}"
+        params = {"wait_for_status": "yellow", "timeout": "30s"}
+        while self.manager.request("GET", path, params=params, accept=[408]).status == 408:
+            if time.monotonic() - began > self.manager.settings.wait_seconds:
+                raise OperationFailed(
+                    f"clone {self.target.name} has shards without an active copy; see GET _cluster/allocation/explain, "
+                    "and run again"
+                )
+            log.info("waiting for the shards of clone %s", self.target.name)
+
+    def _send_clone(self, settings: Mapping[str, Any], accept: Sequence[int] = ()) -> None:
+        path = f"/{self.source}/_clone/{self.target.name}"
+        params = {"wait_for_active_shards": "1", "timeout": "60s"}
+        self.manager.request("POST", path, {"settings": settings}, params=params, idempotent=False, accept=accept)
 
 
 class Reindex(OpenSearchBaseManager):
@@ -44,33 +168,42 @@ class Reindex(OpenSearchBaseManager):
             *reading_probes(source, target), *deleting_probes(target), settings_probe(target),
             bulk_probe(target, "index", "delete"), Probe("POST", "/_reindex?slices=auto", nothing),
         ]  # fmt: skip
+        self.clone = Clone(self) if settings.copy_method == "clone" else None
 
     def run(self) -> dict[str, Any]:
         began, target = time.monotonic(), self.target
         source_uuid = self._check()
         if self.dry_run:
-            log.info("dry run: %s would be emptied and filled from %s", target.name, self.source)
+            how = "replaced by a clone of" if self.clone else "emptied and filled from"
+            log.info("dry run: %s would be %s %s", target.name, how, self.source)
             return {"source": self.source, "target": target.name, "dry_run": True}
-        with target.fill(without_replicas=self.settings.load_without_replicas):
-            self._add_missing_fields()
-            target.empty()
-            total = self._get_index_count(self.source)  # refreshes: a copy sees only what a search would
-            response = self._copy(total)
-            target.restore_settings()
-            self._verify_counts(int(response["total"]))
-            self.verify_same_index(self.source, source_uuid)
+        response = self._clone(source_uuid) or self._copy_documents(source_uuid)
         return self._report(response, began)
 
     def _check(self) -> str:
-        """Claim the target, and see that the source is whole and has the same fields; return the source's UUID."""
-        self.lock(self.source, shared=True)  # so that a task found on it is known to be alive
-        self.target.claim()
-        found = self.read_indices(self.source, self.target.name)
-        refuse_unusable(self.source, found[self.source], TO_READ)
+        """Claim the target, and check that the source is complete and can be copied; return the source's UUID."""
+        self.lock(self.source, shared=not self.clone)  # so that a task found on it is known to be alive
+        self.target.claim(may_be_missing=self.clone is not None)
+        found = self.read_indices(self.source)[self.source]
+        refuse_unusable(self.source, found, TO_READ)
         await_primaries(self, self.source)
-        # somebody has moved readers to it past the scripts: the target may be the only whole data there is
-        what_to_do = f"load it again, or move readers to {self.target.name}, before it is copied"
-        Marker(self, self.source).refuse(what_to_do)
+        marker = Marker(self, self.source)
+        # another client has moved readers to it: the target may be the only complete data there is
+        marker.refuse(f"load it again, or move readers to {self.target.name}, before it is copied")
+        if self.clone and (obstacle := self.clone.obstacle()):
+            self._copy_instead(obstacle)
+        if not self.clone:
+            marker.recover()
+            self._compare_fields()
+        return str(found["settings"]["index.uuid"])
+
+    def _copy_instead(self, obstacle: str) -> None:
+        log.warning("%s is not cloned, its documents are copied: %s", self.source, obstacle)
+        self.clone = None
+        self.target.uuid = self.index_uuid(self.target.name)
+
+    def _compare_fields(self) -> None:
+        found = self.read_indices(self.source, self.target.name)
         missing, different = compare_fields(*(found[index]["mappings"] for index in (self.source, self.target.name)))
         if different:
             raise Refused(
@@ -81,7 +214,44 @@ class Reindex(OpenSearchBaseManager):
         refuse_too_many_fields(self.target.name, found[self.target.name], {name: definitions[name] for name in missing})
         if missing:
             log.info("fields that %s lacks: %s", self.target.name, ", ".join(missing))
-        return str(found[self.source]["settings"]["index.uuid"])
+
+    # --- copy ---
+
+    def _clone(self, source_uuid: str) -> dict[str, Any]:
+        """Clone the source and verify the clone; return nothing if that is impossible, with everything as it was."""
+        if not self.clone:
+            return {}
+        try:
+            total = self._get_index_count(self.source)
+            self.clone.run()
+            self._verify_copy(total, source_uuid)
+            self.clone.finish()
+        except CannotReplace as error:
+            self.clone.abandon()
+            self._copy_instead(str(error))
+            self._compare_fields()
+            return {}
+        except BaseException:
+            self._abandon_clone(self.clone)
+            raise
+        log.info("cloned %s to %s", self.source, self.target.name)
+        return {"total": total, "batches": 0}
+
+    def _abandon_clone(self, clone: Clone) -> None:
+        try:
+            run_to_completion(clone.abandon)
+        except OperationFailed as error:
+            log.error("index %s may have a write block until the next run: %s", self.source, error)
+
+    def _copy_documents(self, source_uuid: str) -> dict[str, Any]:
+        with self.target.fill(without_replicas=self.settings.load_without_replicas):
+            self._add_missing_fields()
+            self.target.empty()
+            total = self._get_index_count(self.source)  # refreshes: a copy sees only what a search would
+            response = self._copy(total)
+            self.target.restore_settings()
+            self._verify_copy(int(response["total"]), source_uuid)
+        return response
 
     def _add_missing_fields(self) -> None:
         """Define new fields in the target as the source does, or the copy would make it guess (dates!)."""
@@ -104,8 +274,8 @@ class Reindex(OpenSearchBaseManager):
             )
         return response
 
-    def _verify_counts(self, total: int) -> None:
-        """Raise OperationFailed unless both indices hold what was copied."""
+    def _verify_copy(self, total: int, source_uuid: str) -> None:
+        """Raise OperationFailed unless both indices hold what was copied, and the source is the same index."""
         source, target = self._get_index_count(self.source), self._get_index_count(self.target.name)
         if source != total:
             raise OperationFailed(
@@ -117,6 +287,7 @@ class Reindex(OpenSearchBaseManager):
                 f"{self.target.name} holds {target:,} documents, {total:,} were copied: somebody else writes to it; "
                 "keep it from that and run again"
             )
+        self.verify_same_index(self.source, source_uuid)
 
     def _report(self, response: Mapping[str, Any], began: float) -> dict[str, Any]:
         total = int(response["total"])

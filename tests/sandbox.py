@@ -74,8 +74,8 @@ indices:admin/mappings/get indices:monitor/settings/get indices:admin/settings/u
 """.split()
 # What the method recreate needs besides, on the indices and on their siblings.
 RECREATE_PERMISSIONS = """
-indices:admin/create indices:admin/delete indices:admin/get indices:admin/aliases/get indices:monitor/settings/get
-indices:admin/mappings/get indices:data/read/search indices:admin/refresh*
+indices:admin/create indices:admin/delete indices:admin/resize indices:admin/get indices:admin/aliases/get
+indices:monitor/settings/get indices:admin/mappings/get indices:data/read/search indices:admin/refresh*
 """.split()
 
 INTEGERS = """year month day dep_time sched_dep_time dep_delay arr_time sched_arr_time arr_delay flight air_time

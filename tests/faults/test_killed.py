@@ -52,6 +52,18 @@ PUT /secondary/_settings
 PUT /secondary/_mapping
 POST /_aliases
 """.split("\n")[1:-1]  # alternate, recreate
+CLONE_CHANGES = """
+POST /primary/_clone/secondary
+POST /primary/_clone/secondary
+PUT /primary/_mapping
+PUT /primary/_settings
+DELETE /secondary
+POST /primary/_clone/secondary
+PUT /secondary/_settings
+PUT /primary/_settings
+PUT /secondary/_mapping
+PUT /primary/_mapping
+""".split("\n")[1:-1]  # the first two change nothing: they ask whether it is allowed
 SHORT = {3, 6, 12}  # of each kind one: a task, the alias, a part of the data
 
 
@@ -141,6 +153,42 @@ def test_the_list_of_cheap_changes_is_complete(cheap):
 )
 def test_killed_at_a_cheap_change(cheap, at, when):
     assert_killed_and_healed(cheap, at, when)
+
+
+# --- step 1 by clone -------------------------------------------------------------------------------------------------
+
+
+# the short form: the target deleted, the clone created, its marker removed
+CLONE_PLACES = [pytest.param(at, marks=() if at in (5, 6, 9) else pytest.mark.long) for at in range(3, 11)]
+
+
+@pytest.fixture
+def cloning(world, may_recreate):
+    world.environment["COPY_METHOD"] = "clone"
+    return world
+
+
+def test_the_list_of_changes_by_clone_is_complete(cloning):
+    counter = Counter(cloning)
+    cloning.expect(cloning.refresh(), code=0)
+    cloning.assert_done()
+    assert counter.seen[: len(CLONE_CHANGES)] == CLONE_CHANGES
+    assert counter.seen[len(CLONE_CHANGES) :] == CHANGES[CHANGES.index("POST /_aliases") :]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", CLONE_PLACES)
+def test_killed_at_a_change_by_clone(cloning, at, when):
+    assert_killed_and_healed(cloning, at, when)
+
+
+@pytest.mark.parametrize("at", [pytest.param(at, marks=() if at == 6 else pytest.mark.long) for at in range(3, 11)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal_while_an_index_is_cloned(cloning, at, number):
+    run = run_and_act(cloning, at, "during", partial(send, number, "group"))
+    cloning.expect(run, code=SIGNALS[number], message=number.name)
+    assert cloning.state(cloning.primary)["settings"] == cloning.before[cloning.primary]["settings"]
+    cloning.heal()
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,134 @@
+"""reindex.py --copy-method clone: the same verified copy in a second, and what is left behind when it goes wrong."""
+
+from __future__ import annotations
+
+import opensearch_base_manager as base
+import pytest
+import reindex
+import sandbox
+from conftest import count, fill, sources
+from fault_proxy import answer, lost_answer
+
+NUMBER = {"n": {"type": "long"}}
+RESIZE = "indices:admin/resize"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
+
+
+@pytest.fixture
+def pair(make_index, may_recreate):
+    settings = {"analysis": {"analyzer": {"mine": {"type": "standard", "stopwords": ["a"]}}}}
+    source = make_index("source", {**NUMBER, "t": {"type": "text", "analyzer": "mine"}}, docs=5, settings=settings)
+    return source, make_index("target", NUMBER, docs=[{"n": 99}], settings={**settings, "number_of_replicas": 2})
+
+
+@pytest.fixture
+def clone(run):
+    return lambda source, target, *more: run(
+        reindex, "--source", source, "--target", target, "--copy-method", "clone", *more
+    )
+
+
+@pytest.fixture
+def look(admin):
+    """Return what matters of an index: marker, write block, number of replicas, numbers of its documents."""
+
+    def read(index):
+        found = admin("GET", f"/{index}?flat_settings=true")[index]
+        count(admin, index)
+        return (
+            found["mappings"].get("_meta", {}).get(base.SUITE), found["settings"].get("index.blocks.write"),
+            found["settings"]["index.number_of_replicas"], sorted(doc["n"] for doc in sources(admin, index)),
+        )  # fmt: skip
+
+    return read
+
+
+CLEAN = (None, None, "1", [0, 1, 2, 3, 4])
+CLONED = (None, None, "2", [0, 1, 2, 3, 4])
+
+
+def test_the_target_becomes_the_source_but_for_its_replicas(pair, clone, look, admin):
+    outcome = clone(*pair)
+    assert outcome.code == 0, outcome.err
+    assert f"cloned {pair[0]} to {pair[1]}" in outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
+    definition = admin("GET", f"/{pair[1]}")[pair[1]]
+    assert definition["settings"]["index"]["analysis"]["analyzer"]["mine"]["stopwords"] == ["a"]
+    assert outcome.result["documents"] == outcome.result["total"] == 5
+    fill(admin, pair[0], [{"n": 5}])  # both can be written again
+    fill(admin, pair[1], [{"n": 6}])
+
+
+def test_a_missing_target_is_created(pair, clone, look, admin):
+    admin("DELETE", f"/{pair[1]}")
+    assert clone(*pair).code == 0
+    assert look(pair[1]) == CLEAN
+
+
+def test_a_block_of_the_operator_stays(pair, clone, look, admin):
+    admin("PUT", f"/{pair[0]}/_settings", {"index.blocks.write": True})
+    assert clone(*pair).code == 0
+    assert look(pair[0])[:2] == (None, "true")
+    assert look(pair[1])[:2] == (None, None)
+
+
+def test_a_dry_run_says_how_and_changes_nothing(pair, clone, look):
+    outcome = clone(*pair, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert f"{pair[1]} would be replaced by a clone of {pair[0]}" in outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, (None, None, "2", [99]))
+
+
+@pytest.mark.skipif(not sandbox.SECURE, reason="no roles")
+def test_without_the_permission_documents_are_copied(pair, clone, look, may_recreate):
+    may_recreate(*[name for name in sandbox.RECREATE_PERMISSIONS if name != RESIZE])
+    outcome = clone(*pair)
+    assert outcome.code == 0, outcome.err
+    assert f"{pair[0]} is not cloned, its documents are copied" in outcome.err
+    assert RESIZE in outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
+
+
+@pytest.mark.skipif(not sandbox.SECURE, reason="no roles")
+def test_a_deletion_that_is_refused_leads_to_a_copy(pair, clone, look, may_recreate):
+    may_recreate(RESIZE)
+    outcome = clone(*pair)
+    assert outcome.code == 0, outcome.err
+    assert "is not cloned, its documents are copied" in outcome.err
+    assert "indices:admin/delete" in outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
+
+
+def test_a_live_target_is_refused(pair, clone, look, admin, name):
+    admin("POST", "/_aliases", {"actions": [{"add": {"index": pair[1], "alias": name("alias")}}]})
+    assert clone(*pair).code == 4
+    assert look(pair[1])[3] == [99]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "skip"),
+    [("POST", "_clone", 1), ("DELETE", "target", 0), ("PUT", "_settings", 0), ("PUT", "_mapping", 0)],
+)
+def test_a_lost_response_is_looked_up(method, path, skip, pair, clone, look, proxy):
+    proxy.on(method, path, lost_answer, skip=skip)
+    outcome = clone(*pair)
+    assert outcome.code == 0, outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
+
+
+def test_a_clone_that_fails_leaves_no_block_and_the_next_run_clones_with_the_replicas_of_the_target(
+    pair, clone, look, proxy, admin
+):
+    refusal = answer(400, {"error": {"type": "illegal_argument_exception", "reason": "of a test"}})
+    proxy.on("POST", "_clone", refusal, skip=1)
+    outcome = clone(*pair)
+    assert outcome.code == 1, outcome.err
+    marker, block, _, documents = look(pair[0])
+    assert (block, documents) == (None, [0, 1, 2, 3, 4])
+    assert marker["replicas"]["index.number_of_replicas"] == "2"
+    assert clone(*pair).code == 0
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
