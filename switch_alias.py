@@ -367,8 +367,10 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _check_pair(self) -> None:
         """Raise Refused for what would keep readers from being moved, whatever the target will hold by then."""
-        found = self.read_indices(self.source, self.target)
-        for index in (self.source, self.target):
+        # a crashed run may have deleted the target: the step that fills it restores it, or reports that it is missing
+        there = [self.source, self.target] if self.index_exists(self.target) else [self.source]
+        found = self.read_indices(*there)
+        for index in there:
             refuse_unusable(index, found[index], TO_MOVE_ALIAS)
         await_primaries(self, self.source)
         if others := sorted({*found[self.source]["aliases"]} - {self.alias}):
