@@ -304,8 +304,9 @@ class Setting:
         return (self.variable or self.flag.lstrip("-")).replace("-", "_").lower()
 
     def given(self) -> str | None:
-        """Return the text of the variable, or else the default; an empty variable counts as unset."""
-        return (self.variable and os.environ.get(self.variable)) or self.default or None
+        """Return the text of the variable, or else the default; without a default, `none` means unset."""
+        text = os.environ.get(self.variable)
+        return self.default or None if not text or (text == "none" and not self.default) else text
 
     def value(self) -> Any:
         """Return the value, flags aside. Raises ConfigurationError."""

@@ -116,10 +116,13 @@ run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run wit
 }
 
 explain() { # explain CODE: say why the step failed, unless its own message is on stderr already
-  message=${last_line#* } # without the time
-  if (($1 > 128)) && [[ $last_line != *" ERROR "* ]]; then
+  local error no_error='^(\$|[0-9TZ:-]* (DEBUG|INFO|WARNING)) '
+  error=$(sed -n -e '/^\$ /{s/.*//;h;}' -e '/^[0-9TZ:-]* ERROR /h' -e '$!d;g;p' "$log_file") # since the last `$ ...`
+  message=${error:-$last_line}
+  message=${message#* } # without the time
+  if (($1 > 128)) && [[ $error != *": stopped by SIG"* ]]; then
     message="$step: killed by SIG$(kill -l "$1" || true)"
-  elif [[ $last_line =~ ^(\$|[0-9TZ:-]*\ (DEBUG|INFO|WARNING))\  ]]; then
+  elif [[ -z $error && $last_line =~ $no_error ]]; then
     message="$step: ended with exit code $1 and without an error message"
   elif [[ -n ${REFRESH_LOG_FILE:-} ]]; then
     return

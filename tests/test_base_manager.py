@@ -98,6 +98,14 @@ def test_a_flag_goes_before_the_environment_before_the_file_before_the_default(
     assert f"threshold {used} %" in outcome.err
 
 
+def test_none_switches_off_what_has_no_default(variables):
+    rows = [row for rows in base.SETTINGS.values() for row in rows if row.variable and not row.default]
+    variables({row.variable: "7" for row in rows}, {row.variable: "none" for row in rows})
+    base.load_env_file()
+    assert {row.variable for row in rows} >= {"MIN_DOCUMENTS", "READER_QUERIES", "MAX_AGE_HOURS", "READY_OBJECT"}
+    assert {row.variable: row.value() for row in rows} == {row.variable: None for row in rows}
+
+
 def test_credentials_come_from_the_file_with_every_character(variables, look, box):
     quoted = sandbox.PASSWORD.replace("\\", "\\\\").replace('"', '\\"')
     variables({
