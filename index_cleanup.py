@@ -67,8 +67,8 @@ class ClearableIndex(TargetIndex):
         if self.method == "recreate":
             probes = [*creating_probes(self.name), *creating_probes(self.backup.name)]
             if missing := missing_permissions(self.manager, probes):
-                log.warning("index %s is not recreated, its documents are deleted one by one: the role of %s lacks %s",
-                            self.name, self.manager.who, ", ".join(missing))  # fmt: skip
+                log.warning("index %s cannot be recreated, its documents are deleted one by one: the role of %s lacks "
+                            "%s", self.name, self.manager.who, ", ".join(missing))  # fmt: skip
                 self.method = "delete"
 
     def recover_index(self) -> None:
@@ -105,7 +105,7 @@ class ClearableIndex(TargetIndex):
                 f"holds its definition, which could not be read: {forbidden}"
             )
         if self.method == "recreate":
-            log.warning("index %s is not recreated, its documents are deleted one by one: %s", self.name, forbidden)
+            log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, forbidden)
             self.method = "delete"
 
     def await_primaries(self) -> None:

@@ -41,7 +41,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -1040,6 +1040,14 @@ def other_server(response: requests.Response) -> str:
     return "a web page (a proxy's login?)" if page else ""
 
 
+def encoded(body: Any) -> bytes | None:
+    return body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+
+
+def content_type(body: Any) -> dict[str, str]:
+    return {"Content-Type": f"application/{'x-ndjson' if isinstance(body, bytes) else 'json'}"}
+
+
 class Connection:
     """One connection pool to one cluster, and `request`."""
 
@@ -1116,6 +1124,20 @@ class Connection:
                     failure.args = (f"{failure}{self._after_giving_up(attempts.began)}",)
                     raise
 
+    def probe(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        """Send a request that only asks for permissions, once; return status and body, status 0 without a response."""
+        try:
+            response = self._session.request(
+                method, self.credentials.endpoint + path, allow_redirects=False, data=encoded(body),
+                headers={**content_type(body), "X-Opaque-Id": f"{self.opaque_id}/permissions"},
+                timeout=(CONNECT_TIMEOUT_S, FIRST_CONTACT_S),
+            )  # fmt: skip
+        except requests.RequestException as error:
+            log.debug("%s %s: %s", method, path, innermost(error))
+            return 0, b""
+        log.debug("%s %s: %s", method, path, response.status_code)
+        return response.status_code, response.content
+
     def _retry_seconds(self) -> float:
         return float(self.settings.retry_seconds if self._answered else FIRST_CONTACT_S)
 
@@ -1126,13 +1148,11 @@ class Connection:
         """Send a request once. Raises RequestFailed, or OutcomeUnknown where there was no response."""
         what, began = f"{method} {path}", time.monotonic()
         hurried = interrupted.is_set() or not self._answered
-        ndjson = isinstance(body, bytes)
         try:
             limit_s = max(1, attempts.seconds_left()) if hurried else READ_TIMEOUT_S
             response = self._session.request(
                 method, self.credentials.endpoint + path, params=params, allow_redirects=False,
-                data=body if ndjson or body is None else json.dumps(body).encode(),
-                headers={"Content-Type": f"application/{'x-ndjson' if ndjson else 'json'}"},
+                data=encoded(body), headers=content_type(body),
                 timeout=(CONNECT_TIMEOUT_S, limit_s),
             )  # fmt: skip
         except requests.RequestException as error:
@@ -1443,12 +1463,14 @@ class OpenSearchBaseManager(Connection):
 
 
 class Probe(NamedTuple):
-    """A request that changes nothing, but is denied to a user who lacks the permissions that it stands for."""
+    """A request that changes nothing, but is denied to a user who lacks the permissions that it stands for.
+
+    Any other response means that it is allowed.
+    """
 
     method: str
     path: str
     body: Any = None
-    allowed: Sequence[int] = (200,)  # the statuses that prove the permissions
 
 
 # The server refuses these for another reason, once the user may send them: no such task, setting, scroll or document.
@@ -1473,9 +1495,9 @@ def bulk_probe(index: str, *actions: str) -> Probe:
 def deleting_probes(index: str) -> list[Probe]:
     """What is sent to empty an index, except for the deletions themselves (`bulk_probe`)."""
     return [
-        Probe("GET", "/_tasks/permission-probe:1", allowed=(404,)),
+        Probe("GET", "/_tasks/permission-probe:1"),
         Probe("POST", "/_tasks/permission-probe:1/_cancel"),
-        Probe("POST", "/_search/scroll", {"scroll_id": "permission-probe"}, (400, 404)),
+        Probe("POST", "/_search/scroll", {"scroll_id": "permission-probe"}),
         Probe("GET", f"/{index}/_search_shards"),
         Probe("POST", f"/{index}/_delete_by_query?slices=auto", {"query": {"match_none": {}}}),
         Probe("PUT", f"/{index}/_mapping", {"properties": {}}),
@@ -1483,24 +1505,25 @@ def deleting_probes(index: str) -> list[Probe]:
 
 
 def settings_probe(index: str) -> Probe:
-    return Probe("PUT", f"/{index}/_settings", UNKNOWN_SETTING, (400,))
+    return Probe("PUT", f"/{index}/_settings", UNKNOWN_SETTING)
 
 
 def creating_probes(index: str) -> list[Probe]:
     """What is sent to recreate an index, except for the deletion, which cannot be asked without deleting."""
-    unknown = {"settings": UNKNOWN_SETTING}  # never creates it
-    return [Probe("PUT", f"/{index}", unknown, (400,)), Probe("GET", f"/{index}", None, (200, 404))]
+    return [Probe("PUT", f"/{index}", {"settings": UNKNOWN_SETTING}), Probe("GET", f"/{index}")]
 
 
-def denied(probe: Probe, response: Response) -> list[str]:
-    """Return what the response says is missing: permissions of the role, or a verb of IAM or the access policy."""
-    text = response.body.decode(errors="replace") if response.status == 403 or "_bulk" in probe.path else ""
+def denied(method: str, status: int, body: bytes) -> list[str]:
+    """Return what a response says is missing: permissions of the role, or a verb of IAM or the access policy."""
+    if status != 403 and b'"errors":true' not in body:  # of the items of a bulk request
+        return []
+    text = body.decode(errors="replace")
     if found := re.findall(r"no permissions for \[((?:[^][]|\[\w+\])+)\]", text):
-        return [role_line(action) for part in found for action in part.split(", ")]
-    if response.status != 403 or error_of(response.body)[0] or re.search("request: .* is not allowed", text):
-        return []  # allowed, or refused for another reason: a block, or nobody may send this to a managed domain
+        return [role_line(action) for actions in found for action in actions.split(", ")]
+    if status != 403 or error_of(body)[0] or re.search("request: .* is not allowed", text):
+        return []  # a block, or nobody may send this to a managed domain
     verb = re.search(r"es:\w+", text)
-    return [verb[0] if verb else f"es:ESHttp{probe.method.capitalize()}"]
+    return [verb[0] if verb else f"es:ESHttp{method.capitalize()}"]
 
 
 def role_line(action: str) -> str:
@@ -1508,25 +1531,15 @@ def role_line(action: str) -> str:
     return re.sub(r"^(indices:(data/read/scroll|admin/(refresh|flush)|data/write/bulk(?=\[))).*", r"\1*", action)
 
 
-def missing_permissions(manager: OpenSearchBaseManager, probes: Iterable[Probe]) -> list[str]:
+def missing_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> list[str]:
     """Send all probes, eight at a time; return what is denied, each once."""
-
-    def send(probe: Probe) -> list[str]:
-        try:
-            response = manager.request(probe.method, probe.path, probe.body, retry=False, accept=range(300, 500))
-        except RequestFailed as error:  # busy or not reached: this proves nothing, and the run itself will retry
-            log.debug("not determined: %s", error)
-            return []
-        missing = denied(probe, response)
-        if not missing and response.status not in probe.allowed:
-            log.debug("%s %s: unexpected status %s", probe.method, probe.path, response.status)
-        return missing
-
     with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
-        return sorted({line for lines in pool.map(send, probes) for line in lines})
+        responses = pool.map(lambda probe: manager.probe(*probe), probes)
+        found = [denied(probe.method, *response) for probe, response in zip(probes, responses)]
+    return sorted({line for lines in found for line in lines})
 
 
-def require_permissions(manager: OpenSearchBaseManager, probes: Iterable[Probe]) -> None:
+def require_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> None:
     """Raise OperationFailed that names all that is missing, as lines of a role."""
     if not manager._answered:  # a wrong endpoint or certificate has to show, and not eight times
         manager.request("GET", "/", accept=[403])

@@ -166,7 +166,8 @@ class Reindex(OpenSearchBaseManager):
         nothing = {"source": {"index": source, "query": {"match_none": {}}}, "dest": {"index": target}}
         self.probes = [
             *reading_probes(source, target), *deleting_probes(target), settings_probe(target),
-            bulk_probe(target, "index", "delete"), Probe("POST", "/_reindex?slices=auto", nothing),
+            bulk_probe(target, "index", "delete"), Probe("POST", "/_reindex", nothing),
+            Probe("GET", f"/{source}/_search_shards"),
         ]  # fmt: skip
         self.clone = Clone(self) if settings.copy_method == "clone" else None
 

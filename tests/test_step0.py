@@ -197,7 +197,7 @@ def test_what_only_makes_it_faster_is_one_warning(pair, run, account, monkeypatc
 def test_a_403_without_a_type_names_the_verb(pair, run, proxy):
     primary, secondary = pair()
     message = {"Message": "User: anonymous is not authorized to perform: es:ESHttpPut with an explicit deny"}
-    proxy.on("PUT", "", answer(403, message), times=None)
+    proxy.on("PUT", "", answer(403, message), times=None, probes=True)
     outcome = run(reindex, "--source", primary, "--target", secondary, "--dry-run")
     assert outcome.code == 1
     assert "es:ESHttpPut" in outcome.last
