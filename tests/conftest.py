@@ -39,7 +39,7 @@ TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
 OWN = f"t-{os.environ.get('PYTEST_XDIST_WORKER', 'one')}"
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 READER_PAUSE_S = 0.02  # what a reader could notice lasts a change of the cluster's state at least, 40 ms and more
-OWN_SERVER = re.compile(r"test_(node|sandbox)\.py|test_each_command_that_can_run")
+OWN_SERVER = re.compile(r"test_(node|replicas|sandbox)\.py|test_each_command_that_can_run")
 # the inner loop, about a minute: what can be asked of each script without waiting, and one whole refresh
 QUICK = re.compile(
     r"/test_(messages|bad_input|base_manager|bulkupdate_types|switch_alias|signed|reader)\.py|/test_readme\.py.*(parse|role|"
@@ -117,8 +117,8 @@ def environment(box: sandbox.Sandbox, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def own_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let nothing of the caller's environment, no stray .env and no working directory decide what a test sees."""
-    mine = "AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|MIN|FIELD|DOCUMENT|READER|READY|EXPECTED|VERIFY|CA|RUN|REFRESH|SKIP"
-    own = re.compile(rf"({mine}|REQUESTS)_|DELIMITER|ID_COLUMN|(https?|no|all)_proxy", re.I)
+    mine = "ACCEPT|AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|MIN|FIELD|DOCUMENT|READER|READY|EXPECTED|VERIFY|CA|RUN|REFRESH"
+    own = re.compile(rf"({mine}|REQUESTS|SKIP)_|DELIMITER|ID_COLUMN|(https?|no|all)_proxy", re.I)
     for name in [name for name in os.environ if own.match(name)]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -196,7 +196,7 @@ def fill(admin: Callable[..., Any], index: str, docs: list[dict[str, Any]]) -> N
 
 
 class Reader(threading.Thread):
-    """Asks the alias for the count and a sum in one search, again and again until stopped."""
+    """Asks the alias for the count and a sum in one search, again and again until stopped; each copy now and then."""
 
     def __init__(self, endpoint: str, alias: str, field: str, *, outage_is_an_error: bool = True) -> None:
         super().__init__(daemon=True)
@@ -209,9 +209,10 @@ class Reader(threading.Thread):
     def run(self) -> None:
         login = urllib3.make_headers(basic_auth=f"{sandbox.ADMIN}:{sandbox.ADMIN_PASSWORD}")
         with urllib3.PoolManager(headers=login, cert_reqs="CERT_NONE", retries=False, timeout=30) as http:
-            while not self.stopped.wait(READER_PAUSE_S):
+            for number in itertools.takewhile(lambda _: not self.stopped.wait(READER_PAUSE_S), itertools.count()):
                 try:
-                    answer = http.request("POST", self.url, json=self.body, headers=login)
+                    url = f"{self.url}?preference=reader-{number}"
+                    answer = http.request("POST", url, json=self.body, headers=login)
                     parsed = answer.json()
                 except (urllib3.exceptions.HTTPError, ValueError) as error:
                     self.outage(str(error))
