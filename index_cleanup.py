@@ -17,8 +17,9 @@ from typing import Any
 
 from opensearch_base_manager import (
     SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused, RequestFailed, TargetIndex,
-    add_settings, bulk_probe, creating_probes, deleting_probes, field_definitions, index_name, log,
-    missing_permissions, per_second, reading_probes, recovered_settings, run_cli, run_to_completion, seconds_since,
+    add_settings, await_replicas, bulk_probe, creating_probes, deleting_probes, field_definitions, index_name, log,
+    missing_permissions, per_second, reading_probes, recovered_settings, result_window, run_cli, run_to_completion,
+    seconds_since,
 )  # fmt: skip
 
 MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more would chase a client that keeps writing
@@ -29,7 +30,7 @@ EXISTS = "resource_already_exists_exception"
 BACKUP_OF = f"{SUITE}/recreates"  # in `_meta` of a backup index: {index, uuid, blocks} of the one it stands for
 # what the server gives to each index by itself
 SERVER_SETTINGS = re.compile(
-    r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*)"
+    r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*|remote_store\..*)"
 )
 
 
@@ -143,7 +144,8 @@ class ClearableIndex(TargetIndex):
     def _delete_documents(self, found: int) -> None:
         """Delete all documents. Raises OperationFailed when some are left after three rounds."""
         began, left, rounds = time.monotonic(), found, 0
-        size = self.manager.settings.requests_per_second.batch_size(SCROLL_SIZE)
+        window = result_window(self.manager._verify_index_exists(self.name))
+        size = self.manager.settings.requests_per_second.batch_size(min(SCROLL_SIZE, window))
         while left and rounds < MAX_ROUNDS:
             # a run on another host may have finished meanwhile, and have moved readers here
             if rounds and (aliases := self.manager._check_index_aliases(self.name)):
@@ -151,6 +153,8 @@ class ClearableIndex(TargetIndex):
                     f"index {self.name} is live: alias {', '.join(aliases)} points at it, and {found:,} documents have "
                     f"been deleted; readers see the {left:,} that are left. Move them away, and load the index again"
                 )
+            if rounds:
+                await_replicas(self.manager, self.name)
             self.manager.run_task(
                 f"/{self.name}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {self.name}",
                 total=left, conflicts="proceed", scroll_size=size,
