@@ -352,9 +352,9 @@ class Reindex(OpenSearchBaseManager):
             for key, original in originals.items():
                 if fields := differing_fields(original, copied.get(key)):
                     raise OperationFailed(
-                        f"{self.target.name} does not hold what was copied: in document {key[0]} the fields "
-                        f"{', '.join(fields[:10])} differ from {self.source}; a pipeline changes documents, or user "
-                        f"{self.credentials.username} sees masked values"
+                        f"{self.target.name} does not hold what was copied: in a sample of documents the fields "
+                        f"{', '.join(fields[:10])} differ from {self.source}; a pipeline changes documents, or "
+                        f"{self.who} sees masked values"
                     )
             compared += len(originals)
         log.info("compared %s documents of %s with their copies", compared, self.source)
