@@ -401,7 +401,7 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "bulkupdate": [
         *ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS, SKIP_UNCHANGED,
-        INDEX_ALIAS, REFRESH_STRATEGY,
+        replace(INDEX_ALIAS, default=""), REFRESH_STRATEGY,
         Setting("", "--batch-size", "5000", positive_int, "documents per request"),
         Setting("", "--workers", "", positive_int, "bulk requests in flight (default: found while loading)"),
         Setting("ID_COLUMN", "--id-column", "", str, "the column with the ids; a later row replaces an earlier one"),

@@ -49,6 +49,7 @@ read_settings() { # from the environment or .env, by the table of settings that 
   values=$("$PYTHON" -c 'import opensearch_base_manager as base; base.print_settings("run_refresh")') || exit 2
   while IFS= read -r line; do setting[${line%%=*}]=${line#*=}; done <<<"$values"
   PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
+  export INDEX_ALIAS=$ALIAS # the load knows by it which alias will have left the index
   LOG_DIR=${setting[LOG_DIR]} LOCK_DIR=${setting[LOCK_DIR]}
   [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
 }

@@ -28,6 +28,9 @@ TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = ["opensearch_base_manager.py", "reindex.py", "switch_alias.py", "bulkupdate.py", "index_cleanup.py"]
 
 
+BLANK_LINES = "\n" * 100  # step 0 renders as many of each object; what comes behind them, the load finds
+
+
 @pytest.fixture
 def pair(make_index, name):
     """Make primary, secondary and alias; return (primary, secondary, alias)."""
@@ -136,7 +139,7 @@ def test_alternate_loads_the_idle_index_and_moves_readers_there(
 
 def test_alternate_goes_on_where_a_former_run_stopped(pair, refresh, put_csv, admin):
     primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
-    prefix = put_csv({"a.csv": "n\n1\nx\n2\n"})
+    prefix = put_csv({"a.csv": f"n\n{BLANK_LINES}1\nx\n2\n"})
     code, _, err = finish(refresh(prefix, REFRESH_STRATEGY="alternate"))
     assert code == 3, err
     assert (live(admin, alias), count(admin, primary)) == ([primary], 3)
@@ -172,7 +175,7 @@ def test_a_load_that_ends_with_3_stops_before_the_switch_and_the_next_run_goes_o
     pair, refresh, put_csv, admin, s3
 ):
     primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
-    prefix = put_csv({"a.csv": "n\n1\nx\n3\n"})
+    prefix = put_csv({"a.csv": f"n\n{BLANK_LINES}1\nx\n3\n"})
     code, _, err = finish(refresh(prefix))
     assert code == 3
     assert "FAILED at: 3 load" in err.splitlines()[-1]

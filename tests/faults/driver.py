@@ -237,8 +237,8 @@ class Account:
 
     def lacks(self, permission: str) -> str:
         """Return what one line has to say: the user, and the action, where the role has a pattern."""
-        action = re.escape(permission).replace(r"\*", r"[\w/]*(\[\w+\])?")
-        return rf"(?m)^(?=.*\b{self.user}\b).*[ \[]{action}($|[\],; ])"
+        action = re.escape(permission).replace(r"\*", r"[\w/*]*(\[\w+\])?")
+        return rf"(?m)^(?=.*\b{self.user}\b).*[ \[\"]{action}($|[\],; \"])"
 
     def delete(self) -> None:
         self.server.take_back(self.user)
