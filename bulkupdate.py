@@ -382,7 +382,7 @@ def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
             value = next(name for name in head.columns if name not in common and VALUE.fullmatch(name))
             raise Refused(
                 f"{head.key}: this part has no header: most of its column names are unknown, and {value!r} looks like "
-                "a value; nothing was changed: have the producer write the column names into each part"
+                "a value; nothing was changed: add the column names to each part, or to the mapping"
             )
         check_names(head)
     if partial_columns := [f"{name} ({found} of {number})" for name, found in parts.items() if found < number]:
