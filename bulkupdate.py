@@ -382,7 +382,7 @@ def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
             value = next(name for name in head.columns if name not in common and VALUE.fullmatch(name))
             raise Refused(
                 f"{head.key}: this part has no header: most of its column names are unknown, and {value!r} looks like "
-                "a value; nothing was changed: have the producer write the column names into each part"
+                "a value; nothing was changed: add the column names to each part, or to the mapping"
             )
         check_names(head)
     if partial_columns := [f"{name} ({found} of {number})" for name, found in parts.items() if found < number]:
@@ -719,22 +719,16 @@ def header_of(place: str, row: Any) -> list[str]:
 def blank_out(block: Block, header: Sequence[str]) -> Block:
     """Turn rows of empty cells into blank lines, and rows that repeat the header of two columns or more."""
     last = header[-1] if len(header) > 1 else None
-    for place, row in enumerate(block.rows):
-        if isinstance(row, Defect):
-            continue
+    for place in [place for place, row in enumerate(block.rows)
+                  if isinstance(row, list) and not (row and row[0] and row[-1] != last)]:  # fmt: skip
+        row = block.rows[place]
         if not any(row):
             block.empty += bool(row)
             block.rows[place] = []
-        elif row[-1].strip() == last and repeats(row, header):
+        elif row[-1] == last and [row[0].removeprefix("\ufeff").strip('"'), *row[1:]] == header:  # each file has a BOM
             block.repeated.append(block.lines[place])
             block.rows[place] = []
     return block
-
-
-def repeats(row: Sequence[str], header: Sequence[str]) -> bool:
-    """Return whether a row is the header again, as in joined files, perhaps with the BOM of its file."""
-    first = row[0].removeprefix("\ufeff").strip('"') if row[0].startswith("\ufeff") else row[0]
-    return [first.strip(), *(cell.strip() for cell in row[1:])] == header
 
 
 def read_csv(
@@ -751,7 +745,7 @@ def read_csv(
         return [], blocks
     columns = header_of(place, first.rows[0])
     blocks = itertools.chain(iter([Block(first.lines[1:], first.rows[1:], first.clean)]), blocks)
-    return columns, map(partial(blank_out, header=columns), blocks)
+    return columns, map(partial(blank_out, header=first.rows[0]), blocks)
 
 
 def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) -> Iterator[Block]:
@@ -957,7 +951,7 @@ class Renderer:
         self.columns = {name: Column(name, kind) for name, kind in types.items()}
         self.reject, self.bucket = reject, bucket
         self.id_column, self.operation = id_column, operation
-        is_text = RENDERERS.get(types.get(id_column, "")) is render_text  # `NA` is Namibia
+        is_text = RENDERERS.get(types.get(id_column, "text")) is render_text  # `NA` is Namibia
         self.no_ids = {"", r"\N"} if is_text else {*EMPTY, r"\N"}
         self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
         self.read = self.skipped = 0  # records
@@ -1616,7 +1610,8 @@ class BulkUpdate(OpenSearchBaseManager):
         if differences := self.manifest.differences(objects):
             raise Refused(
                 f"{self.place}: {self.settings.ready_object} (READY_OBJECT) names other objects, nothing was changed: "
-                f"{'; '.join(differences[:5])}; run again when the producer has finished"
+                f"{'; '.join(differences[:5])}; run again when the producer has finished, or with READY_OBJECT=none if "
+                "the files are right"
             )
         return objects
 
@@ -1787,8 +1782,8 @@ class BulkUpdate(OpenSearchBaseManager):
         rows, expected = sums.read - sums.skipped, self._expected_rows()
         if expected is not None and not rows <= expected <= rows + sums.empty:  # a producer may count rows of NULLs
             raise OperationFailed(
-                f"{self.place}: {rows:,} rows were read, {expected:,} are expected (EXPECTED_ROWS or the manifest); "
-                "run again when the producer has finished"
+                f"{self.place}: {rows:,} rows were read, {expected:,} are expected; run again when the producer has "
+                "finished, or with EXPECTED_ROWS=0 if the files are right"
             )
 
     def _verify_count(self, sums: Sums) -> None:
