@@ -871,7 +871,7 @@ def report_run(file: str, alias: str, began: str) -> None:
     if not failed and (done := [step for step in steps if not step.name.startswith("check")]):
         print_closing_table(done, round(now) - int(began))
     live, documents = live_index(steps)
-    finished = [step.name for step in steps if step.exit_code in (0, 4)]
+    finished = [step.name for step in steps if step.exit_code in (0, 4) or step.result.get("changed")]
     if re.match(r"\d switch ", last_step) and last_step not in finished:
         live, documents = None, None
     ages = [step.result["newest_object_age_hours"] for step in steps if "newest_object_age_hours" in step.result]

@@ -52,6 +52,7 @@ IMPLICIT_ANALYSIS: dict[str, dict[str, Any]] = {
     "index.similarity.default": {"type": ["BM25"]}, "index.analysis.analyzer.default": {"type": ["standard"]},
     "index.analysis.analyzer.default_search": {},
 }  # fmt: skip
+PATHS_FROM = 50  # documents in which the paths of a flat_object are looked up
 FIELDS_AT_ONCE = 8  # counts under way; each is answered in a millisecond, however many documents there are
 NAMED = 10  # fields or queries in a message; the command beside it has them all
 NOTICED_SHARE = Fraction(1, 100)  # a field that fewer documents have may come and go
@@ -118,6 +119,18 @@ def walk_mapping(
                 yield from walk_mapping(definition, f"{path}.", path if definition.get("type") == "nested" else nested)
 
 
+def leaf_paths(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the full names of the values in a document."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from leaf_paths(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from leaf_paths(inner, path)
+    elif value is not None:
+        yield path
+
+
 def is_told(definition: Mapping[str, Any]) -> bool:
     kind, stored = definition.get("type", "object"), definition.get("store", False)
     if kind in TEXT_TYPES:  # where it is stored alone, the server answers 500
@@ -133,7 +146,9 @@ def lost_parameters(old: Field, new: Field) -> str:
     """
     if old.type != new.type and not {old.type, new.type} <= NUMBER_TYPES:
         return f"{old.type} -> {new.type}"
-    defaults = {**PARAMETERS, "norms": old.type in TEXT_TYPES, "doc_values": old.type not in {*TEXT_TYPES, "binary"}}
+    is_text = old.type in TEXT_TYPES
+    defaults = {**PARAMETERS, "norms": is_text, "doc_values": not is_text and old.type != "binary",
+                "index_options": "positions" if is_text else "docs"}  # fmt: skip
     lost = []
     for name in sorted({*old.definition, *new.definition} - NOT_FOR_READERS):
         had, has = (effective_parameter(field.definition, name, defaults) for field in (old, new))
@@ -357,7 +372,8 @@ class Audit:
             if redefined := self._redefined(*mappings):
                 self._refuse_fields(redefined)
         for place, body in self.switch.queries:
-            self._hits(place, body)
+            if isinstance(self.views[self.source].hits(body), str):  # or the target, which may be red, is not asked
+                self._hits(place, body)
 
     def warm(self, copies: int) -> None:
         """Send the queries once for each copy of the target's shards."""
@@ -434,6 +450,10 @@ class Audit:
         """Raise Refused when fields are defined otherwise, or too large a share of the documents lacks them now."""
         mappings = [self.switch.get_mapping(index) for index in (self.source, self.target)]
         old, new = (fields_of(mapping) for mapping in mappings)
+        for name in [name for name, field in old.items() if field.type == "flat_object"]:
+            paths = {path: old[name]._replace(parent=name) for path in self._paths_in(name)}
+            old |= paths
+            new |= paths if name in new else {}
         if accepted := self.accepted:
             unknown = listed([name for name in accepted if name not in old])
             log.warning("not looked at: %s; no such field in %s: %s", listed(accepted), self.source, unknown)
@@ -456,6 +476,13 @@ class Audit:
                  listed([name for name in new if name not in old]))  # fmt: skip
         if redefined or fallen:
             self._refuse_fields({**redefined, **{name: shown[name] for name in fallen}})
+
+    def _paths_in(self, name: str) -> list[str]:
+        """Return the paths below a flat_object in some documents of the source; its mapping does not have them."""
+        search = {"size": PATHS_FROM, "_source": [name], "query": {"exists": {"field": name}}}
+        found = self.switch.request("POST", f"/{self.source}/_search", search, params=self.switch.on_primaries()).data
+        documents = [hit.get("_source", {}) for hit in found["hits"]["hits"]]
+        return sorted({path for document in documents for path in leaf_paths(document) if path.startswith(f"{name}.")})
 
     def _redefined(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
         """Return what readers would lose by the target's mapping, less what is accepted, with no multi-field twice."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import bulkupdate
+import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
@@ -248,11 +249,14 @@ def test_a_field_without_documents_may_be_missing(pair, switch):
     assert switch(*pair({"x": WORD, **NUMBER}, docs, other_properties=NUMBER)).code == 0
 
 
-def test_a_path_of_a_flat_object_that_has_gone_is_refused(pair, switch, queries):
+def test_a_path_of_a_flat_object_that_has_gone_is_refused(pair, switch):
     flat = {"o": {"type": "flat_object"}, **NUMBER}
-    old, new = pair(flat, [{"o": {"a": "x", "b": "y"}, "n": 1}] * 4, [{"o": {"b": "y"}, "n": 1}] * 4)
-    query = queries({"query": {"term": {"o.a": "x"}}})
-    refused_with(switch(old, new, "--queries", query), "line 1")
+    had, has = [{"o": {"a": {"x": "1"}, "b": "y"}, "n": 1}] * 4, [{"o": {"b": "y"}, "n": 1}] * 4
+    old, new = pair(flat, had, has)
+    outcome = switch(old, new)
+    refused_with(outcome, "o.a.x 100.0 % -> 0.0 %")
+    assert "o.b" not in outcome.last
+    assert switch(old, new, "--accept-fields", "o").code == 0
 
 
 def test_a_derived_field_that_has_gone_is_refused(make_index, name, switch, owners):
@@ -531,3 +535,19 @@ def test_a_live_index_that_lacks_a_column_is_no_refusal_of_a_look_for_changes(
     live = make_index("live", NUMBER, alias=name("alias"), dynamic="strict")
     outcome = load(put_csv({"a.csv": "other\n1\n"}), live, "--dry-run")
     assert "unchanged" not in outcome.result
+
+
+# --- how old the data are that readers see ----------------------------------------------------------------------------
+
+LOADED, SWITCHED = {"read": 1, "newest_object_age_hours": 2.0}, {"changed": True}
+
+
+@pytest.mark.parametrize(
+    ("results", "age"),
+    [
+        ([], None), ([SWITCHED, LOADED], None), ([SWITCHED, LOADED, SWITCHED], 2.0), ([LOADED, SWITCHED], 2.0),
+        ([LOADED, {"changed": False}], None), ([{"unchanged": True, "newest_object_age_hours": 5.0}], 5.0),
+    ],
+)  # fmt: skip
+def test_the_age_of_the_data_is_that_of_a_load_that_readers_were_moved_to(results, age):
+    assert base.age_of_live_data([base.StepResult("step", 1, 0, "", result) for result in results]) == age

@@ -119,6 +119,14 @@ def test_a_deletion_goes_on_when_the_copies_have_caught_up(make, run, admin, thr
     assert (outcome.code, left) == (0, 0), outcome.err
 
 
+def test_an_index_is_recreated_with_what_the_server_gives_it(make, run, admin, may_recreate):
+    index = make("index", 3)
+    uuid = admin("GET", f"/{index}")[index]["settings"]["index"]["uuid"]
+    outcome = run(index_cleanup, "--index", index, "--method", "recreate", "--no-force-merge")
+    assert (outcome.code, "WARNING index_cleanup: index" in outcome.err) == (0, False), outcome.err
+    assert admin("GET", f"/{index}")[index]["settings"]["index"]["uuid"] != uuid
+
+
 def test_an_undo_needs_one_copy_and_names_what_is_missing(make, name, switch, admin):
     old, new = make("old", 3, alias=name("alias")), make("new", 3)
     admin("PUT", f"/{new}/_settings", {"index.routing.allocation.exclude._name": "node-1"})
