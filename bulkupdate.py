@@ -36,13 +36,14 @@ from functools import partial
 from json.encoder import encode_basestring
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
     MAX_CONNECTIONS, SUITE, Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
-    TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions, index_name,
-    log, parents_of, per_second, reading_probes, refuse_too_many_fields, run_cli, seconds_since, settings_probe,
+    TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions,
+    in_background, index_name, log, parents_of, per_second, reading_probes, refuse_too_many_fields, run_cli,
+    seconds_since, settings_probe, verify_sees_everything,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -74,6 +75,10 @@ REASONS_SHOWN, MAX_REASONS = 10, 1000
 REASON_END = re.compile(r""": ['"]| in document with id | \(""")  # what follows is about one row
 KEEP_DAYS = 30
 RECORD = f"{SUITE}/loaded"  # in `_meta`, with SKIP_UNCHANGED: what a load that ended well has stored
+IRRELEVANT_SETTINGS = re.compile(  # to documents and to what searches answer
+    r"index\.(uuid|creation_date|provided_name|version\.|resize\.|routing\.|number_of_replicas|auto_expand_replicas|"
+    r"refresh_interval|blocks\.|translog\.|merge\.|unassigned\.|priority)"
+)
 DOCUMENT_END = "}\n"
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_ID_BYTES = 512  # one longer id and the cluster refuses the whole request
@@ -92,8 +97,6 @@ NO_CSV = {  # how files begin that are something else
     GZIP_MAGIC: "compressed with gzip twice", b"PAR1\x15": "Parquet",
 }  # fmt: skip
 ROWS_CHECKED = 100  # of each object in a dry run
-
-Result = TypeVar("Result")
 
 csv.field_size_limit(MAX_CELL_CHARS)
 
@@ -528,20 +531,6 @@ def properties_of(added: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
-
-
-def in_background(call: Callable[[], Result]) -> Future[Result]:
-    """Begin a call in a daemon thread: the process ends without it, whatever a read that hangs does."""
-    future = Future[Result]()
-
-    def carry_out() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=carry_out, daemon=True).start()
-    return future
 
 
 def read_ahead(bucket: Bucket, objects: Iterable[S3Object], limit: int) -> Iterator[tuple[S3Object, bytes]]:
@@ -1267,19 +1256,23 @@ class BulkStore:
     """Stores batches, for any number of threads at a time; what the cluster refuses goes to `reject(key, line, ...)`.
 
     Documents refused with 429 or 5xx are sent again, alone, for `retry_seconds` without progress at most; a batch too
-    large for the cluster (413) is halved. `is_own_version` is given where ids come from a column.
+    large for the cluster (413) is halved. `is_own_version` is given where ids come from a column, `creates` where no
+    document may replace another: then 200 means that a pipeline dropped it, otherwise the result is `noop`.
     """
 
     def __init__(
         self, index: str, requests: BulkRequests, reject: Callable[[str, int, Defect], None], limit: ConcurrencyLimit,
         *, retry_seconds: float, refresh_every: int = 0, is_own_version: Callable[[int], bool] | None = None,
+        creates: bool = False,
     ) -> None:  # fmt: skip
         self.index, self._requests, self._reject, self._limit = index, requests, reject, limit
         self._retry_seconds, self._refresh_every, self._is_own_version = retry_seconds, refresh_every, is_own_version
+        self._creates = creates
         self._lock = threading.Lock()  # of what follows
         self.stored = 0
-        self.replaced = 0  # of these, rows of an id that another row has as well
-        self.unsure = 0  # of these, perhaps replaced: the response that would tell was lost
+        self.dropped = 0  # by an ingest pipeline
+        self.replaced = 0  # of the stored ones, rows of an id that another row has as well
+        self.unsure = 0  # of the stored ones, perhaps replaced: the response that would tell was lost
         self._max_bytes = MAX_BATCH_BYTES
         self._refreshed_at = 0  # documents
 
@@ -1335,7 +1328,8 @@ class BulkStore:
         body, count = response.body, batch.count()
         created, updated = body.count(b'"status":201'), body.count(b'"status":200')
         if body.startswith(b'{"errors":false') and created + updated == count:  # not parsed: most responses are this
-            self._count(stored=count, replaced=updated)
+            dropped = updated if self._creates else body.count(b'"result":"noop"')
+            self._count(stored=count - dropped, replaced=updated - dropped, dropped=dropped)
             return Batch(), ""
         items = [next(iter(item.values())) for item in response.data.get("items", [])]
         if len(items) != count:
@@ -1343,6 +1337,9 @@ class BulkStore:
         again, refusal = [], ""
         for document, item in zip(batch.documents(), items):
             status, error = item["status"], item.get("error", {})
+            if status == 200 and (self._creates or item.get("result") == "noop"):
+                self._count(dropped=1)
+                continue
             if self._is_final(document, status, error, resent):
                 continue
             again.append(document)
@@ -1365,6 +1362,8 @@ class BulkStore:
             return False
         else:
             cause = error.get("caused_by", {}).get("reason", "")
+            if status == 409:
+                cause = "the clock of the host of an earlier load was ahead, or another client writes to the index"
             self._refused(document, f"{kind}: {reason}{cause and ': ' + cause}")
         return True
 
@@ -1378,8 +1377,9 @@ class BulkStore:
         [(key, line)] = [(key, line) for key, lines in document.origins for line in lines]
         self._reject(key, line, Defect(reason, row, named[1] if named else None))
 
-    def _count(self, *, stored: int, replaced: int = 0, unsure: int = 0) -> None:
+    def _count(self, *, stored: int = 0, replaced: int = 0, unsure: int = 0, dropped: int = 0) -> None:
         with self._lock:
+            self.dropped += dropped
             self.stored += stored
             self.replaced += replaced
             self.unsure += unsure
@@ -1453,13 +1453,14 @@ class Rejects:
 
 @dataclass
 class Sums:
-    """What became of the rows: read = stored + rejected + skipped, or something was lost."""
+    """What became of the rows: read = stored + rejected + skipped + dropped, or something was lost."""
 
     read: int
     stored: int
     rejected: int
     skipped: int
     empty: int  # of the skipped ones, rows of empty cells
+    dropped: int  # by an ingest pipeline
     replaced: int  # of the stored ones, those whose id another row has as well
     unsure: int  # of the stored ones, perhaps replaced
     requests_under_way: int  # at most
@@ -1468,8 +1469,8 @@ class Sums:
 class LoadRecord:
     """SKIP_UNCHANGED: proof in an index's `_meta` that it holds exactly what a load from `source` stores.
 
-    It names the source, the fields, and of each primary shard the history and the last sequence number, which change
-    with every write and every restore.
+    It names the source, the loader, fields and settings, and of each primary shard the history and the last sequence
+    number, which change with every write and every restore.
     """
 
     def __init__(self, manager: OpenSearchBaseManager, target: ClearableIndex, source: Sequence[Any]) -> None:
@@ -1499,7 +1500,11 @@ class LoadRecord:
 
     def _current(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
         fields = {key: value for key, value in mapping.items() if key != "_meta"}
-        digest = hashlib.sha256(json.dumps([self._source, fields], sort_keys=True).encode()).hexdigest()
+        found = self._manager._verify_index_exists(self._target.name)
+        settings = {name: value for name, value in found.items() if not IRRELEVANT_SETTINGS.match(name)}
+        loader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # an upgraded one may store other documents
+        made_of = json.dumps([self._source, fields, settings, loader], sort_keys=True)
+        digest = hashlib.sha256(made_of.encode()).hexdigest()
         documents = self._manager._get_index_count(self._target.name)  # first: a write after it still shows in `writes`
         return {"digest": digest, "uuid": self._target.uuid, "writes": self._shards(), "documents": documents}
 
@@ -1536,13 +1541,18 @@ class BulkUpdate(OpenSearchBaseManager):
             self.target.uuid, objects = self.index_uuid(self.target.name), self._list()
             if record := self._load_record(objects).unchanged():
                 return self._nothing_to_do(objects, record)
+            if self.settings.refresh_strategy == "alternate" and self._check_index_aliases(self.target.name):
+                log.info("%s may not hold what %s holds", self.target.name, self.place)
+                return self._dry_result(objects)  # the load goes to the other index, whose mapping may differ
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
+        if not self.keep and self.target.count_unless_red() is not None:
+            verify_sees_everything(self, self.target.name)
         self.rejects.prepare()
         objects = objects or self._list()
         schema = self._look(objects)
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
-            return {"index": self.target.name, "objects": len(objects), **self._newest_age(objects), "dry_run": True}
+            return self._dry_result(objects)
         try:
             sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
         finally:
@@ -1708,7 +1718,7 @@ class BulkUpdate(OpenSearchBaseManager):
         store = BulkStore(
             self.target.name, self._bulk_requests(limit), self.rejects.add, limit,
             retry_seconds=self.settings.retry_seconds, refresh_every=0 if self.keep else REFRESH_EVERY_DOCUMENTS,
-            is_own_version=renderer.is_own_version if self.id_column else None,
+            is_own_version=renderer.is_own_version if self.id_column else None, creates=self._creates(),
         )  # fmt: skip
         size = rate.batch_size(self.settings.batch_size)
         workers = BulkWorkers(store.store, limit)
@@ -1723,8 +1733,8 @@ class BulkUpdate(OpenSearchBaseManager):
                  time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.peak)  # fmt: skip
         return Sums(
             read=renderer.read, stored=store.stored, rejected=self.rejects.count, skipped=renderer.skipped,
-            empty=renderer.empty,
-            replaced=store.replaced, unsure=store.unsure, requests_under_way=workers.peak,
+            empty=renderer.empty, dropped=store.dropped, replaced=store.replaced, unsure=store.unsure,
+            requests_under_way=workers.peak,
         )  # fmt: skip
 
     def _documents(self, objects: list[S3Object], renderer: Renderer, workers: BulkWorkers) -> Iterator[Batch]:
@@ -1741,10 +1751,16 @@ class BulkUpdate(OpenSearchBaseManager):
             before += item.size
         progress.close()
 
+    def _creates(self) -> bool:
+        """Say whether each row is a document of its own, which is created or refused."""
+        return not (self.keep or self.id_column)
+
     def _bulk_requests(self, limit: ConcurrencyLimit) -> BulkRequests:
-        path = f"/{self.target.name}/_bulk"
+        path, params = f"/{self.target.name}/_bulk", dict(BULK_PARAMS)
+        if not self._creates():
+            params["filter_path"] += ",items.*.result"
         return BulkRequests(
-            send=lambda body: self.request("POST", path, body, params=BULK_PARAMS, accept=[413], busy=limit.halve),
+            send=lambda body: self.request("POST", path, body, params=params, accept=[413], busy=limit.halve),
             refresh=lambda: self.request("POST", f"/{self.target.name}/_refresh"),
             failure=partial(self.failure, f"POST {path}"),
         )
@@ -1761,8 +1777,13 @@ class BulkUpdate(OpenSearchBaseManager):
                 "again when it has finished"
             )
         self.target.verify_same()
-        if sums.read != sums.stored + sums.rejected + sums.skipped:
+        if sums.read != sums.stored + sums.rejected + sums.skipped + sums.dropped:
             raise OperationFailed(f"the rows do not add up: {sums}; run again")
+        if sums.dropped:
+            pipelines = f"an ingest pipeline of {self.target.name} (index.default_pipeline or index.final_pipeline)"
+            if not sums.stored:
+                raise OperationFailed(f"{pipelines} dropped all {sums.dropped:,} rows; change it, and run again")
+            log.warning("%s dropped %s rows", pipelines, f"{sums.dropped:,}")
         rows, expected = sums.read - sums.skipped, self._expected_rows()
         if expected is not None and not rows <= expected <= rows + sums.empty:  # a producer may count rows of NULLs
             raise OperationFailed(
@@ -1789,11 +1810,14 @@ class BulkUpdate(OpenSearchBaseManager):
             **self._newest_age(objects), "unchanged": True, "dry_run": True,
         }  # fmt: skip
 
+    def _dry_result(self, objects: list[S3Object]) -> dict[str, Any]:
+        return {"index": self.target.name, "objects": len(objects), **self._newest_age(objects), "dry_run": True}
+
     def _report(self, objects: list[S3Object], sums: Sums, began: float) -> dict[str, Any]:
         """Return the sums. Raises TooManyRejects when more rows were rejected than accepted."""
         result: dict[str, Any] = {
             "index": self.target.name, "objects": len(objects), "read": sums.read, "stored": sums.stored,
-            "rejected": sums.rejected, "skipped": sums.skipped, "replaced": sums.replaced,
+            "rejected": sums.rejected, "skipped": sums.skipped, "dropped": sums.dropped, "replaced": sums.replaced,
             "requests_under_way": sums.requests_under_way, **self._newest_age(objects),
             "documents": self._get_index_count(self.target.name), "seconds": seconds_since(began),
             "rows_per_second": per_second(sums.read, began),

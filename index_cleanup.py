@@ -18,8 +18,9 @@ from typing import Any
 
 from opensearch_base_manager import (
     SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused, RequestFailed, TargetIndex,
-    add_settings, bulk_probe, creating_probes, deleting_probes, field_definitions, index_name, log,
-    missing_permissions, per_second, reading_probes, recovered_settings, run_cli, run_to_completion, seconds_since,
+    add_settings, await_replicas, bulk_probe, creating_probes, deleting_probes, field_definitions, index_name, log,
+    missing_permissions, per_second, reading_probes, recovered_settings, result_window, run_cli, run_to_completion,
+    seconds_since,
 )  # fmt: skip
 
 MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more would chase a client that keeps writing
@@ -29,7 +30,7 @@ STATS_AGE_S = 12  # the server renews the store size every 10 s
 BACKUP_OF = f"{SUITE}/recreates"  # in `_meta` of a backup index: {index, uuid, blocks} of the one it stands for
 # what the server gives to each index by itself
 SERVER_SETTINGS = re.compile(
-    r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*)"
+    r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*|remote_store\..*)"
 )
 
 
@@ -67,8 +68,8 @@ class ClearableIndex(TargetIndex):
         if self.method == "recreate":
             probes = [*creating_probes(self.name), *creating_probes(self.backup.name)]
             if missing := missing_permissions(self.manager, probes):
-                log.warning("index %s is not recreated, its documents are deleted one by one: the role of %s lacks %s",
-                            self.name, self.manager.who, ", ".join(missing))  # fmt: skip
+                log.warning("index %s cannot be recreated, its documents are deleted one by one: the role of %s lacks "
+                            "%s", self.name, self.manager.who, ", ".join(missing))  # fmt: skip
                 self.method = "delete"
 
     def recover_index(self) -> None:
@@ -105,7 +106,7 @@ class ClearableIndex(TargetIndex):
                 f"holds its definition, which could not be read: {forbidden}"
             )
         if self.method == "recreate":
-            log.warning("index %s is not recreated, its documents are deleted one by one: %s", self.name, forbidden)
+            log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, forbidden)
             self.method = "delete"
 
     def await_primaries(self) -> None:
@@ -143,8 +144,11 @@ class ClearableIndex(TargetIndex):
     def _delete_documents(self, found: int) -> None:
         """Delete all documents. Raises OperationFailed when some are left after three rounds."""
         began, left = time.monotonic(), found
-        size = self.manager.settings.requests_per_second.batch_size(SCROLL_SIZE)
-        for _ in range(MAX_ROUNDS):
+        window = result_window(self.manager._verify_index_exists(self.name))
+        size = self.manager.settings.requests_per_second.batch_size(min(SCROLL_SIZE, window))
+        for rounds in range(MAX_ROUNDS):
+            if rounds:
+                await_replicas(self.manager, self.name)
             self.manager.run_task(
                 f"/{self.name}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {self.name}",
                 total=left, conflicts="proceed", scroll_size=size,

@@ -9,6 +9,7 @@ A script subclasses `OpenSearchBaseManager` once and hands its work to `run_cli`
     OperationFailed (1)          the operation failed
     +-- RequestFailed (1)        the cluster refused a request: status, error type and reason
     |   +-- OutcomeUnknown (1)   no response came back: the request may or may not have been carried out
+    +-- TooMuchAtOnce (1)        a batch of a task needs more memory than the cluster has for it
     +-- ConfigurationError (2)   a flag or variable is wrong; nothing was sent
     +-- TooManyRejects (3)       finished, but more documents were rejected than accepted by MAX_REJECTS
     +-- Refused (4)              a safety check said no; this step changed nothing
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import calendar
 import contextlib
 import csv
 import fcntl
@@ -41,8 +43,9 @@ import threading
 import time
 import traceback
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
@@ -73,7 +76,7 @@ HOST = socket.gethostname()
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 120  # a _refresh of a large index is the slowest response that is waited for
 FIRST_CONTACT_S = 10  # a wrong endpoint shows at once; RETRY_SECONDS is for a cluster that was there before
-CLEANUP_S = 20  # after a signal: supervisors send SIGKILL 30 s after SIGTERM, or later
+CLEANUP_S = 18  # after a signal; supervisors send SIGKILL 30 s after SIGTERM, or later
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30
 RETRY_AFTER_MAX_S = 60  # some proxies say an hour
 SLICE_S = 0.1  # throttled work is sent in slices of this length; longer slices would be bursty
@@ -81,11 +84,16 @@ POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks end fast, long ones are not a
 PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
 PROGRESS_TTY_S = 0.2
 PROBES_AT_ONCE = 8
+MEMORY_ERRORS = re.compile(r"rejected_execution|circuit_breaking")  # of a task that asks for too much at once
+OLDEST_VERSION = (1, 3)
+DEFAULT_WINDOW = 10_000  # index.max_result_window: a search or scroll batch returns at most so many documents
 MAX_CONNECTIONS = 64  # opened when needed; so many bulk requests can be under way at most
 GC_THRESHOLD = 50_000  # new objects; the AWS service models are many small ones, none garbage: 40 ms a run saved
 
 log = logging.getLogger(SUITE)
 Manager = TypeVar("Manager", bound="OpenSearchBaseManager")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class OperationFailed(Exception):
@@ -122,6 +130,10 @@ class OutcomeUnknown(RequestFailed):
 
     def is_transient(self) -> bool:
         return True
+
+
+class TooMuchAtOnce(OperationFailed):
+    """The cluster had no memory for a batch of a task; smaller ones may fit."""
 
 
 class ConfigurationError(OperationFailed):
@@ -340,8 +352,10 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting("FIELD_THRESHOLD", "--field-threshold", "10", percent,
                 "maximum drop, in percentage points, of the share of documents that have a field; 100 checks no field"),
         Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number, "never switch to an index with fewer documents"),
-        Setting("", "--accept-fields", "", field_names,
-                'comma-separated fields that this run does not check; quoted as in CSV: a,"b,c"'),
+        Setting("ACCEPT_FIELDS", "--accept-fields", "", field_names,
+                'comma-separated fields (with their multi-fields) that are not checked; quoted as in CSV: a,"b,c"'),
+        Setting("ACCEPT_SETTINGS", "--accept-settings", "", field_names,
+                "comma-separated index settings that this run does not check, * for all"),
         READER_QUERIES, REFRESH_STRATEGY,
         Setting("DISK_CHECK", "", "true", boolean, "refuse a refresh that the data nodes have too little space for"),
         replace(WAIT_SECONDS, flag="--wait-seconds"),
@@ -350,7 +364,7 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "bulkupdate": [
         *ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS, SKIP_UNCHANGED,
-        INDEX_ALIAS,
+        INDEX_ALIAS, REFRESH_STRATEGY,
         Setting("", "--batch-size", "5000", positive_int, "documents per request"),
         Setting("", "--workers", "", positive_int, "bulk requests in flight (default: found while loading)"),
         Setting("ID_COLUMN", "--id-column", "", str, "the column with the ids; a later row replaces an earlier one"),
@@ -549,6 +563,41 @@ def run_to_completion(action: Callable[[], None]) -> None:
         raise
 
 
+def in_background(call: Callable[[], Result]) -> Future[Result]:
+    """Begin a call in a daemon thread: the process ends without it, whatever a read that hangs does."""
+    future = Future[Result]()
+
+    def carry_out() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=carry_out, daemon=True).start()
+    return future
+
+
+def in_parallel(call: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> dict[Item, Result]:
+    """Call for each item, some at a time, and return the results in this order; a signal waits for no call."""
+    ordered, results = list(items), dict[Item, Result]()
+    waiting = deque(ordered)
+
+    def work() -> None:
+        while waiting:
+            try:
+                item = waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            results[item] = call(item)
+
+    try:
+        for worker in [in_background(work) for _ in range(at_once)]:
+            worker.result()
+    finally:
+        waiting.clear()
+    return {item: results[item] for item in ordered}
+
+
 @contextlib.contextmanager
 def signals_as_exceptions() -> Iterator[None]:
     """Turn SIGHUP, SIGINT and SIGTERM into `Interrupted`; a SIGHUP that nohup ignores stays ignored."""
@@ -706,7 +755,7 @@ class StepResult(NamedTuple):
 def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None]:
     """Return the index that readers are on after these steps, and its number of documents if that is known."""
     live, documents = None, None
-    for step in (step for step in steps if step.exit_code == 0):
+    for step in (step for step in steps if step.exit_code == 0 or step.result.get("changed")):
         result = step.result
         if step.name == "check where readers are":
             live = step.printed
@@ -715,6 +764,22 @@ def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None]:
         elif "documents" in result and ("source" in result or "unchanged" in result):  # a copy, or nothing to do
             documents = result["documents"]
     return live, documents
+
+
+def seconds_of(moment: str) -> int:
+    return calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def age_of_live_data(steps: Sequence[StepResult]) -> float | None:
+    """Return the hours since the newest object that readers see was written, if they see a load of these steps."""
+    loaded, live = None, None
+    for result in (step.result for step in steps):
+        loaded = result["newest_object_age_hours"] if "read" in result else loaded
+        if result.get("unchanged"):
+            live = result["newest_object_age_hours"]
+        elif result.get("changed"):
+            live = live if loaded is None else loaded
+    return live
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -766,6 +831,11 @@ def report_run(file: str, alias: str, began: str) -> None:
         return  # the run that held the lock has reported in the meantime
     if failed:
         report["last_success"] = previous.get("last_success")
+    report["failures_in_a_row"] = int(previous.get("failures_in_a_row") or 0) + 1 if failed else 0
+    age = age_of_live_data(steps)
+    written = str(previous.get("live_data_time") or "") if age is None else utc(now - 3600 * age)
+    report["live_data_time"] = written or None
+    report["live_data_age_hours"] = round((now - seconds_of(written)) / 3600, 2) if written else None
     replace_file(path, json.dumps(report) + "\n")
 
 
@@ -975,6 +1045,14 @@ def other_server(response: requests.Response) -> str:
     return "a web page (a proxy's login?)" if page else ""
 
 
+def encoded(body: Any) -> bytes | None:
+    return body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+
+
+def content_type(body: Any) -> dict[str, str]:
+    return {"Content-Type": f"application/{'x-ndjson' if isinstance(body, bytes) else 'json'}"}
+
+
 class Connection:
     """One connection pool to one cluster, and `request`."""
 
@@ -1051,6 +1129,20 @@ class Connection:
                     failure.args = (f"{failure}{self._after_giving_up(attempts.began)}",)
                     raise
 
+    def probe(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        """Send a request that only asks for permissions, once; return status and body, status 0 without a response."""
+        try:
+            response = self._session.request(
+                method, self.credentials.endpoint + path, allow_redirects=False, data=encoded(body),
+                headers={**content_type(body), "X-Opaque-Id": f"{self.opaque_id}/permissions"},
+                timeout=(CONNECT_TIMEOUT_S, FIRST_CONTACT_S),
+            )  # fmt: skip
+        except requests.RequestException as error:
+            log.debug("%s %s: %s", method, path, innermost(error))
+            return 0, b""
+        log.debug("%s %s: %s", method, path, response.status_code)
+        return response.status_code, response.content
+
     def _retry_seconds(self) -> float:
         return float(self.settings.retry_seconds if self._answered else FIRST_CONTACT_S)
 
@@ -1061,14 +1153,14 @@ class Connection:
         """Send a request once. Raises RequestFailed, or OutcomeUnknown where there was no response."""
         what, began = f"{method} {path}", time.monotonic()
         hurried = interrupted.is_set() or not self._answered
-        ndjson = isinstance(body, bytes)
+        if interrupted.is_set() and attempts.seconds_left() <= 0:
+            raise RequestFailed(f"{what}: not sent, the time to clean up after a signal is over", never_sent=True)
         try:
             limit_s = max(1, attempts.seconds_left()) if hurried else READ_TIMEOUT_S
             response = self._session.request(
                 method, self.credentials.endpoint + path, params=params, allow_redirects=False,
-                data=body if ndjson or body is None else json.dumps(body).encode(),
-                headers={"Content-Type": f"application/{'x-ndjson' if ndjson else 'json'}"},
-                timeout=(CONNECT_TIMEOUT_S, limit_s),
+                data=encoded(body), headers=content_type(body),
+                timeout=(min(CONNECT_TIMEOUT_S, limit_s), limit_s),
             )  # fmt: skip
         except requests.RequestException as error:
             raise self._no_response(what, error) from None
@@ -1160,12 +1252,15 @@ class OpenSearchBaseManager(Connection):
             self._session.close()
 
     def version(self) -> tuple[int, int]:
-        """Return major and minor of the cluster's version, asked for once."""
+        """Return major and minor of the cluster's version, asked for once; the oldest if it hides what it is.
+
+        In compatibility mode (compatibility.override_main_response_version) all versions say 7.10.2.
+        """
         if not self._version:
-            found = self.request("GET", "/").data["version"]["number"]
-            major, minor = found.split(".")[:2]
-            self._version = int(major), int(minor)
-            log.debug("version %s", found)
+            found = self.request("GET", "/").data["version"]
+            major, minor = found["number"].split(".")[:2]
+            self._version = (int(major), int(minor)) if found.get("distribution") == "opensearch" else OLDEST_VERSION
+            log.debug("version %s %s", found.get("distribution"), found["number"])
         return self._version
 
     # --- indices ---
@@ -1216,10 +1311,14 @@ class OpenSearchBaseManager(Connection):
         """Return what makes a search ask the primary copies, since replicas may lag (segment replication)."""
         return {"preference": "_primary"} if self.version() >= (2, 8) else {}  # 1.3 refuses it
 
-    def _get_index_count(self, index: str) -> int:
-        """Refresh, then count."""
+    def _get_index_count(
+        self, index: str, query: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
+    ) -> int:
+        """Refresh, then count; all documents, or those that match a query."""
         self.verify_all_shards(self.request("POST", f"/{index}/_refresh").data, f"_refresh of {index}")
-        counted = self.request("GET", f"/{index}/_count", params=self.on_primaries()).data
+        body = {"query": query} if query else None
+        where = {**self.on_primaries(), **(params or {})}
+        counted = self.request("POST" if body else "GET", f"/{index}/_count", body, params=where).data
         self.verify_all_shards(counted, f"_count of {index}")
         if counted["_shards"]["successful"] < counted["_shards"]["total"]:
             raise OperationFailed(f"_count of {index}: not every shard answered; see GET _cluster/health/{index}")
@@ -1351,25 +1450,29 @@ class OpenSearchBaseManager(Connection):
 
     def _task_response(self, label: str, document: Mapping[str, Any]) -> dict[str, Any]:
         if error := document.get("error"):
-            raise OperationFailed(f"{label}: {self._reason_of(error)}")
+            raise self._task_failure(f"{label}:", error)
         response: dict[str, Any] = document["response"]
         if failures := response.get("failures"):
             cause = failures[0].get("cause") or failures[0].get("reason") or failures[0]
-            raise OperationFailed(f"{label}: {len(failures)} failure(s), the first: {self._reason_of(cause)}")
+            raise self._task_failure(f"{label}: {len(failures)} failure(s), the first:", cause)
         if response.get("canceled"):
             raise OperationFailed(f"{label}: cancelled ({response['canceled']}); run it again")
         if response.get("timed_out"):
             raise OperationFailed(f"{label}: timed out on the server; run it again")
         return response
 
+    def _task_failure(self, what: str, error: Mapping[str, Any]) -> OperationFailed:
+        failure = TooMuchAtOnce if MEMORY_ERRORS.search(str(error.get("type"))) else OperationFailed
+        return failure(f"{what} {self._reason_of(error)}")
+
     def _reason_of(self, error: Mapping[str, Any]) -> str:
         kind, reason = root_cause(error)
         return f"{kind}: {reason}{self._advice(0, kind, reason) or '; run it again'}"
 
     def _cancel_own_tasks(self) -> None:
-        """Cancel what this run started and wait until it is gone, 20 s at most."""
-        deadline = time.monotonic() + CLEANUP_S
-        while (own := self._own_tasks()) and time.monotonic() < deadline:
+        """Cancel what this run started and wait until it is gone, for the time of a clean-up at most."""
+        retry = Retry(CLEANUP_S)
+        while (own := self._own_tasks()) and retry.seconds_left() > 0:
             for task in own:
                 log.warning("cancelling task %s", task)
                 self.request("POST", f"/_tasks/{task}/_cancel", accept=[404])
@@ -1380,12 +1483,14 @@ class OpenSearchBaseManager(Connection):
 
 
 class Probe(NamedTuple):
-    """A request that changes nothing, but is denied to a user who lacks the permissions that it stands for."""
+    """A request that changes nothing, but is denied to a user who lacks the permissions that it stands for.
+
+    Any other response means that it is allowed.
+    """
 
     method: str
     path: str
     body: Any = None
-    allowed: Sequence[int] = (200,)  # the statuses that prove the permissions
 
 
 # The server refuses these for another reason, once the user may send them: no such task, setting, scroll or document.
@@ -1410,9 +1515,9 @@ def bulk_probe(index: str, *actions: str) -> Probe:
 def deleting_probes(index: str) -> list[Probe]:
     """What is sent to empty an index, except for the deletions themselves (`bulk_probe`)."""
     return [
-        Probe("GET", "/_tasks/permission-probe:1", allowed=(404,)),
+        Probe("GET", "/_tasks/permission-probe:1"),
         Probe("POST", "/_tasks/permission-probe:1/_cancel"),
-        Probe("POST", "/_search/scroll", {"scroll_id": "permission-probe"}, (400, 404)),
+        Probe("POST", "/_search/scroll", {"scroll_id": "permission-probe"}),
         Probe("GET", f"/{index}/_search_shards"),
         Probe("POST", f"/{index}/_delete_by_query?slices=auto", {"query": {"match_none": {}}}),
         Probe("PUT", f"/{index}/_mapping", {"properties": {}}),
@@ -1420,24 +1525,25 @@ def deleting_probes(index: str) -> list[Probe]:
 
 
 def settings_probe(index: str) -> Probe:
-    return Probe("PUT", f"/{index}/_settings", UNKNOWN_SETTING, (400,))
+    return Probe("PUT", f"/{index}/_settings", UNKNOWN_SETTING)
 
 
 def creating_probes(index: str) -> list[Probe]:
     """What is sent to recreate an index, except for the deletion, which cannot be asked without deleting."""
-    unknown = {"settings": UNKNOWN_SETTING}  # never creates it
-    return [Probe("PUT", f"/{index}", unknown, (400,)), Probe("GET", f"/{index}", None, (200, 404))]
+    return [Probe("PUT", f"/{index}", {"settings": UNKNOWN_SETTING}), Probe("GET", f"/{index}")]
 
 
-def denied(probe: Probe, response: Response) -> list[str]:
-    """Return what the response says is missing: permissions of the role, or a verb of IAM or the access policy."""
-    text = response.body.decode(errors="replace") if response.status == 403 or "_bulk" in probe.path else ""
+def denied(method: str, status: int, body: bytes) -> list[str]:
+    """Return what a response says is missing: permissions of the role, or a verb of IAM or the access policy."""
+    if status != 403 and b'"errors":true' not in body:  # of the items of a bulk request
+        return []
+    text = body.decode(errors="replace")
     if found := re.findall(r"no permissions for \[((?:[^][]|\[\w+\])+)\]", text):
-        return [role_line(action) for part in found for action in part.split(", ")]
-    if response.status != 403 or error_of(response.body)[0] or re.search("request: .* is not allowed", text):
-        return []  # allowed, or refused for another reason: a block, or nobody may send this to a managed domain
+        return [role_line(action) for actions in found for action in actions.split(", ")]
+    if status != 403 or error_of(body)[0] or re.search("request: .* is not allowed", text):
+        return []  # a block, or nobody may send this to a managed domain
     verb = re.search(r"es:\w+", text)
-    return [verb[0] if verb else f"es:ESHttp{probe.method.capitalize()}"]
+    return [verb[0] if verb else f"es:ESHttp{method.capitalize()}"]
 
 
 def role_line(action: str) -> str:
@@ -1445,25 +1551,17 @@ def role_line(action: str) -> str:
     return re.sub(r"^(indices:(data/read/scroll|admin/(refresh|flush)|data/write/bulk(?=\[))).*", r"\1*", action)
 
 
-def missing_permissions(manager: OpenSearchBaseManager, probes: Iterable[Probe]) -> list[str]:
+def missing_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> list[str]:
     """Send all probes, eight at a time; return what is denied, each once."""
 
-    def send(probe: Probe) -> list[str]:
-        try:
-            response = manager.request(probe.method, probe.path, probe.body, retry=False, accept=range(300, 500))
-        except RequestFailed as error:  # busy or not reached: this proves nothing, and the run itself will retry
-            log.debug("not determined: %s", error)
-            return []
-        missing = denied(probe, response)
-        if not missing and response.status not in probe.allowed:
-            log.debug("%s %s: unexpected status %s", probe.method, probe.path, response.status)
-        return missing
+    def send(number: int) -> list[str]:
+        return denied(probes[number].method, *manager.probe(*probes[number]))
 
-    with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
-        return sorted({line for lines in pool.map(send, probes) for line in lines})
+    found = in_parallel(send, range(len(probes)), PROBES_AT_ONCE).values()
+    return sorted({line for lines in found for line in lines})
 
 
-def require_permissions(manager: OpenSearchBaseManager, probes: Iterable[Probe]) -> None:
+def require_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> None:
     """Raise OperationFailed that names all that is missing, as lines of a role."""
     if not manager._answered:  # a wrong endpoint or certificate has to show, and not eight times
         manager.request("GET", "/", accept=[403])
@@ -1542,6 +1640,71 @@ def refuse_too_many_fields(index: str, found: Mapping[str, Any], added: Mapping[
             f'{limit:,}; nothing was changed. Raise it: PUT /{index}/_settings {{"{name}": {needed}}}, or take columns '
             "out of the files"
         )
+
+
+# --- what an index and its copies hold --------------------------------------------------------------------------------
+
+
+def result_window(settings: Mapping[str, Any]) -> int:
+    """Return how many documents one search of an index with these settings may return."""
+    return int(settings.get("index.max_result_window", DEFAULT_WINDOW))
+
+
+def verify_sees_everything(manager: OpenSearchBaseManager, index: str) -> None:
+    """Raise OperationFailed if document-level security hides documents of an index from this user."""
+    if any(definition.get("type") == "nested" for _, definition in field_definitions(manager.get_mapping(index))):
+        return  # _stats counts the nested objects too
+    for _ in range(3):  # another client may be writing in between
+        seen, stats = manager._get_index_count(index), manager.request("GET", f"/{index}/_stats/docs").data["indices"]
+        live = int(stats[index]["primaries"]["docs"]["count"])
+        if live <= seen or manager._get_index_count(index) != seen:
+            return
+    raise OperationFailed(
+        f"index {index} holds {live:,} documents, and user {manager.credentials.username} sees {seen:,} of them: "
+        "document-level security hides the others; give this user a role without it"
+    )
+
+
+def await_replicas(manager: OpenSearchBaseManager, index: str) -> None:
+    """Wait until each active copy of an index holds what its primary holds: with segment replication it may lag.
+
+    Readers, copies and deletions are served by any copy. Raises Refused after WAIT_SECONDS.
+    """
+    settings, wait_seconds = manager._verify_index_exists(index), manager.settings.wait_seconds
+    if settings.get("index.replication.type") != "SEGMENT" or settings["index.number_of_replicas"] == "0":
+        return
+    began, complete, shards = time.monotonic(), 0, manager.shard_stats(index)
+    progress = Progress(f"waiting for the replicas of {index}", len(shards), "shards")
+    while (behind := lagging_shards(shards)) is not None:
+        complete = 0 if behind else complete + 1
+        if complete == 2:  # one reading is not enough: a replica may not have heard of the last change yet
+            return progress.close()
+        if behind and time.monotonic() - began > wait_seconds:
+            raise Refused(
+                f"index {index}: in {behind} of {len(shards)} shards a replica lags behind its primary after "
+                f"{wait_seconds:g} s; see GET _cat/segment_replication/{index}, and run again"
+            )
+        progress.update(len(shards) - behind)
+        time.sleep(1)
+        shards = manager.shard_stats(index)
+    log.warning("index %s replicates segments, and this version does not report how far: replicas may lag", index)
+
+
+def lagging_shards(shards: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
+    """Return in how many shards an active copy lags behind its primary; None before 2.10, which does not report it.
+
+    Neither number is enough: in some versions the primary counts the bytes, in others each replica, against the last
+    checkpoint that it has heard of; and a replica may know from the translog of documents that no search sees yet.
+    """
+    lagging = 0
+    for copies in shards.values():
+        active = [copy for copy in copies if copy["routing"]["state"] in ("STARTED", "RELOCATING")]
+        replication = [copy["segments"].get("segment_replication") for copy in active]
+        if None in replication:
+            return None
+        behind = any(entry["max_bytes_behind"] for entry in replication)
+        lagging += behind or len({copy["seq_no"]["max_seq_no"] for copy in active}) > 1
+    return lagging
 
 
 # --- an index that is filled ------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ Exit codes: 0 copied, and counted; 1 failed; 2 usage; 4 refused (target live, fi
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,14 +17,18 @@ from typing import Any
 from index_cleanup import CannotReplace, ClearableIndex, read_index
 from opensearch_base_manager import (
     TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused,
-    RequestFailed, Retry, add_settings, await_primaries, bulk_probe, deleting_probes, field_definitions, index_name,
-    log, per_second, reading_probes, refuse_too_many_fields, refuse_unusable, run_cli, run_to_completion, seconds_since,
-    settings_probe,
+    RequestFailed, Retry, TooMuchAtOnce, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
+    field_definitions, index_name, log, per_second, reading_probes, refuse_too_many_fields, refuse_unusable,
+    result_window, run_cli, run_to_completion, seconds_since, settings_probe, verify_sees_everything,
 )  # fmt: skip
 
 WRITE_BLOCK = {"index.blocks.write": "true"}
 EXPANSION = "index.auto_expand_replicas"
 BATCH_SIZE = 5000  # documents a scroll batch; copies 8 to 15 % faster than the server's 1000
+BATCH_BYTES = 32 * 1024 * 1024  # in all slices, as in the store; a node accepts 10 % of its heap, uncompressed
+SAMPLE_SIZE, SAMPLE_BYTES = 50, 8 * 1024 * 1024  # documents of a shard that are compared after a copy; of all of them
+SAMPLE_WINDOW = 2000  # sequence numbers; finding documents in it takes milliseconds in whatever index
+MAX_SLICES = 20  # of a task with slices=auto, which has one a shard
 
 
 def compare_fields(source: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -154,6 +160,15 @@ class Clone:
         self.manager.request("POST", path, {"settings": settings}, params=params, idempotent=False, accept=accept)
 
 
+def differing_fields(original: Mapping[str, Any], copied: Mapping[str, Any] | None) -> list[str]:
+    """Return the fields whose values differ as JSON, in which 1, 1.0 and true are three values."""
+    if copied is None:
+        return ["_id"]
+    texts = [{name: json.dumps(value, sort_keys=True) for name, value in document.items()}
+             for document in (original, copied)]  # fmt: skip
+    return sorted({name for name, _ in texts[0].items() ^ texts[1].items()})
+
+
 class Reindex(OpenSearchBaseManager):
     def __init__(self, settings: argparse.Namespace) -> None:
         if settings.source == settings.target:
@@ -166,7 +181,8 @@ class Reindex(OpenSearchBaseManager):
         nothing = {"source": {"index": source, "query": {"match_none": {}}}, "dest": {"index": target}}
         self.probes = [
             *reading_probes(source, target), *deleting_probes(target), settings_probe(target),
-            bulk_probe(target, "index", "delete"), Probe("POST", "/_reindex?slices=auto", nothing),
+            bulk_probe(target, "index", "delete"), Probe("POST", "/_reindex", nothing),
+            Probe("GET", f"/{source}/_search_shards"),
         ]  # fmt: skip
         self.clone = Clone(self) if settings.copy_method == "clone" else None
 
@@ -187,6 +203,7 @@ class Reindex(OpenSearchBaseManager):
         found = self.read_indices(self.source)[self.source]
         refuse_unusable(self.source, found, TO_READ)
         await_primaries(self, self.source)
+        verify_sees_everything(self, self.source)
         marker = Marker(self, self.source)
         # another client has moved readers to it: the target may be the only complete data there is
         marker.refuse(f"load it again, or move readers to {self.target.name}, before it is copied")
@@ -194,6 +211,8 @@ class Reindex(OpenSearchBaseManager):
             self._copy_instead(obstacle)
         if not self.clone:
             marker.recover()
+            if self.target.count_unless_red() is not None:
+                verify_sees_everything(self, self.target.name)
             self._compare_fields()
         return str(found["settings"]["index.uuid"])
 
@@ -214,6 +233,10 @@ class Reindex(OpenSearchBaseManager):
         refuse_too_many_fields(self.target.name, found[self.target.name], {name: definitions[name] for name in missing})
         if missing:
             log.info("fields that %s lacks: %s", self.target.name, ", ".join(missing))
+        pipeline = found[self.target.name]["settings"].get("index.final_pipeline", "_none")
+        if pipeline != "_none":
+            log.warning("index %s has the final pipeline %s, which runs on the copied documents once more",
+                        self.target.name, pipeline)  # fmt: skip
 
     # --- copy ---
 
@@ -248,6 +271,7 @@ class Reindex(OpenSearchBaseManager):
             self._add_missing_fields()
             self.target.empty()
             total = self._get_index_count(self.source)  # refreshes: a copy sees only what a search would
+            await_replicas(self, self.source)
             response = self._copy(total)
             self.target.restore_settings()
             self._verify_copy(int(response["total"]), source_uuid)
@@ -260,11 +284,21 @@ class Reindex(OpenSearchBaseManager):
             self.request("PUT", f"/{self.target.name}/_mapping", {"properties": source["properties"]})
 
     def _copy(self, total: int) -> dict[str, Any]:
+        """Copy in batches that the cluster has memory for; ids overwrite, so that a smaller batch may begin anew."""
         log.info("copying %s documents from %s to %s", f"{total:,}", self.source, self.target.name)
-        size = self.settings.requests_per_second.batch_size(BATCH_SIZE)
-        body = {"source": {"index": self.source, "size": size}, "dest": {"index": self.target.name}}
-        label = f"copying {self.source} to {self.target.name}"
-        response = self.run_task("/_reindex", body, label=label, total=total)
+        # without the default pipeline, which has changed these documents already
+        dest = {"index": self.target.name, "pipeline": "_none"}
+        label, size = f"copying {self.source} to {self.target.name}", self._first_batch_size()
+        while True:
+            source = {"index": self.source, "size": self.settings.requests_per_second.batch_size(size)}
+            try:
+                response = self.run_task("/_reindex", {"source": source, "dest": dest}, label=label, total=total)
+                break
+            except TooMuchAtOnce as refusal:
+                if size == 1:
+                    raise
+                size //= 2
+                log.warning("%s; going on with batches of %s documents", refusal, f"{size:,}")
         written = response["created"] + response["updated"]
         if response["version_conflicts"] or written != response["total"]:
             raise OperationFailed(
@@ -273,6 +307,17 @@ class Reindex(OpenSearchBaseManager):
                 "run again"
             )
         return response
+
+    def _first_batch_size(self) -> int:
+        """Guess from the size of the documents in the store how many the cluster can have in memory, in all slices."""
+        settings = self._verify_index_exists(self.source)
+        slices = min(int(settings["index.number_of_shards"]), MAX_SLICES)
+        fitting = int(BATCH_BYTES / slices / max(self._bytes_per_document(), 1))
+        return max(1, min(BATCH_SIZE, result_window(settings), fitting))
+
+    def _bytes_per_document(self) -> float:
+        stats = self.request("GET", f"/{self.source}/_stats/docs,store").data["indices"][self.source]["primaries"]
+        return float(stats["store"]["size_in_bytes"] / max(stats["docs"]["count"], 1))
 
     def _verify_copy(self, total: int, source_uuid: str) -> None:
         """Raise OperationFailed unless both indices hold what was copied, and the source is the same index."""
@@ -288,6 +333,47 @@ class Reindex(OpenSearchBaseManager):
                 "keep it from that and run again"
             )
         self.verify_same_index(self.source, source_uuid)
+        self.target.verify_same()
+        self._verify_sample()
+
+    def _verify_sample(self) -> None:
+        """Compare documents from a random place of each shard: pipelines, masked fields, derived sources differ.
+
+        Raises OperationFailed; it names fields and no values.
+        """
+        shards = self.shard_stats(self.source)
+        size = max(1, min(SAMPLE_SIZE, int(SAMPLE_BYTES / len(shards) / max(self._bytes_per_document(), 1))))
+        compared = 0
+        for number, copies in shards.items():
+            last = next(copy["seq_no"]["max_seq_no"] for copy in copies if copy["routing"]["primary"])
+            originals = self._sample(number, last, size) if last >= 0 else {}
+            ids = {"query": {"ids": {"values": [name for name, _ in originals]}}, "size": 2 * size}
+            copied = self._sources(self.target.name, ids, self.on_primaries()) if originals else {}
+            for key, original in originals.items():
+                if fields := differing_fields(original, copied.get(key)):
+                    raise OperationFailed(
+                        f"{self.target.name} does not hold what was copied: in a sample of documents the fields "
+                        f"{', '.join(fields[:10])} differ from {self.source}; a pipeline changes documents, or "
+                        f"{self.who} sees masked values"
+                    )
+            compared += len(originals)
+        log.info("compared %s documents of %s with their copies", compared, self.source)
+
+    def _sample(self, shard: str, last: int, size: int) -> dict[tuple[str, str], Any]:
+        """Return some documents of a shard, from two random places or else its first ones, by id and routing."""
+        primary = self.on_primaries().get("preference", "")
+        for start, width in ((random.randint(0, last), SAMPLE_WINDOW), (random.randint(0, last), SAMPLE_WINDOW),
+                             (0, last + 1)):  # fmt: skip
+            window = {"range": {"_seq_no": {"gte": start, "lt": start + width}}}
+            search = {"query": window, "size": size, "track_total_hits": False}
+            if found := self._sources(self.source, search, {"preference": f"_shards:{shard}|{primary}".rstrip("|")}):
+                break
+        return found
+
+    def _sources(self, index: str, search: Mapping[str, Any], params: Mapping[str, str]) -> dict[tuple[str, str], Any]:
+        found = self.request("POST", f"/{index}/_search", search, params=params).data
+        self.verify_all_shards(found, f"_search of {index}")
+        return {(hit["_id"], hit.get("_routing", "")): hit.get("_source", {}) for hit in found["hits"]["hits"]}
 
     def _report(self, response: Mapping[str, Any], began: float) -> dict[str, Any]:
         total = int(response["total"])

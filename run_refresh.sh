@@ -198,7 +198,7 @@ check() { # step 0: everything that can be checked before readers are moved
       say "nothing has changed since $live was loaded: nothing to do"
       exit 0
     fi
-    run_step "check the switch" switch_alias.py --alias "$ALIAS" --show "${both[@]}"
+    run_step "check the switch" switch_alias.py --alias "$ALIAS" --show --source "$PRIMARY" --target "$SECONDARY"
   fi
   load+=(--index "$to_load")
   if [[ ${setting[SKIP_UNCHANGED]} != true || $to_load != "$live" ]]; then # or it was the same command
@@ -219,12 +219,14 @@ copy_back() {
     pause
     # the copy has to be equal, field by field; readers use these data already, so their quality is not checked
     run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" \
-      --threshold 0 --field-threshold 0 --min-documents 0 --queries ""
+      --threshold 0 --field-threshold 0 --min-documents 0
     pause
   fi
   run_step "3 load $PRIMARY from S3" bulkupdate.py "${load[@]}"
   pause
-  run_step "4 switch readers to $PRIMARY" switch_alias.py --alias "$ALIAS" --source "$SECONDARY" --target "$PRIMARY"
+  # readers go back to the index that they are always on: what its settings lack now, they lacked before
+  run_step "4 switch readers to $PRIMARY" switch_alias.py --alias "$ALIAS" --source "$SECONDARY" --target "$PRIMARY" \
+    --accept-settings '*'
 }
 
 alternate() {

@@ -12,8 +12,7 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -21,13 +20,38 @@ from typing import Any, NamedTuple
 
 from opensearch_base_manager import (
     HERE, SETTINGS, TO_MOVE_ALIAS, ConfigurationError, LogFormatter, Marker, OpenSearchBaseManager, OperationFailed,
-    OutcomeUnknown, Probe, Progress, Refused, RequestFailed, Retry, add_settings, await_primaries, boolean, error_of,
-    index_name, log, reading_probes, refuse_unusable, require_permissions, run_cli, seconds_since,
+    OutcomeUnknown, Probe, Progress, Refused, RequestFailed, Retry, add_settings, await_primaries, await_replicas,
+    boolean, error_of, in_parallel, index_name, log, reading_probes, refuse_unusable, require_permissions, run_cli,
+    seconds_since, verify_sees_everything,
 )  # fmt: skip
 
 CARRIED_OVER = ("filter", "index_routing", "search_routing", "is_write_index", "is_hidden")  # `add` would drop them
 NUMBER_TYPES = set("long integer short byte double float half_float scaled_float unsigned_long".split())
 TEXT_TYPES = set("text match_only_text annotated_text search_as_you_type".split())
+# parameters of a field: those that concern what is stored alone, the server's defaults, and where these come from
+NOT_FOR_READERS = set(
+    "type path properties fields meta eager_global_ordinals coerce ignore_malformed ignore_above dynamic".split()
+)
+PARAMETERS: dict[str, Any] = {
+    "index": True, "store": False, "boost": 1.0, "analyzer": "standard", "term_vector": "no", "fielddata": False,
+    "similarity": "BM25", "position_increment_gap": 100, "index_phrases": False,
+    "split_queries_on_whitespace": False, "include_in_parent": False, "include_in_root": False, "enabled": True,
+    "format": "strict_date_optional_time||epoch_millis",
+}  # fmt: skip
+FALLS_BACK_TO = {"search_analyzer": "analyzer", "search_quote_analyzer": "search_analyzer"}
+# settings of an index: less than before, true before, or another value takes something away from readers
+AT_LEAST = re.compile(r"index\.(max_(?!ngram|shingle|refresh).*|highlight\.max_.*|analyze\.max_.*|query\.max_.*)")
+TRUE_IS_MORE = re.compile(r"index\.(knn|query_string\.lenient|query\.(parse|derived_field)\..*)")
+EQUAL = re.compile(r"index\.(search\.default_pipeline|query\.default_field|knn\..*)")
+NOT_COMPARED = re.compile(  # what the server or a load sets, and what `analysis_of` compares
+    r"index\.(uuid|creation_date|provided_name|version\.|resize\.|routing\.|number_of_|auto_expand_|refresh_interval|"
+    r"analysis\.|similarity\.)"
+)
+COMPONENT = re.compile(r"index\.analysis\.(?!analyzer\.|normalizer\.)")
+IMPLICIT_ANALYSIS: dict[str, dict[str, Any]] = {
+    "index.similarity.default": {"type": ["BM25"]}, "index.analysis.analyzer.default": {"type": ["standard"]},
+    "index.analysis.analyzer.default_search": {},
+}  # fmt: skip
 FIELDS_AT_ONCE = 8  # counts under way; each is answered in a millisecond, however many documents there are
 NAMED = 10  # fields or queries in a message; the command beside it has them all
 NOTICED_SHARE = Fraction(1, 100)  # a field that fewer documents have may come and go
@@ -35,6 +59,8 @@ GB = 1e9
 # of the live index's size: the copy and the load beside what was deleted, or the load alone
 DISK_NEEDED = {"copy-back": 2.5, "alternate": 1.5}
 QUERY_TIMEOUT_S = 30  # the server's limit for a reader's query; where it does not answer, READ_TIMEOUT_S is ours
+TOO_SLOW = f"not within {QUERY_TIMEOUT_S} s, tried twice"
+REJECTED = "400 "
 AGAIN = "Until this is resolved, every nightly refresh will be refused."
 
 
@@ -62,27 +88,34 @@ class Field(NamedTuple):
     type: str
     nested: str  # the innermost nested object around it
     told: bool  # whether `exists` finds the documents that have it
+    parent: str  # the field that it is a multi-field of
+    definition: Mapping[str, Any]
 
 
 def fields_of(mapping: Mapping[str, Any]) -> dict[str, Field]:
     """Return the fields of a mapping by their full names; an alias field is what it stands for."""
-    found = {name: (definition, nested) for name, definition, nested in walk_mapping(mapping)}
+    walked = list(walk_mapping(mapping))
+    found = {name: definition for name, definition, _, _ in walked}
     fields = {}
-    for name, (definition, nested) in found.items():
-        meant, _ = found.get(definition.get("path", ""), (definition, ""))
-        fields[name] = Field(meant.get("type", "object"), nested, is_told(meant))
+    for name, definition, nested, parent in walked:
+        meant = found.get(definition.get("path", ""), definition)
+        fields[name] = Field(meant.get("type", "object"), nested, is_told(meant), parent, meant)
     return fields
 
 
 def walk_mapping(
     mapping: Mapping[str, Any], prefix: str = "", nested: str = ""
-) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """Yield full name, definition and nested object of each field, multi-fields too, but not what is stored alone."""
-    for name, definition in {**mapping.get("properties", {}), **mapping.get("fields", {})}.items():
-        if definition.get("enabled", True):
-            path = prefix + name
-            yield path, definition, nested
-            yield from walk_mapping(definition, f"{path}.", path if definition.get("type") == "nested" else nested)
+) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
+    """Yield full name, definition, nested object and parent of each field, but not what is stored alone.
+
+    The parent is the field that a multi-field belongs to.
+    """
+    for kind in ("properties", "fields"):
+        for name, definition in mapping.get(kind, {}).items():
+            if definition.get("enabled", True):
+                path = prefix + name
+                yield path, definition, nested, prefix[:-1] if kind == "fields" else ""
+                yield from walk_mapping(definition, f"{path}.", path if definition.get("type") == "nested" else nested)
 
 
 def is_told(definition: Mapping[str, Any]) -> bool:
@@ -91,6 +124,95 @@ def is_told(definition: Mapping[str, Any]) -> bool:
         return bool(definition.get("index", True))
     unless_said = kind != "binary"
     return bool(definition.get("index", unless_said) or definition.get("doc_values", unless_said) or stored)
+
+
+def lost_parameters(old: Field, new: Field) -> str:
+    """Describe what readers of a field would lose by its new definition; types of numbers count as one type.
+
+    What concerns storing alone, explicit defaults and what readers gain is left out.
+    """
+    if old.type != new.type and not {old.type, new.type} <= NUMBER_TYPES:
+        return f"{old.type} -> {new.type}"
+    defaults = {**PARAMETERS, "norms": old.type in TEXT_TYPES, "doc_values": old.type not in {*TEXT_TYPES, "binary"}}
+    lost = []
+    for name in sorted({*old.definition, *new.definition} - NOT_FOR_READERS):
+        had, has = (effective_parameter(field.definition, name, defaults) for field in (old, new))
+        if had != has and has is not True and not (name == "scaling_factor" and old.type != new.type):
+            lost.append(f"{name} {had} -> {has}")
+    return ", ".join(lost)
+
+
+def effective_parameter(definition: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> Any:
+    if name in definition:
+        return "standard" if definition[name] == "default" else definition[name]
+    if name in FALLS_BACK_TO:
+        return effective_parameter(definition, FALLS_BACK_TO[name], defaults)
+    return defaults.get(name)
+
+
+def lost_definitions(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Return what readers would lose by the mapping of the target, by field; a missing field is left to the counts."""
+    known = fields_of(new)
+    lost = {name: lost_parameters(field, known[name]) for name, field in fields_of(old).items()
+            if name in known and field.told}  # fmt: skip
+    for name, script in old.get("derived", {}).items():
+        lost[name] = "" if new.get("derived", {}).get(name) == script else "derived field missing or different"
+    had, has = ({"enabled": True, **mapping.get("_source", {})} for mapping in (old, new))
+    lost["_source"] = "" if has in (had, {"enabled": True}) else f"{had} -> {has}"
+    return {name: text for name, text in lost.items() if text}
+
+
+def analysis_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return each analyzer, normalizer and similarity by the name of its settings, with all that it is made of."""
+    parts: dict[str, dict[str, Any]] = {**IMPLICIT_ANALYSIS}
+    for key, value in settings.items():
+        if match := re.fullmatch(r"(index\.(?:analysis\.\w+|similarity)\.[^.]+)\.(.+)", key):
+            words = value if isinstance(value, list) else [word.strip() for word in str(value).split(",")]
+            parts[match[1]] = {**parts.get(match[1], {}), match[2]: words}
+
+    def whole(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+        words = {word for words in parts[name].values() for word in words}
+        used = [part for part in parts if COMPONENT.match(part) and part.split(".")[-1] in words and part not in above]
+        plain = {key: words for key, words in parts[name].items() if (key, words) != ("type", ["custom"])}
+        return {**plain, **{part: whole(part, (*above, part)) for part in used}}
+
+    return {name: whole(name) for name in parts if not COMPONENT.match(name)}
+
+
+def compare_settings(live: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Return the settings by which readers would lose something, with both values, and others that differ.
+
+    Both are responses with `include_defaults`; a setting that is explicit in neither is left out.
+    """
+    old, new = ({**found["defaults"], **found["settings"]} for found in (live, target))
+    lost: dict[str, str] = {}
+    others = []
+    for name in sorted({*live["settings"], *target["settings"]}):
+        had, has = old.get(name), new.get(name)
+        if had == has or NOT_COMPARED.match(name):
+            continue
+        less = AT_LEAST.fullmatch(name) and int(has or 0) < int(had or 0)
+        if less or (TRUE_IS_MORE.fullmatch(name) and had == "true") or EQUAL.fullmatch(name):
+            lost[name] = f"{had} -> {has}"
+        else:
+            others.append(name)
+    had_all, has_all = analysis_of(live["settings"]), analysis_of(target["settings"])
+    for name, analysis in had_all.items():
+        if analysis != has_all.get(name):
+            lost[name] = "different" if name in has_all else "missing"
+    return lost, others
+
+
+def unsupported(index: str, settings: Mapping[str, Any], alias: Mapping[str, Any]) -> str:
+    """Return why readers of an index cannot be served, or ""."""
+    if int(settings.get("index.number_of_search_replicas", 0)):
+        return f"index {index} has search replicas, which are not supported; set index.number_of_search_replicas to 0"
+    if "search_routing" in alias and (shards := int(settings["index.number_of_shards"])) > 1:
+        return (
+            f"the alias has the search routing {alias['search_routing']}, and index {index} {shards} primary shards: "
+            "the load stores without routing, so readers would miss documents; take the routing off the alias"
+        )
+    return ""
 
 
 def has_fallen(old: Fraction, new: Fraction, threshold: Decimal) -> bool:
@@ -145,40 +267,151 @@ def short_shards(target: Mapping[str, Any], needed: int) -> int:
     return sum(shard["active_shards"] < needed for shard in target["shards"].values())
 
 
+class ReadersView:
+    """An index as readers of the alias see it: under the alias's filter and search routing."""
+
+    def __init__(self, manager: OpenSearchBaseManager, index: str, alias: Mapping[str, Any]) -> None:
+        self.manager, self.index, self.filter = manager, index, alias.get("filter")
+        self.routing = {"routing": alias["search_routing"]} if "search_routing" in alias else {}
+
+    def count(self) -> tuple[int, int]:
+        """Return how many documents the index holds, and how many of them readers see."""
+        documents = self.manager._get_index_count(self.index)
+        if not (self.filter or self.routing):
+            return documents, documents
+        return documents, self.manager._get_index_count(self.index, self.filter, self.routing)
+
+    def hits(self, body: Mapping[str, Any]) -> int | str:
+        """Search the primary copies, and return the number of hits, or why it is unknown.
+
+        The server's reason is left out, since it quotes values of the query.
+        """
+        try:
+            for _ in range(2):  # the first try may have met a cold index, and has warmed it
+                answer = self._search(body, self.manager.on_primaries())
+                if not answer["timed_out"]:
+                    break
+        except RequestFailed as error:
+            if isinstance(error, OutcomeUnknown) or error.status in (0, 401, 403, 429):
+                raise
+            return f"{error.status} {error.kind}"
+        if answer["_shards"]["successful"] < answer["_shards"]["total"]:
+            return "failed shards"
+        return TOO_SLOW if answer["timed_out"] else int(answer["hits"]["total"]["value"])
+
+    def warm(self, place: str, body: Mapping[str, Any]) -> None:
+        """Search any copy, so that the first readers do not meet a cold one; a failure changes nothing."""
+        try:
+            self._search(body, {}, retry=False)
+        except RequestFailed as error:
+            log.info("%s: %s answers with %s %s while it is warmed", place, self.index, error.status, error.kind)
+
+    def _search(self, body: Mapping[str, Any], params: Mapping[str, str], *, retry: bool = True) -> Any:
+        search = {**body, "track_total_hits": True, "timeout": f"{QUERY_TIMEOUT_S}s"}
+        if self.filter:  # not as part of the query: some kinds of query must be the outermost one
+            filters = [body["post_filter"]] if "post_filter" in body else []
+            search["post_filter"] = {"bool": {"filter": [*filters, self.filter]}}
+        path, params = f"/{self.index}/_search", {**params, **self.routing}
+        return self.manager.request("POST", path, search, params=params, retry=retry).data
+
+
 class Audit:
     """The comparison of source and target before a switch: is the target fit for readers?
 
     A reason to refuse is one check here, and one row of SETTINGS if a setting accepts it: the command in the message
-    repeats the options of this run and adds those that accept the problem.
+    repeats the options of this run and adds those that accept the problem. Documents are counted, and queries tried, as
+    readers see them; the shares of fields are those of all documents, which cost nothing.
     """
 
-    def __init__(self, switch: SwitchAlias) -> None:
+    def __init__(self, switch: SwitchAlias, indices: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take the indices behind the alias, with its definitions; the target gets that of the source."""
         self.switch, self.settings = switch, switch.settings
         self.source, self.target = switch.source, switch.target
         self.accepted: list[str] = self.settings.accept_fields or []
+        self.alias = {index: indices.get(index) or next(iter(indices.values())) for index in (self.source, self.target)}
+        self.views = {index: ReadersView(switch, index, alias) for index, alias in self.alias.items()}
+        self.documents = 0  # that the target holds
+        self.visible = 0  # those of them that readers of the alias will see
         self.fields: dict[str, Any] = {"fields_checked": 0}  # for the result
 
     def run(self) -> None:
         """Raise Refused if the target is not fit for readers; an undo checks only that it is not empty."""
         if self.settings.undo:
-            self._refuse_empty(self.switch._get_index_count(self.target))
+            self.documents, self.visible = self.views[self.target].count()
+            if not self.documents:
+                self._refuse_empty(self.switch._get_index_count(self.source), 0)
             return
+        self._compare_settings()
+        for index in (self.source, self.target):
+            verify_sees_everything(self.switch, index)
         before, after = self._compare_counts()
         if before and self.settings.field_threshold < 100:
             self._compare_fields(before, after)
         self._compare_hits()
 
-    def _refuse_empty(self, documents: int) -> None:
-        if not documents and (had := self.switch._get_index_count(self.source)):
-            counts = f"{self.source} holds {had:,} documents, {self.target} 0"
+    def check_beforehand(self) -> None:
+        """Make the checks that need no data in the target: settings, definitions of fields, and rejected queries."""
+        self._compare_settings()
+        if self.settings.field_threshold < 100:
+            mappings = [self.switch.get_mapping(index) for index in (self.source, self.target)]
+            if redefined := self._redefined(*mappings):
+                self._refuse_fields(redefined)
+        for place, body in self.switch.queries:
+            self._hits(place, body)
+
+    def warm(self, copies: int) -> None:
+        """Send the queries once for each copy of the target's shards."""
+        for place, body in self.switch.queries * (copies if copies > 1 else 0):
+            self.views[self.target].warm(place, body)
+
+    def verify_through_alias(self) -> None:
+        """Raise OperationFailed unless readers of the alias see as many documents as were counted for them."""
+        counted = self.switch.request("GET", f"/{self.switch.alias}/_count").data
+        self.switch.verify_all_shards(counted, f"_count of {self.switch.alias}")
+        if counted["count"] != self.visible:
+            raise OperationFailed(
+                f"readers of {self.switch.alias} see {counted['count']:,} documents, {self.visible:,} were counted in "
+                f"{self.target}; to move readers back: {self.switch.undo_command()}"
+            )
+
+    def _refuse_empty(self, before: int, after: int, where: str = "") -> None:
+        if before and not after:
+            counts = f"{self.source} holds {before:,} documents, {self.target} 0{where}"
             raise Refused(f"{counts}: an empty index is never switched to; load it first")
+
+    def _compare_settings(self) -> None:
+        """Raise Refused if the target's settings take something away from readers, or are not supported."""
+        found = {index: self._effective_settings(index) for index in (self.source, self.target)}
+        for index in (self.source, self.target):
+            if problem := unsupported(index, found[index]["settings"], self.alias[index]):
+                raise Refused(f"{problem}. {AGAIN}")
+        lost, others = compare_settings(found[self.source], found[self.target])
+        accepted = self.settings.accept_settings or []
+        if others:
+            log.info("settings that differ in %s, but take nothing away from readers: %s", self.target, listed(others))
+        if passed := [f"{name} {values}" for name, values in lost.items() if {name, "*"} & {*accepted}]:
+            log.warning("settings that differ and are accepted: %s", listed(passed))
+        if lost := {name: values for name, values in lost.items() if not {name, "*"} & {*accepted}}:
+            command = self.switch.command(self.source, self.target, accept_settings=[*accepted, *lost])
+            raise Refused(
+                f"settings of {self.target} take something away from readers of {self.source}: "
+                f"{listed([f'{name} {values}' for name, values in lost.items()])}. {AGAIN} Change {self.target}, or, "
+                f"if this is intended: {command}"
+            )
+
+    def _effective_settings(self, index: str) -> Any:
+        params = {"flat_settings": "true", "include_defaults": "true"}
+        return self.switch.request("GET", f"/{index}/_settings", params=params).data[index]
 
     def _compare_counts(self) -> tuple[int, int]:
         """Return both counts. Raises Refused when the target has none, too few, or too many more or less."""
-        source, target = self.switch._get_index_count(self.source), self.switch._get_index_count(self.target)
-        self._refuse_empty(target)
+        (before, source), (self.documents, self.visible) = (view.count() for view in self.views.values())
+        target = self.visible
+        as_readers = self.views[self.source].filter or self.views[self.source].routing
+        where = f" for readers of {self.switch.alias}, which has a filter or routing" if as_readers else ""
+        self._refuse_empty(source, target, where)
         change = Decimal(target - source) * 100 / source if source else Decimal(0)
-        counts = f"{self.source} holds {source:,} documents, {self.target} {target:,}"
+        counts = f"{self.source} holds {source:,} documents, {self.target} {target:,}{where}"
         threshold: Decimal = self.settings.document_count_threshold
         log.info("%s (%+.2f %%, threshold %s %%)", counts, change, threshold)
         problems: list[str] = []
@@ -195,40 +428,55 @@ class Audit:
             raise Refused(
                 f"{counts}: {', and '.join(problems)}. {AGAIN} Load it again, or, if the data are right: {command}"
             )
-        return source, target
+        return before, self.documents
 
     def _compare_fields(self, before: int, after: int) -> None:
-        """Raise Refused when fields have another type, or too large a share of the documents has them no longer."""
-        old, new = (fields_of(self.switch.get_mapping(index)) for index in (self.source, self.target))
+        """Raise Refused when fields are defined otherwise, or too large a share of the documents lacks them now."""
+        mappings = [self.switch.get_mapping(index) for index in (self.source, self.target)]
+        old, new = (fields_of(mapping) for mapping in mappings)
         if accepted := self.accepted:
             unknown = listed([name for name in accepted if name not in old])
             log.warning("not looked at: %s; no such field in %s: %s", listed(accepted), self.source, unknown)
-        compared = {name: field for name, field in old.items() if field.told and name not in accepted}
-        retyped = {
-            name: f"{field.type} -> {new[name].type}" for name, field in compared.items()
-            if name in new and field.type != new[name].type and not {field.type, new[name].type} <= NUMBER_TYPES
+        redefined = self._redefined(*mappings)
+        compared = {
+            name: field for name, field in old.items()
+            if field.told and not self._is_in({*self.accepted, *redefined}, name, old)
         }  # fmt: skip
-        counts = self._count_fields({name: field for name, field in compared.items() if name not in retyped}, new)
+        counts = self._count_fields(compared, new)
         change = {name: (Fraction(had, before), Fraction(has, after)) for name, (had, has) in counts.items()}
         worst_first = sorted(change, key=lambda name: change[name][1] - change[name][0])
         threshold = self.settings.field_threshold
         grown = [name for name in worst_first[::-1] if has_fallen(*change[name][::-1], threshold)]
-        fallen = [name for name in worst_first if has_fallen(*change[name], threshold)]
+        falling = {name for name in worst_first if has_fallen(*change[name], threshold)}
+        fallen = [name for name in worst_first if name in falling and old[name].parent not in falling]
         shown = {name: shares(*change[name]) for name in grown + fallen}
-        self.fields = {"fields_checked": len(counts) + len(retyped)}
+        self.fields = {"fields_checked": len(counts) + len(redefined)}
         log.info("%s fields compared (threshold %s points); grown: %s; new: %s", self.fields["fields_checked"],
                  threshold, listed([f"{name} {shown[name]}" for name in grown]),
                  listed([name for name in new if name not in old]))  # fmt: skip
-        if retyped or fallen:
-            self._refuse_fields({**retyped, **{name: shown[name] for name in fallen}})
+        if redefined or fallen:
+            self._refuse_fields({**redefined, **{name: shown[name] for name in fallen}})
+
+    def _redefined(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+        """Return what readers would lose by the target's mapping, less what is accepted, with no multi-field twice."""
+        fields, lost = fields_of(old), lost_definitions(old, new)
+        return {
+            name: text for name, text in lost.items()
+            if not self._is_in(self.accepted, name, fields) and not (name in fields and fields[name].parent in lost)
+        }  # fmt: skip
+
+    @staticmethod
+    def _is_in(names: Collection[str], name: str, fields: Mapping[str, Field]) -> bool:
+        """Say whether a field is one of these, or a multi-field of one."""
+        return name in names or (name in fields and fields[name].parent in names)
 
     def _refuse_fields(self, differing: Mapping[str, str]) -> None:
         self.fields["fields_fallen"] = differing
         named = listed([f"{name} {change}" for name, change in differing.items()])
         command = self.switch.command(self.source, self.target, accept_fields=[*self.accepted, *differing])
         raise Refused(
-            f"fewer documents of {self.target} than of {self.source} have these fields, or their type is another: "
-            f"{named}. {AGAIN} Load it again from whole data, or, if this is meant: {command}",
+            f"these fields are rarer in {self.target} than in {self.source}, or defined otherwise: {named}. {AGAIN} "
+            f"Load it again from complete data, or, if this is intended: {command}",
             {"alias": self.switch.alias, "source": self.source, "target": self.target, "changed": False, **self.fields},
         )
 
@@ -246,53 +494,45 @@ class Audit:
             return had, self._count_field(self.target, name, new[name].nested) if name in new else 0
 
         names = [name for name, field in old.items() if field.type not in ("object", "nested")]
-        with ThreadPoolExecutor(FIELDS_AT_ONCE) as pool:
-            return {name: counts for name, counts in zip(names, pool.map(count, names)) if counts}
+        return {name: counts for name, counts in in_parallel(count, names, FIELDS_AT_ONCE).items() if counts}
 
     def _count_field(self, index: str, name: str, nested: str) -> int:
         query: dict[str, Any] = {"exists": {"field": name}}
         if nested:
             query = {"nested": {"path": nested, "query": query}}
-        answer = self._ask(index, "_count", {"query": query})
+        path, params = f"/{index}/_count", self.switch.on_primaries()
+        answer = self.switch.request("POST", path, {"query": query}, params=params).data
         if answer["_shards"]["successful"] < answer["_shards"]["total"]:
             raise OperationFailed(f"_count of field {name} in {index}: failed shards; see GET _cluster/health/{index}")
         return int(answer["count"])
 
     def _compare_hits(self) -> None:
-        """Raise Refused when the target does not answer one of the readers' queries as the source does."""
+        """Raise Refused when the target does not answer one of the readers' queries as the source does.
+
+        If both thresholds are 0, the target is a copy: what it holds is verified, and it may be slow the first time.
+        """
+        is_copy = self.settings.document_count_threshold == self.settings.field_threshold == 0
         problems = []
         for place, body in self.switch.queries:
-            had, has = (self.hits(index, place, body) for index in (self.source, self.target))
+            had, has = self._hits(place, body)
             log.info("%s: hits in %s: %s, in %s: %s", place, self.source, had, self.target, has)
-            if isinstance(has, str) or (had and not has):
+            if (isinstance(has, str) or (had and not has)) and not (is_copy and has in (0, TOO_SLOW)):
                 problems.append(f"{place}: hits in {self.source}: {had}, in {self.target}: {has}")
         if problems:
             command = self.switch.command(self.source, self.target, reader_queries="")
             raise Refused(f"{listed(problems)}. {AGAIN} Change the line, or do without queries: {command}")
 
-    def hits(self, index: str, place: str, body: Mapping[str, Any]) -> int | str:
-        """Search the primary copies, and return the number of hits; or, for the target, why it cannot be told."""
-        limited = {**body, "track_total_hits": True, "timeout": f"{QUERY_TIMEOUT_S}s"}
-        try:
-            for _ in range(2):  # the first try may have met a cold index, and has warmed it
-                answer = self._ask(index, "_search", limited)
-                if not answer["timed_out"]:
-                    break
-        except RequestFailed as error:
-            if error.status == 400 and index != self.target:
-                raise ConfigurationError(f"{place}: {index} refuses it: {error.reason}; change that line") from None
-            if isinstance(error, OutcomeUnknown) or index != self.target or error.status in (0, 401, 403, 429):
-                raise
-            return error.reason
-        problem = f"not within {QUERY_TIMEOUT_S} s, tried twice" if answer["timed_out"] else ""
-        if answer["_shards"]["successful"] < answer["_shards"]["total"]:
-            problem = "failed shards"
-        if problem and index != self.target:
-            raise OperationFailed(f"{place}: hits in {index}: {problem}; see GET _cluster/health, or change that line")
-        return problem or int(answer["hits"]["total"]["value"])
+    def _hits(self, place: str, body: Mapping[str, Any]) -> tuple[int | str, int | str]:
+        """Return the hits in both indices, or why they are unknown.
 
-    def _ask(self, index: str, action: str, body: Mapping[str, Any]) -> Any:
-        return self.switch.request("POST", f"/{index}/{action}", body, params=self.switch.on_primaries()).data
+        Raises ConfigurationError where both reject the query, OperationFailed where the source fails otherwise.
+        """
+        had, has = (view.hits(body) for view in self.views.values())
+        if isinstance(had, str) and not had.startswith(REJECTED):
+            raise OperationFailed(f"{place}: {self.source} answers {had}; see GET _cluster/health, or change that line")
+        if isinstance(had, str) and isinstance(has, str) and has.startswith(REJECTED):
+            raise ConfigurationError(f"{place}: both indices answer {has}; change that line")
+        return had, has
 
 
 class SwitchAlias(OpenSearchBaseManager):
@@ -306,7 +546,6 @@ class SwitchAlias(OpenSearchBaseManager):
         self.alias, self.source, self.target = settings.alias, settings.source, settings.target
         if self.source and self.target:
             self.names, self.probes = [self.source, self.target, self.alias], self._probes()
-        self.audit = Audit(self)
 
     def _probes(self) -> list[Probe]:
         indices, alias = [self.source, self.target], self.alias
@@ -314,14 +553,15 @@ class SwitchAlias(OpenSearchBaseManager):
         return [
             *reading_probes(*indices), Probe("GET", f"/{alias}/_alias/{alias}"),
             Probe("POST", "/_tasks/permission-probe:1/_cancel"),
-            Probe("POST", "/_aliases", {"actions": twice}, (400,)),  # two routing values: refused, whatever is there
+            Probe("POST", "/_aliases", {"actions": twice}),  # two routing values: refused, whatever is there
         ]  # fmt: skip
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
         uuids = {index: self.index_uuid(index) for index in (self.source, self.target)}
-        if set(self._expected_indices()) == {self.target}:
-            result = self._result(began, changed=False)
+        indices = self._expected_indices()
+        if set(indices) == {self.target}:
+            result = self._result(began, self._get_index_count(self.target), {"fields_checked": 0}, changed=False)
             log.info("done: alias %s is on %s alone already, nothing to do", self.alias, self.target)
             return result
         for index in sorted([self.source, self.target]):
@@ -330,18 +570,26 @@ class SwitchAlias(OpenSearchBaseManager):
             require_permissions(self, self.probes)
             self.await_tasks(self.target)
         Marker(self, self.target).refuse("load it again first")
-        self.audit.run()
+        audit = Audit(self, indices)
+        audit.run()
         if self.dry_run:
             log.info("dry run: alias %s would be moved: %s -> %s", self.alias, self.source, self.target)
-            return self._result(began, changed=False)
-        self._await_copies()
+            return self._result(began, audit.documents, audit.fields, changed=False)
+        audit.warm(self._await_copies())
         for index, uuid in uuids.items():  # the wait may have been long
             self.verify_same_index(index, uuid)
         Marker(self, self.target).refuse("load it again first")
         self._move(self._expected_indices())
-        result = self._result(began, changed=True)
-        log.info("done: alias %s: %s -> %s", self.alias, self.source, self.target)
+        log.info("alias %s: %s -> %s, acknowledged", self.alias, self.source, self.target)
         self._say_how_to_undo()
+        self._verify_indices(self._indices_behind(), {self.target})
+        result = self._result(began, audit.documents, audit.fields, changed=True)
+        try:
+            audit.verify_through_alias()
+        except OperationFailed as error:
+            error.result = result
+            raise
+        log.info("done: alias %s: %s -> %s", self.alias, self.source, self.target)
         return result
 
     def show(self) -> str:
@@ -362,10 +610,10 @@ class SwitchAlias(OpenSearchBaseManager):
                 raise Refused(f"alias {self.alias} is on {live}, neither on {self.source} nor on {self.target}; it "
                               f"stays there. Move it to one: {self.command(live, self.source)}")  # fmt: skip
             self.source, self.target = sorted([self.source, self.target], key=lambda index: index != live)
-            self._check_pair()
+            self._check_pair(indices)
         return live
 
-    def _check_pair(self) -> None:
+    def _check_pair(self, indices: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise Refused for what would keep readers from being moved, whatever the target will hold by then."""
         # a crashed run may have deleted the target: the step that fills it restores it, or reports that it is missing
         there = [self.source, self.target] if self.index_exists(self.target) else [self.source]
@@ -379,8 +627,10 @@ class SwitchAlias(OpenSearchBaseManager):
         self._warn_of_moving_shards()
         if self.settings.disk_check:
             self._check_disk()
-        for place, body in self.queries:
-            self.audit.hits(self.source, place, body)
+        if len(there) == 2:
+            if self.settings.refresh_strategy == "copy-back" and self.source != self.settings.source:
+                self.settings.accept_settings = ["*"]  # readers go back to the index that they are always on
+            Audit(self, indices).check_beforehand()
 
     def _warn_of_moving_shards(self) -> None:
         if moving := self.request("GET", "/_cluster/health").data["relocating_shards"]:
@@ -435,8 +685,11 @@ class SwitchAlias(OpenSearchBaseManager):
 
     # --- the shard copies ---
 
-    def _await_copies(self) -> None:
-        """Wait until each shard of the target has the copies it needs. Raises Refused after WAIT_SECONDS."""
+    def _await_copies(self) -> int:
+        """Wait until each shard of the target has the copies it needs, and return how many it has at most.
+
+        Raises Refused after WAIT_SECONDS. An undo needs one copy, and reports the missing ones.
+        """
         began = time.monotonic()
         progress = None
         while True:
@@ -447,21 +700,26 @@ class SwitchAlias(OpenSearchBaseManager):
             short = short_shards(target, needed)
             if not short:
                 break
+            shards, why = f"{short} of {len(target['shards'])} shards", "see GET _cluster/allocation/explain"
+            problem = f"index {self.target}: {shards} have fewer than {needed} active copies"
+            if self.settings.undo and not short_shards(target, 1):
+                log.warning("%s; %s", problem, why)
+                break
             if time.monotonic() - began > self.settings.wait_seconds:
-                raise Refused(
-                    f"index {self.target}: {short} of {len(target['shards'])} shards have fewer than {needed} active "
-                    f"copies after {self.settings.wait_seconds:g} s; see GET _cluster/allocation/explain, and run again"
-                )
+                raise Refused(f"{problem} after {self.settings.wait_seconds:g} s; {why}, and run again")
             progress = progress or Progress(f"waiting for the copies of {self.target}", len(target["shards"]), "shards")
             progress.update(len(target["shards"]) - short)
             time.sleep(1)
         if progress:
             progress.close()
+        if not self.settings.undo:
+            await_replicas(self, self.target)
+        return max(int(shard["active_shards"]) for shard in target["shards"].values())
 
     # --- the switch ---
 
     def _move(self, indices: Mapping[str, Mapping[str, Any]]) -> None:
-        """Send the one atomic call, and read back. After no response the alias is read before a second one."""
+        """Send the one atomic call. After no response the alias is read before a second one."""
         retry, acknowledged = Retry(self.settings.retry_seconds), True
         while set(indices) != {self.target}:
             try:
@@ -481,7 +739,6 @@ class SwitchAlias(OpenSearchBaseManager):
                 f"alias {self.alias}: not every node acknowledged the switch, some may still answer readers from "
                 f"{self.source}; look with {self._show_command()} and run again"
             )
-        self._verify_indices(self._indices_behind(), {self.target})
 
     def _verify_indices(self, indices: Mapping[str, Any], allowed: set[str]) -> None:
         if not set(indices) <= allowed:
@@ -501,12 +758,22 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _say_how_to_undo(self) -> None:
         hold = shlex.quote(str(self.settings.lock_dir / f"HOLD-{self.alias}"))
-        log.info("undo: %s", self.command(self.target, self.source, undo=True))
+        log.info("undo: %s", self.undo_command())
         log.info("after an undo, the next refresh moves readers on again unless this keeps it from that: "
                  "echo 'why, since when' > %s", hold)  # fmt: skip
 
+    def undo_command(self) -> str:
+        return self.command(self.target, self.source, undo=True)
+
     def command(self, source: str, target: str, *, undo: bool = False, **other: Any) -> str:
-        """Return a command with the options of this run, or other values of them; an undo needs only its wait."""
+        """Return a command with the options of this run, or other values of them; an undo needs only its wait.
+
+        With --show it is the runner that checks, and that takes the other values as variables.
+        """
+        if self.settings.show and other:
+            named = [setting for setting in SETTINGS["switch_alias"] if setting.name in other]
+            values = [f"{setting.variable}={shell_word(option_text(other[setting.name]))}" for setting in named]
+            return " ".join([*values, "./run_refresh.sh"])
         words = ["python", "switch_alias.py", "--alias", self.alias, "--source", source, "--target", target]
         undo = undo or self.settings.undo
         for setting in SETTINGS["switch_alias"]:
@@ -520,10 +787,12 @@ class SwitchAlias(OpenSearchBaseManager):
     def _show_command(self) -> str:
         return f"python switch_alias.py --alias {shlex.quote(self.alias)} --show"
 
-    def _result(self, began: float, *, changed: bool) -> dict[str, Any]:
+    def _result(
+        self, began: float, documents: int, fields: Mapping[str, Any], *, changed: bool
+    ) -> dict[str, Any]:
         return {
             "alias": self.alias, "source": self.source, "target": self.target, "changed": changed,
-            "documents": self._get_index_count(self.target), **self.audit.fields, "seconds": seconds_since(began),
+            "documents": documents, **fields, "seconds": seconds_since(began),
         }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import urllib3
+from xdist.scheduler import LoadGroupScheduling
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
@@ -39,15 +40,28 @@ TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
 OWN = f"t-{os.environ.get('PYTEST_XDIST_WORKER', 'one')}"
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 READER_PAUSE_S = 0.02  # what a reader could notice lasts a change of the cluster's state at least, 40 ms and more
-OWN_SERVER = re.compile(r"test_(node|sandbox)\.py|test_each_command_that_can_run")
+OWN_SERVER = re.compile(r"test_(node|replicas|sandbox)\.py|test_each_command_that_can_run")
 # the inner loop, about a minute: what can be asked of each script without waiting, and one whole refresh
 QUICK = re.compile(
     r"/test_(messages|bad_input|base_manager|bulkupdate_types|switch_alias|signed|reader)\.py|/test_readme\.py.*(parse|role|"
     r"flag|variable|json|code)|test_the_list_of_changes|test_the_target_holds|test_without_the_merge|"
     r"test_every_readable_kind|test_every_defective_row|test_an_index_is_dropped_and_created|test_a_dry_run"
 )
+ONE_WORKER = re.compile(r"test_(node|replicas)\.py")  # their servers are started once
 counter = itertools.count(1)
 STARTED = pytest.StashKey[sandbox.Sandbox]()
+
+
+class ByServer(LoadGroupScheduling):
+    """Runs the tests of a file that has servers of its own on one worker; xdist's own groups need an older pytest."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.split("::")[0] if ONE_WORKER.search(nodeid) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
+    return ByServer(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -117,8 +131,8 @@ def environment(box: sandbox.Sandbox, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def own_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let nothing of the caller's environment, no stray .env and no working directory decide what a test sees."""
-    mine = "AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|MIN|FIELD|DOCUMENT|READER|READY|EXPECTED|VERIFY|CA|RUN|REFRESH|SKIP"
-    own = re.compile(rf"({mine}|REQUESTS)_|DELIMITER|ID_COLUMN|(https?|no|all)_proxy", re.I)
+    mine = "ACCEPT|AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|MIN|FIELD|DOCUMENT|READER|READY|EXPECTED|VERIFY|CA|RUN|REFRESH"
+    own = re.compile(rf"({mine}|REQUESTS|SKIP)_|DELIMITER|ID_COLUMN|(https?|no|all)_proxy", re.I)
     for name in [name for name in os.environ if own.match(name)]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -196,7 +210,7 @@ def fill(admin: Callable[..., Any], index: str, docs: list[dict[str, Any]]) -> N
 
 
 class Reader(threading.Thread):
-    """Asks the alias for the count and a sum in one search, again and again until stopped."""
+    """Asks the alias for the count and a sum in one search, again and again until stopped; each copy now and then."""
 
     def __init__(self, endpoint: str, alias: str, field: str, *, outage_is_an_error: bool = True) -> None:
         super().__init__(daemon=True)
@@ -209,9 +223,10 @@ class Reader(threading.Thread):
     def run(self) -> None:
         login = urllib3.make_headers(basic_auth=f"{sandbox.ADMIN}:{sandbox.ADMIN_PASSWORD}")
         with urllib3.PoolManager(headers=login, cert_reqs="CERT_NONE", retries=False, timeout=30) as http:
-            while not self.stopped.wait(READER_PAUSE_S):
+            for number in itertools.takewhile(lambda _: not self.stopped.wait(READER_PAUSE_S), itertools.count()):
                 try:
-                    answer = http.request("POST", self.url, json=self.body, headers=login)
+                    url = f"{self.url}?preference=reader-{number}"
+                    answer = http.request("POST", url, json=self.body, headers=login)
                     parsed = answer.json()
                 except (urllib3.exceptions.HTTPError, ValueError) as error:
                     self.outage(str(error))
@@ -288,7 +303,7 @@ def load(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
         assert outcome.code == code, outcome.err
         if outcome.out and "read" in outcome.result:
             sums = outcome.result
-            assert sums["read"] == sums["stored"] + sums["rejected"] + sums["skipped"]
+            assert sums["read"] == sums["stored"] + sums["rejected"] + sums["skipped"] + sums["dropped"]
         return outcome
 
     return do

@@ -194,6 +194,7 @@ class Rule:
     skip: int
     times: int | None
     early: bool = False
+    probes: bool = False
     seen: int = field(default=0)
 
     def takes(self, method: str, path: str) -> bool:
@@ -226,13 +227,15 @@ class FaultProxy:
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def on(
-        self, method: str, path: str, fault: Fault, *, skip: int = 0, times: int | None = 1, early: bool = False
-    ) -> Rule:
+        self, method: str, path: str, fault: Fault, *, skip: int = 0, times: int | None = 1, early: bool = False,
+        probes: bool = False,
+    ) -> Rule:  # fmt: skip
         """Apply a fault to `times` requests (None: all) whose method and path match, after the first `skip`.
 
-        With `early` the fault comes before the request's body has been read.
+        With `early` the fault comes before the request's body has been read. Requests that only ask for permissions
+        pass, unless the rule is for `probes`; they are not listed.
         """
-        rule = Rule(method, re.compile(path), fault, skip, times, early)
+        rule = Rule(method, re.compile(path), fault, skip, times, early, probes)
         with self._lock:
             self.rules.append(rule)
         return rule
@@ -273,13 +276,15 @@ class FaultProxy:
             def handle_any(self) -> None:
                 exchange = Exchange(self, proxy.target, proxy._session)
                 with proxy._lock:
-                    rule = next((rule for rule in proxy.rules if rule.takes(self.command, self.path)), None)
+                    probe = (self.headers.get("X-Opaque-Id") or "").endswith("/permissions")
+                    rules = [rule for rule in proxy.rules if rule.probes or not probe]
+                    rule = next((rule for rule in rules if rule.takes(self.command, self.path)), None)
                     exchange.nth = rule.seen if rule else 0  # here: the next request counts on
-                if not (rule and rule.early):
+                if not probe and not (rule and rule.early):
                     proxy.requests.append((self.command, self.path, exchange.body))
                 if rule:
                     rule.fault(exchange)
-                elif not proxy.watch(exchange):
+                elif probe or not proxy.watch(exchange):
                     exchange.pass_on()
 
             do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any

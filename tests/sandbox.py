@@ -48,6 +48,12 @@ CLASSLOADER_VERSION = VERSION if MAJOR >= 3 else "2.19.1"  # the newest of the 2
 JAVA = ["-Xms1g", "-Xmx1g"]
 BRIEF = "-XX:TieredStopAtLevel=1"  # for some minutes: compiled only roughly, which halves what starting and tests cost
 SMALL_JAVA = ["-Xms512m", "-Xmx512m", BRIEF]  # for nodes that start often and do little
+MODULES = {  # name: plugin class in 2.x, in 3.x, artifact
+    "transport-netty4": ("transport.Netty4Plugin", "transport.Netty4ModulePlugin", "transport-netty4-client"),
+    "reindex": ("index.reindex.ReindexPlugin", "index.reindex.ReindexModulePlugin", "reindex-client"),
+    "ingest-common": ("ingest.common.IngestCommonPlugin", "ingest.common.IngestCommonModulePlugin", "ingest-common"),
+}
+REPLICATION_SPEED = "100kb"  # per second, where it is throttled: a replica gets 5,000 small documents in 6 s
 START_TIMEOUT_S = 180  # a cold disk and a busy machine; usually 8 s
 GIVES_UP = "uncaught exception in thread [main]"  # what the log of a server says that does not start
 SECURITY_TIMEOUT_S = 30  # some tests at once change roles; each change takes 0.1 s
@@ -127,20 +133,27 @@ def base_name(jar: Path) -> str:
     return re.sub(r"-\d.*", "", jar.name)
 
 
-def add_module(home: Path, name: str, class_name: str, coordinate: str) -> None:
+def add_module(home: Path, name: str) -> None:
+    """Add a module to a server's folder in one step: other test runs may start servers from it."""
+    class_name, artifact = MODULES[name][MAJOR >= 3], MODULES[name][2]
     in_lib = {base_name(jar) for jar in (home / "lib").iterdir()}
-    folder = home / "modules" / name
-    folder.mkdir(parents=True)
-    for jar in jars(coordinate):
-        if base_name(jar) not in in_lib:
-            shutil.copy(jar, folder)
-    values = {
-        "name": name, "description": name, "version": VERSION, "opensearch.version": VERSION, "java.version": "11",
-        "classname": class_name, "extended.plugins": "", "has.native.controller": "false",
-    }  # fmt: skip
-    (folder / "plugin-descriptor.properties").write_text("".join(f"{key}={value}\n" for key, value in values.items()))
-    if MAJOR < 3 and name == "transport-netty4":
-        (folder / "plugin-security.policy").write_text(SECURITY_POLICY)
+    (home / "modules").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as scratch:
+        folder = Path(scratch) / name
+        folder.mkdir()
+        for jar in jars(f"org.opensearch.plugin:{artifact}:{VERSION}"):
+            if base_name(jar) not in in_lib:
+                shutil.copy(jar, folder)
+        values = {
+            "name": name, "description": name, "version": VERSION, "opensearch.version": VERSION, "java.version": "11",
+            "classname": f"org.opensearch.{class_name}", "extended.plugins": "", "has.native.controller": "false",
+        }  # fmt: skip
+        text = "".join(f"{key}={value}\n" for key, value in values.items())
+        (folder / "plugin-descriptor.properties").write_text(text)
+        if MAJOR < 3 and name == "transport-netty4":
+            (folder / "plugin-security.policy").write_text(SECURITY_POLICY)
+        with contextlib.suppress(OSError):  # another test run has added it meanwhile
+            folder.rename(home / "modules" / name)
 
 
 def add_security_plugin(home: Path) -> None:
@@ -156,6 +169,9 @@ def install() -> Path:
     """Return the folder of the unpacked server, made on the first call (about 130 MB to download)."""
     home = CACHE / f"opensearch-{VERSION}"
     if home.exists():
+        for name in MODULES:
+            if not (home / "modules" / name).exists():  # made by an earlier version of this file
+                add_module(home, name)
         return home
     say(f"fetching OpenSearch {VERSION}{' and its security plugin' if SECURE else ''} (130 MB, some minutes at most)")
     CACHE.mkdir(exist_ok=True)
@@ -172,12 +188,8 @@ def install() -> Path:
             singles.append(("org.opensearch", "opensearch-agent-bootstrap", VERSION))
         for single in singles:
             shutil.copy(only_jar(*single), made / "lib")
-        module = "Module" if MAJOR >= 3 else ""
-        plugin = "org.opensearch.plugin"
-        add_module(made, "transport-netty4", f"org.opensearch.transport.Netty4{module}Plugin",
-                   f"{plugin}:transport-netty4-client:{VERSION}")  # fmt: skip
-        add_module(made, "reindex", f"org.opensearch.index.reindex.Reindex{module}Plugin",
-                   f"{plugin}:reindex-client:{VERSION}")  # fmt: skip
+        for name in MODULES:
+            add_module(made, name)
         if SECURE:
             add_security_plugin(made)
         made.rename(home)
@@ -320,7 +332,7 @@ class OpenSearch(Server):
 
     def __init__(
         self, home: Path, run: Path, data: Path | None = None, *, name: str = "sandbox",
-        java: list[str] = JAVA, peers: dict[str, int] | None = None,
+        java: list[str] = JAVA, peers: dict[str, int] | None = None, more: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(steady_port(), run)
         self.home, self.name, self.java = home, name, java
@@ -338,7 +350,7 @@ class OpenSearch(Server):
             "cluster.name": "sandbox", "node.name": name, **discovery,
             "network.host": "127.0.0.1", "http.port": self.port, "transport.port": transport_port,
             "path.data": str(run / "data"), "path.logs": str(run / "logs"), "path.repo": str(run / "snapshots"),
-            "cluster.routing.allocation.disk.threshold_enabled": False,
+            "cluster.routing.allocation.disk.threshold_enabled": False, **(more or {}),
         }  # fmt: skip
         if SECURE:
             write_certificate(config)
@@ -412,13 +424,17 @@ class OpenSearch(Server):
 
 
 @contextlib.contextmanager
-def cluster(count: int) -> Iterator[list[OpenSearch]]:
-    """Start a cluster of that many empty nodes, which know the sandbox's users; stop them whatever happens."""
+def cluster(count: int, *, remote_store: bool = False) -> Iterator[list[OpenSearch]]:
+    """Start a cluster of that many empty nodes, which have the sandbox's users; stop them whatever happens.
+
+    With `remote_store` all its indices replicate segments, through a folder that the primaries upload to.
+    """
     home = install()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE, prefix="run-")))
         peers = {f"node-{number}": steady_port() for number in range(1, count + 1)}
-        nodes = [OpenSearch(home, folder / name, name=name, java=SMALL_JAVA, peers=peers) for name in peers]
+        more = remote_store_settings(folder / "store") if remote_store else {}
+        nodes = [OpenSearch(home, folder / name, name=name, java=SMALL_JAVA, peers=peers, more=more) for name in peers]
         for node in nodes:
             if SECURE:
                 for file in ("node.pem", "node.key", "ca.pem"):  # one certificate, so that they trust each other
@@ -431,6 +447,20 @@ def cluster(count: int) -> Iterator[list[OpenSearch]]:
         if SECURE:
             nodes[0].add_user(USER, PASSWORD)
         yield nodes
+
+
+def remote_store_settings(folder: Path) -> dict[str, Any]:
+    repository, store = "node.attr.remote_store.repository.rs", "node.attr.remote_store"
+    return {
+        "path.repo": str(folder), f"{repository}.type": "fs", f"{repository}.settings.location": str(folder),
+        **{f"{store}.{kind}.repository": "rs" for kind in ("segment", "translog", "state")},
+    }  # fmt: skip
+
+
+def throttle_replication(node: Server, speed: str | None = REPLICATION_SPEED) -> None:
+    """Make replicas lag behind their primaries (segment replication); None restores the server's own speed."""
+    limits = {f"indices.{kind}.max_bytes_per_sec": speed for kind in ("recovery", "replication")}
+    node.request("PUT", "/_cluster/settings", {"transient": limits})
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
@@ -523,12 +553,16 @@ def aws_client(service: str, environment: dict[str, str]) -> Any:
     )  # fmt: skip
 
 
-def fill_aws(environment: dict[str, str], endpoint: str) -> None:
+def store_parameters(environment: dict[str, str], endpoint: str, prefix: str = PARAMETERS) -> None:
     ssm = aws_client("ssm", environment)
     for name, value, kind in (
         ("endpoint", endpoint, "String"), ("username", USER, "String"), ("password", PASSWORD, "SecureString"),
     ):  # fmt: skip
-        ssm.put_parameter(Name=f"{PARAMETERS}/{name}", Value=value, Type=kind, Overwrite=True)
+        ssm.put_parameter(Name=f"{prefix}/{name}", Value=value, Type=kind, Overwrite=True)
+
+
+def fill_aws(environment: dict[str, str], endpoint: str) -> None:
+    store_parameters(environment, endpoint)
     s3 = aws_client("s3", environment)
     s3.create_bucket(Bucket=BUCKET)
     for path in month_files():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -129,7 +130,7 @@ def test_the_worst_are_named_first_ten_at_most_and_the_command_has_all(pair, swi
     fewer = [{name: "x" for name in names if row < left[name]} for row in range(20)]
     outcome = switch(*pair(dict.fromkeys(names, WORD), docs, fewer))
     assert outcome.code == 4
-    assert "another: f11 100.0 % -> 5.0 %, f10 100.0 % -> 10.0 %, " in outcome.last
+    assert "otherwise: f11 100.0 % -> 5.0 %, f10 100.0 % -> 10.0 %, " in outcome.last
     assert "f02 100.0 % -> 50.0 % and 2 more. " in outcome.last
     assert outcome.last.count(" -> ") == 10
     assert list(outcome.result["fields_fallen"]) == names[::-1]
@@ -239,7 +240,7 @@ def test_a_copy_that_lost_a_field_with_its_source_is_found(pair, switch, run):
 
 NOT_INDEXED = {"index": False, "doc_values": False}
 TYPES = {  # definition, value, and the names that can be counted
-    "text": ({"type": "text", "fields": {"raw": WORD}}, "a b", ["text", "text.raw"]),
+    "text": ({"type": "text", "fields": {"raw": WORD}}, "a b", ["text"]),
     "text_no_norms": ({"type": "text", "norms": False}, "a", ["text_no_norms"]),
     "text_unindexed": ({"type": "text", "index": False}, "a", []),
     "text_stored": ({"type": "text", "index": False, "store": True}, "a", []),
@@ -366,7 +367,7 @@ def test_an_object_whose_place_a_keyword_has_taken(pair, switch):
 
 def test_a_field_that_the_target_only_stores_is_lost_to_readers(pair, switch):
     outcome = switch(*pair(FLIGHT, FLIGHTS, None, {**FLIGHT, "carrier": {**WORD, **NOT_INDEXED}}))
-    assert outcome.result["fields_fallen"] == {"carrier": "100.0 % -> 0.0 %"}
+    assert outcome.result["fields_fallen"] == {"carrier": "doc_values True -> False, index True -> False"}
 
 
 # --- a count of the audit that fails ----------------------------------------------------------------------------------
@@ -555,7 +556,7 @@ def test_a_query_that_the_source_does_not_understand_is_a_configuration_error(pa
     file = queries(UA, {"query": {"no_such": {}}})
     outcome = switch(old, new, "--queries", file)
     assert outcome.code == 2, outcome.err
-    assert f"{file}, line 2: {old} refuses it: unknown query [no_such]; change that line" in outcome.last
+    assert f"{file}, line 2: both indices answer 400 parsing_exception; change that line" in outcome.last
     assert owners() == [old]
 
 
@@ -564,7 +565,7 @@ def test_a_query_that_only_the_target_refuses(pair, switch, queries, owners):
     file = queries({"aggs": {"sum": {"sum": {"field": "n"}}}})
     outcome = switch(old, new, "--queries", file, "--accept-fields", "n")
     assert outcome.code == 4, outcome.err
-    assert f"{file}, line 1: hits in {old}: 10, in {new}: Field [n] of type [keyword] is not supported" in outcome.last
+    assert f"{file}, line 1: hits in {old}: 10, in {new}: 400 illegal_argument_exception" in outcome.last
     assert owners() == [old]
 
 
@@ -636,7 +637,7 @@ def test_show_tries_a_file_on_the_live_index_when_it_is_asked_to(pair, queries, 
     file = queries(*bad)
     outcome = run(switch_alias, *show, *both, "--queries", file)
     assert (outcome.code, outcome.out) == (2, "")
-    assert f"{file}, line 2: {old} refuses it" in outcome.last
+    assert f"{file}, line 2: both indices answer 400 parsing_exception" in outcome.last
     monkeypatch.setenv("READER_QUERIES", file)
     assert run(switch_alias, *show).code == 0
 
@@ -662,7 +663,7 @@ def test_an_undo_is_never_refused_for_what_the_data_are(pair, switch, run, owner
 
 def test_each_switch_says_how_to_hold_the_next_refresh_off(pair, switch, environment, tmp_path):
     outcome = switch(*pair(FLIGHT, FLIGHTS))
-    command = outcome.last.split(": ", 2)[2]
+    [command] = re.findall(r"keeps it from that: (.*)", outcome.err)
     subprocess.run(["bash", "-c", command], check=True)
     assert (tmp_path / "locks" / f"HOLD-{ALIAS}").read_text() == "why, since when\n"
 
@@ -795,14 +796,13 @@ def test_the_copy_is_proved_field_by_field(pair, refresh, put_csv, owners):
 
 
 def test_what_readers_have_today_is_no_reason_to_refuse_the_copy(pair, refresh, put_csv, owners, queries):
-    """Step 2 moves readers to what they have already: neither the floor nor a query is asked then."""
+    """Step 2 moves readers to what they have already: the floor does not count, nor a query without hits."""
     old, _ = pair(FLIGHT, FLIGHTS, [])
     limits = {"MIN_DOCUMENTS": "11", "READER_QUERIES": queries({"query": {"term": {"n": 10}}})}
     code, err, log = refresh(put_csv(csv_of(range(11))), **limits)
     assert code == 0, err + log
-    assert "--threshold 0 --field-threshold 0 --min-documents 0 --queries" in log
-    assert "line 1: hits in" in log.split("==> 4 switch")[1]
-    assert "line 1: hits in" not in log.split("==> 4 switch")[0]
+    assert "--threshold 0 --field-threshold 0 --min-documents 0\n" in log
+    assert log.count("line 1: hits in") == 2
     assert owners() == [old]
 
 
@@ -827,7 +827,8 @@ def test_the_file_of_queries_is_tried_before_anything_is_touched(pair, refresh, 
     both = pair(FLIGHT, FLIGHTS, [])
     before = state_of(admin, *both)
     prefix = put_csv(csv_of(range(10)))
-    for line, says in ("x", "line 1: not a JSON object"), ({"query": {"no_such": {}}}, f"line 1: {both[0]} refuses it"):
+    wrong = ("x", "line 1: not a JSON object"), ({"query": {"no_such": {}}}, "line 1: both indices answer 400")
+    for line, says in wrong:
         code, err, _ = refresh(prefix, READER_QUERIES=queries(line))
         assert code == 2, err
         assert says in err

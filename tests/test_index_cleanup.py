@@ -180,8 +180,8 @@ def test_a_failed_round_leaves_the_index_marked_until_the_next_one_succeeds(inde
 def test_a_write_block_is_said_with_what_to_do_about_it(index, cleanup, admin):
     admin("PUT", f"/{index}/_settings", {"index.blocks.write": True})
     outcome = cleanup(index)
-    assert outcome.code == 1, outcome.err
-    assert "blocked by: [FORBIDDEN/8/index write (api)]" in outcome.last
+    assert outcome.code == 4, outcome.err
+    assert "remove it: PUT" in outcome.last
     assert count(admin, index) == 3
 
 

@@ -517,7 +517,7 @@ def test_a_role_that_may_not_read_backups_empties_all_the_same(method, told, ind
     may_recreate("indices:monitor/stats")
     outcome = recreate(index, "--method", method, "--no-force-merge")
     assert outcome.code == 0, outcome.err
-    assert (f"index {index} is not recreated" in outcome.err) is told
+    assert (f"index {index} cannot be recreated" in outcome.err) is told
     assert count(admin, index) == 0
 
 

@@ -197,7 +197,7 @@ def test_what_only_makes_it_faster_is_one_warning(pair, run, account, monkeypatc
 def test_a_403_without_a_type_names_the_verb(pair, run, proxy):
     primary, secondary = pair()
     message = {"Message": "User: anonymous is not authorized to perform: es:ESHttpPut with an explicit deny"}
-    proxy.on("PUT", "", answer(403, message), times=None)
+    proxy.on("PUT", "", answer(403, message), times=None, probes=True)
     outcome = run(reindex, "--source", primary, "--target", secondary, "--dry-run")
     assert outcome.code == 1
     assert "es:ESHttpPut" in outcome.last
@@ -531,7 +531,7 @@ TEXT = b"n,k\n1,a\n2,b\n"
         (TEXT.replace(b"\n", b"\r"), "CR alone"),
         (b"\x28\xb5\x2f\xfd" + bytes(40), "zstd"),
         (zipped(TEXT.decode()), "zip"),
-        (gzip.compress(gzip.compress(TEXT, mtime=0), mtime=0), "gzip twice"),
+        (gzip.compress(gzip.compress(TEXT)), "gzip twice"),
         (b"PAR1\x15" + bytes(40), "Parquet"),
         (b"sep=;\nn;k\n1;a\n", "sep=;"),
         (b'"n" ,"k"\n1,a\n', "space"),
@@ -539,6 +539,7 @@ TEXT = b"n,k\n1,a\n2,b\n"
         ("n,k\n1,a\n".encode("utf-16-le"), "UTF-16"),
         (b"\x00\x01\x02\x00\x00\x00\x00\x03" * 9, "NUL"),
     ],
+    ids=lambda part: part if isinstance(part, str) else "",  # archives contain the time
 )
 def test_a_header_that_is_no_csv_says_why(make_index, put_csv, run, content, said):
     index = make_index("index", {**NUMBERS, "k": {"type": "keyword"}})

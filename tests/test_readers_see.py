@@ -1,0 +1,533 @@
+"""What readers of the alias get is what was checked: filters, routing, settings, pipelines, hidden documents."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import bulkupdate
+import pytest
+import reindex
+import sandbox
+import switch_alias
+from conftest import TEST_PATTERNS, Outcome, fill, secured, sources, state_of
+from fault_proxy import answer, delayed, edited
+
+NUMBER = {"n": {"type": "long"}}
+WORD = {"type": "keyword"}
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def switch(run: Run, name: Callable[[str], str]) -> Run:
+    return lambda source, target, *more: run(
+        switch_alias, "--alias", name("alias"), "--source", source, "--target", target, *more
+    )
+
+
+@pytest.fixture
+def owners(admin, name):
+    return lambda: sorted(admin("GET", f"/_alias/{name('alias')}"))
+
+
+@pytest.fixture
+def pair(make_index, name, admin):
+    """Make two indices, the alias on the first; `alias` is what its definition holds besides."""
+
+    def make(properties, docs, other_docs=None, other_properties=None, *, alias=None, settings=None, others=None):
+        old = make_index("old", properties, docs=docs, settings=settings)
+        new = make_index(
+            "new", properties if other_properties is None else other_properties,
+            docs=docs if other_docs is None else other_docs, settings=settings if others is None else others,
+        )  # fmt: skip
+        admin("POST", "/_aliases", {"actions": [{"add": {"index": old, "alias": name("alias"), **(alias or {})}}]})
+        return old, new
+
+    return make
+
+
+@pytest.fixture
+def pipeline(admin, name):
+    """Create an ingest pipeline of these processors and return its name."""
+    made = []
+
+    def make(*processors):
+        made.append(name("pipeline"))
+        admin("PUT", f"/_ingest/pipeline/{made[-1]}", {"processors": list(processors)})
+        return made[-1]
+
+    yield make
+    for own in made:  # an index that names it is deleted later
+        admin("DELETE", f"/_ingest/pipeline/{own}")
+
+
+@pytest.fixture
+def queries(tmp_path):
+    def write(*bodies):
+        path = tmp_path / "queries.ndjson"
+        path.write_text("".join(json.dumps(body) + "\n" for body in bodies))
+        return str(path)
+
+    return write
+
+
+def refused_with(outcome, *texts):
+    assert outcome.code == 4, outcome.err
+    for text in texts:
+        assert text in outcome.last
+
+
+# --- the alias's filter and routing -----------------------------------------------------------------------------------
+
+
+def test_the_count_is_that_under_the_filter_of_the_alias(pair, switch, owners):
+    active, inactive = ([{"n": n, "active": value} for n in range(10)] for value in ("true", "false"))
+    alias = {"filter": {"term": {"active": "true"}}}
+    old, new = pair({**NUMBER, "active": {"type": "boolean"}}, active, inactive, alias=alias)
+    refused_with(switch(old, new), f"{old} holds 10 documents, {new} 0")
+    assert owners() == [old]
+
+
+def test_a_query_is_asked_under_the_filter_of_the_alias(pair, switch, owners, queries):
+    docs = [{"n": n % 2, "kind": n % 2} for n in range(20)]
+    swapped = [{"n": n % 2, "kind": 1 - n % 2} for n in range(20)]
+    alias = {"filter": {"term": {"kind": 1}}}
+    old, new = pair({**NUMBER, "kind": {"type": "long"}}, docs, swapped, alias=alias)
+    refused_with(switch(old, new, "--queries", queries({"query": {"term": {"n": 1}}})), "10", "0")
+    assert owners() == [old]
+
+
+def test_fields_are_counted_without_the_filter(pair, switch):
+    docs = [{"n": n, "active": n < 5, **({"x": "y"} if n > 5 else {})} for n in range(10)]
+    alias = {"filter": {"term": {"active": True}}}
+    fewer = [{name: value for name, value in doc.items() if name != "x"} for doc in docs]
+    old, new = pair({**NUMBER, "x": WORD, "active": {"type": "boolean"}}, docs, fewer, alias=alias)
+    refused_with(switch(old, new), "x 40.0 % -> 0.0 %")
+
+
+def test_search_routing_over_several_shards_is_refused(pair, switch, owners):
+    shards = {"index.number_of_shards": 3}
+    old, new = pair(NUMBER, 99, alias={"routing": "x"}, settings=shards)
+    refused_with(switch(old, new), "routing", "3")
+    assert owners() == [old]
+
+
+def test_search_routing_over_one_shard_is_harmless(pair, switch, owners):
+    old, new = pair(NUMBER, 9, alias={"routing": "x"})
+    assert switch(old, new).code == 0
+    assert owners() == [new]
+
+
+def test_a_count_through_the_alias_that_differs_after_the_switch_is_a_failure(pair, switch, owners, proxy, name):
+    old, new = pair(NUMBER, 9)
+    proxy.on("GET", f"/{name('alias')}/_count", edited(lambda found: found.update(count=7)))
+    outcome = switch(old, new)
+    assert outcome.code == 1
+    assert f"undo: python switch_alias.py --alias {name('alias')} --source {new} --target {old}" in outcome.err
+    assert "7" in outcome.last
+    assert owners() == [new]
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_what_was_done_and_its_undo_are_said_before_anything_that_may_fail(status, pair, switch, owners, proxy, name):
+    old, new = pair(NUMBER, 9)
+    proxy.on("GET", f"/{name('alias')}/_count", answer(status))
+    outcome = switch(old, new)
+    assert outcome.code == 1
+    assert f"alias {name('alias')}: {old} -> {new}" in outcome.err
+    assert "undo: " in outcome.err
+    assert (outcome.result["changed"], outcome.result["target"]) == (True, new)
+    assert owners() == [new]
+
+
+# --- settings that readers feel ---------------------------------------------------------------------------------------
+
+
+def stop_words(*words):
+    analyzer = {"type": "custom", "tokenizer": "standard", "filter": ["own"]}
+    return {"analysis": {"analyzer": {"own": analyzer}, "filter": {"own": {"type": "stop", "stopwords": list(words)}}}}
+
+
+TEXT = {"text": {"type": "text", "analyzer": "own"}, "word": WORD, **NUMBER}
+FOX = [{"text": "the quick fox", "word": "w", "n": 1}] * 10
+WORSE = {  # what readers had, what they would get, what is named
+    "max_result_window": ({"max_result_window": 20_000}, {}, "index.max_result_window"),
+    "max_result_window by default": ({}, {"max_result_window": 5_000}, "index.max_result_window"),
+    "stop words": (stop_words("a"), stop_words("fox"), "index.analysis"),
+    "max_terms_count": ({}, {"max_terms_count": 10}, "index.max_terms_count"),
+    "default_field": ({"query.default_field": "text"}, {"query.default_field": "word"}, "index.query.default_field"),
+    "lenient": ({"query_string.lenient": True}, {}, "index.query_string.lenient"),
+    "parse": ({}, {"query.parse.allow_unmapped_fields": False}, "index.query.parse.allow_unmapped_fields"),
+    "similarity": ({"similarity.default.type": "boolean"}, {}, "index.similarity"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("had", "has", "named"), WORSE.values(), ids=WORSE)
+def test_a_setting_that_takes_something_away_from_readers_is_refused(had, has, named, pair, switch, owners):
+    both = stop_words("a")
+    old, new = pair(TEXT, FOX, settings={**both, **had}, others={**both, **has})
+    outcome = switch(old, new)
+    refused_with(outcome, named)
+    assert owners() == [old]
+    accepted = switch(old, new, "--accept-settings", re.search(r"--accept-settings (\S+)", outcome.last)[1])
+    assert (accepted.code, owners()) == (0, [new])
+
+
+BETTER = {
+    "a higher window": ({}, {"max_result_window": 20_000}),
+    "explicit defaults": ({"max_result_window": 10_000, "query.default_field": ["*"]}, {"query_string.lenient": False}),
+    "one analyzer more": ({}, {"analysis.analyzer.other.type": "standard"}),
+    "shards and refresh": ({}, {"number_of_shards": 2, "refresh_interval": "30s"}),
+    "sort": ({}, {"sort.field": "n"}),
+    "codec": ({}, {"codec": "best_compression"}),
+}
+
+
+@pytest.mark.parametrize(("had", "has"), BETTER.values(), ids=BETTER)
+def test_settings_that_answer_alike_or_better_are_no_obstacle(had, has, pair, switch, owners):
+    words = {"word": WORD, **NUMBER}
+    old, new = pair(words, [{"word": "w", "n": 1}], settings=had, others=has)
+    outcome = switch(old, new)
+    assert (outcome.code, owners()) == (0, [new]), outcome.err
+
+
+def test_a_variable_accepts_settings_too(pair, switch, monkeypatch):
+    old, new = pair(NUMBER, 3, settings={"max_result_window": 20_000}, others={})
+    monkeypatch.setenv("ACCEPT_SETTINGS", "index.max_result_window")
+    outcome = switch(old, new)
+    assert outcome.code == 0, outcome.err
+    assert "max_result_window" in outcome.err
+
+
+# --- fields that readers use ------------------------------------------------------------------------------------------
+
+OTHERWISE = {
+    "no doc values": ({"type": "long"}, {"type": "long", "doc_values": False}),
+    "another analyzer": ({"type": "text"}, {"type": "text", "analyzer": "whitespace"}),
+    "another normalizer": ({"type": "keyword", "normalizer": "lowercase"}, {"type": "keyword"}),
+    "shorter words": ({"type": "keyword"}, {"type": "keyword", "ignore_above": 1}),
+    "another format": ({"type": "date"}, {"type": "date", "format": "yyyy"}),
+    "no multi-field": ({"type": "text", "fields": {"raw": WORD}}, {"type": "text"}),
+}
+ALIKE = {
+    "explicit defaults": ({"type": "long"}, {"type": "long", "coerce": True, "index": True, "doc_values": True}),
+    "the standard analyzer": ({"type": "text"}, {"type": "text", "analyzer": "standard", "norms": True}),
+    "another number": ({"type": "long"}, {"type": "double"}),
+    "a remark": ({"type": "keyword"}, {"type": "keyword", "meta": {"unit": "ms"}}),
+    "global ordinals": ({"type": "keyword"}, {"type": "keyword", "eager_global_ordinals": True}),
+    "a multi-field more": ({"type": "text"}, {"type": "text", "fields": {"raw": WORD}}),
+}
+VALUES = {"date": "2013", "text": "some words", "keyword": "ab", "long": 7}
+
+
+@pytest.mark.parametrize(("had", "has"), OTHERWISE.values(), ids=OTHERWISE)
+def test_a_field_that_is_defined_otherwise_is_refused(had, has, pair, switch, owners):
+    docs = [{"x": VALUES[had["type"]], "n": 1}] * 3
+    old, new = pair({"x": had, **NUMBER}, docs, other_properties={"x": has, **NUMBER})
+    refused_with(switch(old, new), "x")
+    assert owners() == [old]
+    assert switch(old, new, "--accept-fields", "x").code == 0
+
+
+@pytest.mark.parametrize(("had", "has"), ALIKE.values(), ids=ALIKE)
+def test_a_field_that_answers_alike_is_no_obstacle(had, has, pair, switch, owners):
+    docs = [{"x": VALUES[had["type"]], "n": 1}] * 3
+    old, new = pair({"x": had, **NUMBER}, docs, other_properties={"x": has, **NUMBER})
+    outcome = switch(old, new)
+    assert (outcome.code, owners()) == (0, [new]), outcome.err
+
+
+def test_a_field_without_documents_may_be_missing(pair, switch):
+    docs = [{"n": 1}] * 3
+    assert switch(*pair({"x": WORD, **NUMBER}, docs, other_properties=NUMBER)).code == 0
+
+
+def test_a_path_of_a_flat_object_that_has_gone_is_refused(pair, switch, queries):
+    flat = {"o": {"type": "flat_object"}, **NUMBER}
+    old, new = pair(flat, [{"o": {"a": "x", "b": "y"}, "n": 1}] * 4, [{"o": {"b": "y"}, "n": 1}] * 4)
+    query = queries({"query": {"term": {"o.a": "x"}}})
+    refused_with(switch(old, new, "--queries", query), "line 1")
+
+
+def test_a_derived_field_that_has_gone_is_refused(make_index, name, switch, owners):
+    derived = {"derived": {"d": {"type": "keyword", "script": {"source": "emit(doc['word'].value)"}}}}
+    words = {"word": WORD, **NUMBER}
+    try:
+        old = make_index("old", words, docs=[{"word": "w", "n": 1}], alias=name("alias"), **derived)
+    except RuntimeError as error:
+        pytest.skip(f"this server has no scripts: {error}")
+    new = make_index("new", words, docs=[{"word": "w", "n": 1}])
+    refused_with(switch(old, new), "derived")
+    assert owners() == [old]
+
+
+def test_a_column_that_has_gone_is_reported_once_with_its_multi_fields(pair, switch):
+    dynamic = {"carrier": {"type": "text", "fields": {"keyword": WORD}}, **NUMBER}
+    old, new = pair(dynamic, [{"carrier": "UA", "n": 1}] * 3, [{"n": 1}] * 3)
+    outcome = switch(old, new)
+    refused_with(outcome, "carrier 100.0 % -> 0.0 %")
+    assert "carrier.keyword" not in outcome.last
+    assert switch(old, new, "--accept-fields", "carrier").code == 0
+
+
+def test_source_that_is_not_kept_is_refused(make_index, name, switch, owners):
+    old = make_index("old", NUMBER, docs=3, alias=name("alias"))
+    new = make_index("new", NUMBER, docs=3, _source={"excludes": ["n"]})
+    refused_with(switch(old, new), "_source")
+    assert owners() == [old]
+
+
+# --- readers' queries -------------------------------------------------------------------------------------------------
+
+
+def test_a_query_that_both_refuse_is_a_usage_error_without_its_values(pair, switch, queries):
+    old, new = pair({"day": {"type": "date"}, **NUMBER}, [{"day": "2013-01-01", "n": 1}])
+    outcome = switch(old, new, "--queries", queries({"query": {"range": {"day": {"gte": "secret-of-a-reader"}}}}))
+    assert outcome.code == 2, outcome.err
+    assert "line 1" in outcome.last
+    assert "secret-of-a-reader" not in outcome.err
+
+
+def test_a_query_that_only_the_target_refuses_is_refused_without_its_values(pair, switch, queries):
+    old, new = pair({"x": {"type": "keyword"}, **NUMBER}, [{"x": "2013", "n": 1}] * 3,
+                    other_properties={"x": {"type": "date", "format": "yyyy"}, **NUMBER})  # fmt: skip
+    query = queries({"query": {"term": {"x": "secret-of-a-reader"}}})
+    outcome = switch(old, new, "--queries", query, "--accept-fields", "x")
+    assert outcome.code == 4, outcome.err
+    assert "secret-of-a-reader" not in outcome.err
+
+
+def test_a_query_that_only_the_source_refuses_is_no_obstacle(pair, switch, queries):
+    lower = {"max_result_window": 5_000}
+    old, new = pair(NUMBER, 3, settings=lower, others={})
+    outcome = switch(old, new, "--queries", queries({"from": 8_000, "size": 10}))
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_signal_during_the_audit_does_not_wait_for_counts_that_hang(pair, proxy, name, environment):
+    old, new = pair(NUMBER, 3)
+    hanging = proxy.on("POST", "/_count", delayed(60), times=None)
+    command = [sys.executable, switch_alias.__file__, "--alias", name("alias"), "--source", old, "--target", new]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not hanging.seen:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        assert process.wait(40) == 143
+    assert time.monotonic() - sent < 20
+
+
+# --- a copy is a copy -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(run):
+    return lambda source, target, *more: run(reindex, "--source", source, "--target", target, *more)
+
+
+@pytest.mark.parametrize("processor", [{"append": {"field": "tags", "value": "x"}},
+                                       {"rename": {"field": "from", "target_field": "to"}}])  # fmt: skip
+def test_the_copy_leaves_the_default_pipeline_out(processor, make_index, pipeline, copy, admin):
+    properties = dict.fromkeys(("tags", "from", "to"), WORD)
+    own = {"index.default_pipeline": pipeline(processor)}
+    old, new = make_index("old", properties, settings=own), make_index("new", properties, settings=own)
+    fill(admin, old, [{"from": str(n)} for n in range(5)])
+    outcome = copy(old, new)
+    assert outcome.code == 0, outcome.err
+    assert sources(admin, new) == sources(admin, old)
+
+
+def test_a_final_pipeline_that_changes_documents_fails_the_copy_and_names_the_field_alone(
+    make_index, pipeline, copy, admin
+):
+    own = pipeline({"append": {"field": "tags", "value": "hidden-value"}})
+    old = make_index("old", {"tags": WORD, **NUMBER}, docs=20)
+    new = make_index("new", {"tags": WORD, **NUMBER}, settings={"index.final_pipeline": own})
+    outcome = copy(old, new)
+    assert outcome.code == 1, outcome.err
+    assert "tags" in outcome.last
+    assert own in outcome.err
+    assert "WARNING" in outcome.err
+    assert "hidden-value" not in outcome.err
+
+
+def test_a_final_pipeline_that_changes_nothing_is_a_warning(make_index, pipeline, copy):
+    own = pipeline({"remove": {"field": "nowhere", "ignore_missing": True}})
+    outcome = copy(make_index("old", NUMBER, docs=20), make_index("new", NUMBER, settings={"final_pipeline": own}))
+    assert outcome.code == 0, outcome.err
+    assert own in outcome.err
+
+
+def test_a_copy_of_several_shards_and_nested_documents_is_whole(make_index, copy, admin):
+    properties = {"l": {"type": "nested", "properties": {"y": {"type": "long"}}}, **NUMBER}
+    old = make_index("old", properties, docs=[{"n": n, "l": [{"y": n}] * 3} for n in range(60)],
+                     settings={"number_of_shards": 3})  # fmt: skip
+    outcome = copy(old, make_index("new", properties))
+    assert (outcome.code, outcome.result["total"]) == (0, 60), outcome.err
+
+
+# --- batches of a copy ------------------------------------------------------------------------------------------------
+
+
+def test_a_window_below_the_batch_size_is_kept_to(make_index, copy, admin):
+    small = {"max_result_window": 100}
+    old, new = make_index("old", NUMBER, docs=250, settings=small), make_index("new", NUMBER, docs=250, settings=small)
+    outcome = copy(old, new)
+    assert (outcome.code, outcome.result["total"]) == (0, 250), outcome.err
+
+
+def test_a_load_into_a_small_window_finds_its_documents(make_index, put_csv, load, proxy):
+    index = make_index("index", NUMBER, settings={"max_result_window": 100})
+    rows = "".join(f"{n}\n" for n in range(250))
+    proxy.on("POST", "/_bulk", lambda exchange: (exchange.forward(), exchange.pass_on()))  # carried out twice
+    outcome = load(put_csv({"a.csv": f"n\n{rows}"}), index)
+    assert outcome.result["documents"] == 250
+
+
+def test_a_copy_that_is_refused_for_memory_goes_on_with_half_the_batches(make_index, copy, proxy):
+    old, new = make_index("old", NUMBER, docs=20), make_index("new", NUMBER, docs=3)
+
+    def too_much_at_once(found):
+        if found["completed"] and found["task"]["action"].endswith("reindex"):
+            found.pop("response", None)
+            found["error"] = {
+                "type": "rejected_execution_exception",
+                "reason": "rejected execution of coordinating operation [coordinating_operation_bytes=90624072]",
+            }
+
+    proxy.on("GET", "/_tasks/", edited(too_much_at_once), times=50)
+    outcome = copy(old, new)
+    sizes = [json.loads(body)["source"]["size"] for body in proxy.seen("POST", "/_reindex")]
+    assert outcome.code == 1
+    assert sizes == [5000, 2500, 1250, 625, 312, 156, 78, 39, 19, 9, 4, 2, 1]
+    assert len(proxy.seen("POST", "/_delete_by_query")) == 1
+
+
+# --- who asks sees everything -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_user(box, name, monkeypatch) -> Iterator[Callable[..., None]]:
+    """Let the scripts run as a user whose view of the indices is restricted."""
+    user = name("user")
+    box.server.add_user(user, sandbox.PASSWORD)
+    for variable, value in (("ENDPOINT", box.server.endpoint), ("USERNAME", user), ("PASSWORD", sandbox.PASSWORD)):
+        monkeypatch.setenv(f"OPENSEARCH_{variable}", value)
+
+    def restrict(**view: Any) -> None:
+        role = sandbox.refresh_role(TEST_PATTERNS)
+        role["index_permissions"][0] |= view
+        box.server.grant(user, role, user)
+
+    yield restrict
+    box.server.take_back(user)
+    box.server.change_security("DELETE", f"internalusers/{user}")
+
+
+@secured
+def test_a_user_who_does_not_see_all_documents_copies_nothing(make_index, copy, as_user, admin, name):
+    old, new = make_index("old", NUMBER, docs=100), make_index("new", NUMBER, docs=5)
+    as_user(dls=json.dumps({"range": {"n": {"lt": 10}}}))
+    before = state_of(admin, old, new)
+    outcome = copy(old, new)
+    assert outcome.code == 1, outcome.err
+    assert name("user") in outcome.last
+    assert old in outcome.last
+    assert state_of(admin, old, new) == before
+
+
+@secured
+def test_masked_values_are_not_copied(make_index, copy, as_user):
+    properties = {"secret": WORD, **NUMBER}
+    old = make_index("old", properties, docs=[{"secret": "s", "n": n} for n in range(10)])
+    as_user(masked_fields=["secret"])
+    outcome = copy(old, make_index("new", properties))
+    assert outcome.code == 1, outcome.err
+    assert "secret" in outcome.last
+
+
+# --- rows that a pipeline drops ---------------------------------------------------------------------------------------
+
+
+def test_all_rows_dropped_is_a_failure(make_index, pipeline, put_csv, load):
+    index = make_index("index", NUMBER, settings={"index.default_pipeline": pipeline({"drop": {}})})
+    outcome = load(put_csv({"a.csv": "n\n1\n2\n3\n"}), index, code=1)
+    assert "dropped" in outcome.last
+
+
+@pytest.mark.parametrize("more", [[], ["--id-column", "n"]], ids=["create", "index"])
+def test_a_noop_among_stored_rows_is_a_dropped_row(more, make_index, put_csv, run, proxy):
+    index = make_index("index", NUMBER)
+
+    def drop_the_first(exchange):  # as a pipeline with a condition does, for which the server here has no scripts
+        stored = exchange.forward(exchange.body.split(b"\n", 2)[2]).json()
+        stored["items"].insert(0, {"create": {"result": "noop", "status": 200}})
+        exchange.reply(200, json.dumps(stored))
+
+    proxy.on("POST", "/_bulk", drop_the_first)
+    outcome = run(bulkupdate, "--bucket", sandbox.BUCKET, "--prefix", put_csv({"a.csv": "n\n1\n2\n3\n"}),
+                  "--index", index, *more)  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    sums = outcome.result
+    assert (sums["read"], sums["stored"], sums["dropped"], sums["documents"]) == (3, 2, 1, 2)
+    assert "WARNING" in outcome.err
+    assert "dropped" in outcome.err
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_that_calls_itself_by_another_name_is_asked_as_the_oldest(pair, switch, owners, proxy):
+    def disguise(found):
+        found["version"]["number"] = "7.10.2"
+        found["version"].pop("distribution", None)
+
+    proxy.on("GET", "/$", edited(disguise), times=20)
+    outcome = switch(*pair(NUMBER, 3))
+    assert outcome.code == 0, outcome.err
+    assert proxy.seen("GET", "preference=_primary") == []
+    assert b"must_exist" not in b"".join(proxy.seen("POST", "/_aliases"))
+
+
+# --- nothing to do ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unchanged(load, monkeypatch):
+    monkeypatch.setenv("SKIP_UNCHANGED", "true")
+    return lambda prefix, index: load(prefix, index, "--dry-run").result.get("unchanged", False)
+
+
+@pytest.mark.parametrize("changed", ["default_pipeline", "max_result_window"])
+def test_another_setting_makes_a_load_due(changed, unchanged, make_index, pipeline, put_csv, load, admin):
+    index = make_index("index", NUMBER)
+    prefix = put_csv({"a.csv": "n\n1\n"})
+    load(prefix, index)
+    assert unchanged(prefix, index)
+    value = pipeline({"drop": {}}) if changed == "default_pipeline" else 500
+    admin("PUT", f"/{index}/_settings", {f"index.{changed}": value})
+    assert not unchanged(prefix, index)
+
+
+def test_a_setting_of_a_load_is_no_other_setting(unchanged, make_index, put_csv, load, admin):
+    index = make_index("index", NUMBER)
+    prefix = put_csv({"a.csv": "n\n1\n"})
+    load(prefix, index)
+    admin("PUT", f"/{index}/_settings", {"index.number_of_replicas": 2, "index.refresh_interval": "7s"})
+    assert unchanged(prefix, index)
+
+
+def test_a_live_index_that_lacks_a_column_is_no_refusal_of_a_look_for_changes(
+    make_index, put_csv, load, name, monkeypatch
+):
+    monkeypatch.setenv("SKIP_UNCHANGED", "true")
+    monkeypatch.setenv("REFRESH_STRATEGY", "alternate")
+    live = make_index("live", NUMBER, alias=name("alias"), dynamic="strict")
+    outcome = load(put_csv({"a.csv": "other\n1\n"}), live, "--dry-run")
+    assert "unchanged" not in outcome.result
