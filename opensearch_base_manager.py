@@ -43,7 +43,6 @@ import threading
 import time
 import traceback
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -89,6 +88,7 @@ OLDEST_VERSION = (1, 3)
 DEFAULT_WINDOW = 10_000  # index.max_result_window: a search or scroll batch returns at most so many documents
 MAX_CONNECTIONS = 64  # opened when needed; so many bulk requests can be under way at most
 GC_THRESHOLD = 50_000  # new objects; the AWS service models are many small ones, none garbage: 40 ms a run saved
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 log = logging.getLogger(SUITE)
 Manager = TypeVar("Manager", bound="OpenSearchBaseManager")
@@ -462,7 +462,7 @@ class LogFormatter(logging.Formatter):
     CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
     def __init__(self, script: str) -> None:
-        super().__init__(f"%(asctime)s %(levelname)s {script}: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        super().__init__(f"%(asctime)s %(levelname)s {script}: %(message)s", TIME_FORMAT)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = self.CONTROL.sub(lambda match: repr(match[0])[1:-1], record.message)
@@ -577,25 +577,20 @@ def in_background(call: Callable[[], Result]) -> Future[Result]:
     return future
 
 
-def in_parallel(call: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> dict[Item, Result]:
+def in_parallel(call: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> list[Result]:
     """Call for each item, some at a time, and return the results in this order; a signal waits for no call."""
-    ordered, results = list(items), dict[Item, Result]()
-    waiting = deque(ordered)
+    waiting, results = iter([*enumerate(items)]), dict[int, Result]()
 
     def work() -> None:
-        while waiting:
-            try:
-                item = waiting.popleft()
-            except IndexError:  # another thread was faster
-                return
-            results[item] = call(item)
+        for number, item in waiting:  # the next one that no other thread has taken
+            results[number] = call(item)
 
     try:
         for worker in [in_background(work) for _ in range(at_once)]:
             worker.result()
     finally:
-        waiting.clear()
-    return {item: results[item] for item in ordered}
+        list(waiting)  # after a failure or a signal no thread finds another item
+    return [results[number] for number in sorted(results)]
 
 
 @contextlib.contextmanager
@@ -752,34 +747,26 @@ class StepResult(NamedTuple):
         return cls(name, int(seconds), int(exit_code), printed, json_object(printed))
 
 
-def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None]:
-    """Return the index that readers are on after these steps, and its number of documents if that is known."""
-    live, documents = None, None
+def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None, float | None]:
+    """Return the index that readers are on after these steps, its documents, and the age of its data in hours.
+
+    None is what these steps do not say.
+    """
+    live, documents, age, loaded = None, None, None, None
     for step in (step for step in steps if step.exit_code == 0 or step.result.get("changed")):
         result = step.result
         if step.name == "check where readers are":
             live = step.printed
         elif "changed" in result:  # a switch
             live, documents = result["target"], result["documents"]
-        elif "documents" in result and ("source" in result or "unchanged" in result):  # a copy, or nothing to do
-            documents = result["documents"]
-    return live, documents
-
-
-def seconds_of(moment: str) -> int:
-    return calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
-
-
-def age_of_live_data(steps: Sequence[StepResult]) -> float | None:
-    """Return the hours since the newest object that readers see was written, if they see a load of these steps."""
-    loaded, live = None, None
-    for result in (step.result for step in steps):
-        loaded = result["newest_object_age_hours"] if "read" in result else loaded
-        if result.get("unchanged"):
-            live = result["newest_object_age_hours"]
-        elif result.get("changed"):
-            live = live if loaded is None else loaded
-    return live
+            age = loaded if result["changed"] and loaded is not None else age
+        elif "read" in result:  # a load
+            loaded = result["newest_object_age_hours"]
+        elif result.get("unchanged"):
+            documents, age = result["documents"], result["newest_object_age_hours"]
+        elif "source" in result:  # a copy
+            documents = result.get("documents", documents)
+    return live, documents, age
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -801,7 +788,7 @@ def print_closing_table(steps: Sequence[StepResult], seconds: int) -> None:
 
 
 def utc(moment: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    return time.strftime(TIME_FORMAT, time.gmtime(moment))
 
 
 def report_run(file: str, alias: str, began: str) -> None:
@@ -814,7 +801,7 @@ def report_run(file: str, alias: str, began: str) -> None:
     steps, failed, now = [StepResult.parse(line) for line in lines], exit_code != "0", time.time()
     if not failed and (done := [step for step in steps if not step.name.startswith("check")]):
         print_closing_table(done, round(now) - int(began))
-    live, documents = live_index(steps)
+    live, documents, age = live_index(steps)
     finished = [step.name for step in steps if step.exit_code in (0, 4)]
     if re.match(r"\d switch ", last_step) and last_step not in finished:
         live, documents = None, None
@@ -832,10 +819,10 @@ def report_run(file: str, alias: str, began: str) -> None:
     if failed:
         report["last_success"] = previous.get("last_success")
     report["failures_in_a_row"] = int(previous.get("failures_in_a_row") or 0) + 1 if failed else 0
-    age = age_of_live_data(steps)
     written = str(previous.get("live_data_time") or "") if age is None else utc(now - 3600 * age)
     report["live_data_time"] = written or None
-    report["live_data_age_hours"] = round((now - seconds_of(written)) / 3600, 2) if written else None
+    seconds = calendar.timegm(time.strptime(written, TIME_FORMAT)) if written else None
+    report["live_data_age_hours"] = None if seconds is None else round((now - seconds) / 3600, 2)
     replace_file(path, json.dumps(report) + "\n")
 
 
@@ -1045,14 +1032,6 @@ def other_server(response: requests.Response) -> str:
     return "a web page (a proxy's login?)" if page else ""
 
 
-def encoded(body: Any) -> bytes | None:
-    return body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-
-
-def content_type(body: Any) -> dict[str, str]:
-    return {"Content-Type": f"application/{'x-ndjson' if isinstance(body, bytes) else 'json'}"}
-
-
 class Connection:
     """One connection pool to one cluster, and `request`."""
 
@@ -1069,7 +1048,6 @@ class Connection:
         session = requests.Session()
         session.trust_env = False  # neither ~/.netrc nor the proxy variables decide who gets the credentials
         session.verify = verify
-        session.headers["X-Opaque-Id"] = self.opaque_id
         if self.credentials.username:
             session.headers.update(self._create_auth_header())
         else:
@@ -1132,16 +1110,25 @@ class Connection:
     def probe(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """Send a request that only asks for permissions, once; return status and body, status 0 without a response."""
         try:
-            response = self._session.request(
-                method, self.credentials.endpoint + path, allow_redirects=False, data=encoded(body),
-                headers={**content_type(body), "X-Opaque-Id": f"{self.opaque_id}/permissions"},
-                timeout=(CONNECT_TIMEOUT_S, FIRST_CONTACT_S),
-            )  # fmt: skip
+            response = self._send(method, path, body, FIRST_CONTACT_S, purpose="/permissions")
         except requests.RequestException as error:
             log.debug("%s %s: %s", method, path, innermost(error))
             return 0, b""
         log.debug("%s %s: %s", method, path, response.status_code)
         return response.status_code, response.content
+
+    def _send(
+        self, method: str, path: str, body: Any, limit_s: float, params: Mapping[str, Any] | None = None,
+        purpose: str = "",
+    ) -> requests.Response:  # fmt: skip
+        ndjson = isinstance(body, bytes)
+        return self._session.request(
+            method, self.credentials.endpoint + path, params=params, allow_redirects=False,
+            data=body if ndjson or body is None else json.dumps(body).encode(),
+            headers={"Content-Type": f"application/{'x-ndjson' if ndjson else 'json'}",
+                     "X-Opaque-Id": self.opaque_id + purpose},
+            timeout=(min(CONNECT_TIMEOUT_S, limit_s), limit_s),
+        )  # fmt: skip
 
     def _retry_seconds(self) -> float:
         return float(self.settings.retry_seconds if self._answered else FIRST_CONTACT_S)
@@ -1157,11 +1144,7 @@ class Connection:
             raise RequestFailed(f"{what}: not sent, the time to clean up after a signal is over", never_sent=True)
         try:
             limit_s = max(1, attempts.seconds_left()) if hurried else READ_TIMEOUT_S
-            response = self._session.request(
-                method, self.credentials.endpoint + path, params=params, allow_redirects=False,
-                data=encoded(body), headers=content_type(body),
-                timeout=(min(CONNECT_TIMEOUT_S, limit_s), limit_s),
-            )  # fmt: skip
+            response = self._send(method, path, body, limit_s, params)
         except requests.RequestException as error:
             raise self._no_response(what, error) from None
         if what_answers := other_server(response):
@@ -1554,10 +1537,7 @@ def role_line(action: str) -> str:
 def missing_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> list[str]:
     """Send all probes, eight at a time; return what is denied, each once."""
 
-    def send(number: int) -> list[str]:
-        return denied(probes[number].method, *manager.probe(*probes[number]))
-
-    found = in_parallel(send, range(len(probes)), PROBES_AT_ONCE).values()
+    found = in_parallel(lambda probe: denied(probe.method, *manager.probe(*probe)), probes, PROBES_AT_ONCE)
     return sorted({line for lines in found for line in lines})
 
 
