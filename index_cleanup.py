@@ -189,7 +189,7 @@ class ClearableIndex(TargetIndex):
             if not self.emptied:
                 run_to_completion(self.backup.delete)
             else:  # a deletion that was sent may yet be carried out: then the backup is all that is left
-                self._restore_after(failure, definition)
+                self._restore_after(failure)
             raise
         self.backup.delete()
         self.uuid = self.manager.index_uuid(self.name)  # the new one is ours from here on
@@ -229,9 +229,9 @@ class ClearableIndex(TargetIndex):
                 raise
             raise CannotReplace(str(error)) from None
 
-    def _restore_after(self, failure: BaseException, definition: Mapping[str, Any]) -> None:
+    def _restore_after(self, failure: BaseException) -> None:
         try:
-            run_to_completion(lambda: self.backup.restore(definition))
+            run_to_completion(self.backup.restore)
         except OperationFailed as error:
             log.error("index %s is not restored yet, the next run restores it: %s", self.name, error)
             self.marker.own = None  # it is in the backup, and comes back with the index
@@ -271,15 +271,10 @@ class BackupIndex:
             definition["mappings"]["_meta"] = meta
         return definition, str(kept["uuid"])
 
-    def restore(self, known: Mapping[str, Any] | None = None) -> None:
-        """Create the index from its definition, if it is gone; the backup of one that is there stays.
-
-        `known` is that definition, where somebody may have deleted the backup.
-        """
-        kept = self.read()
-        definition = kept[0] if kept else known
-        if definition and not read_index(self.manager, self.index):
-            create_index(self.manager, self.index, definition)
+    def restore(self) -> None:
+        """Create the index from its definition, if it is gone; the backup of one that is there stays."""
+        if (kept := self.read()) and not read_index(self.manager, self.index):
+            create_index(self.manager, self.index, kept[0])
             self.delete()
             log.info("index %s is restored, empty", self.index)
 

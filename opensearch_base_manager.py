@@ -898,23 +898,22 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
         raise OperationFailed(f"{what}: {error}; {advice}") from None
 
 
-AWS_ADVICE = {
+AWS_ADVICE = {  # by the code of the error
+    "AccessDenied|AccessDeniedException|403": "the IAM policy has to allow {permission}",
+    ".*Expired.*|Invalid(AccessKeyId|Token)|UnrecognizedClientException": "renew the AWS credentials and run again",
+    "SlowDown|ServiceUnavailable|InternalError|InternalServerError|.*Throttl.*": "AWS is busy: run again later",
     "InvalidObjectState": "it is archived: restore it, or take it out of the prefix",
     "RequestTimeTooSkewed": "set the clock of this host",
     "SignatureDoesNotMatch": "check the secret access key of the AWS credentials, and the clock of this host",
     "AllAccessDisabled": "AWS has disabled the bucket: ask AWS Support, or give another bucket",
     "KMS.DisabledException": "enable its key in KMS again",
+    ".*": "check its name and the region",
 }
 
 
 def aws_advice(code: str, permission: str) -> str:
-    if code in ("AccessDenied", "AccessDeniedException", "403"):
-        return f"the IAM policy has to allow {permission}"
-    if "Expired" in code or code in ("InvalidAccessKeyId", "InvalidToken", "UnrecognizedClientException"):
-        return "renew the AWS credentials and run again"
-    if code in ("SlowDown", "ServiceUnavailable", "InternalError", "InternalServerError") or "Throttl" in code:
-        return "AWS is busy: run again later"
-    return AWS_ADVICE.get(code, "check its name and the region")
+    advice = next(advice for pattern, advice in AWS_ADVICE.items() if re.fullmatch(pattern, code))
+    return advice.format(permission=permission)
 
 
 # --- one request: where it goes, and as whom --------------------------------------------------------------------------
