@@ -10,6 +10,7 @@ Exit codes: 0 empty, and counted; 1 failed; 2 usage; 4 refused (an alias points 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,6 @@ MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more wo
 SCROLL_SIZE = 5000  # documents a batch on the server
 LEASES_WAIT_S = 60  # the server moves retention leases every 30 s; until then a merge drops nothing
 STATS_AGE_S = 12  # the server renews the store size every 10 s
-EXISTS = "resource_already_exists_exception"
 BACKUP_OF = f"{SUITE}/recreates"  # in `_meta` of a backup index: {index, uuid, blocks} of the one it stands for
 # what the server gives to each index by itself
 SERVER_SETTINGS = re.compile(
@@ -88,7 +88,7 @@ class ClearableIndex(TargetIndex):
         # wait for queued cluster updates: an unanswered DELETE may still be pending
         self.manager.request("GET", "/_cluster/health", params={"wait_for_events": "languid"}, accept=[408])
         if now := read_index(self.manager, self.name):
-            self.backup.refuse_another_index(kept, now)
+            self.backup.refuse_another_index(*kept, now)
             if not self.manager.dry_run:
                 self.backup.delete()
             return
@@ -143,30 +143,30 @@ class ClearableIndex(TargetIndex):
 
     def _delete_documents(self, found: int) -> None:
         """Delete all documents. Raises OperationFailed when some are left after three rounds."""
-        began, left, rounds = time.monotonic(), found, 0
+        began, left = time.monotonic(), found
         window = result_window(self.manager._verify_index_exists(self.name))
         size = self.manager.settings.requests_per_second.batch_size(min(SCROLL_SIZE, window))
-        while left and rounds < MAX_ROUNDS:
-            # a run on another host may have finished meanwhile, and have moved readers here
-            if rounds and (aliases := self.manager._check_index_aliases(self.name)):
-                raise Refused(
-                    f"index {self.name} is live: alias {', '.join(aliases)} points at it, and {found:,} documents have "
-                    f"been deleted; readers see the {left:,} that are left. Move them away, and load the index again"
-                )
+        for rounds in range(MAX_ROUNDS):
             if rounds:
                 await_replicas(self.manager, self.name)
             self.manager.run_task(
                 f"/{self.name}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {self.name}",
                 total=left, conflicts="proceed", scroll_size=size,
             )  # fmt: skip
-            left, rounds = self.manager._get_index_count(self.name), rounds + 1
-        if left:
-            raise OperationFailed(
-                f"index {self.name}: {left:,} documents are left after {rounds} rounds: somebody writes to it; "
-                "run again"
-            )
-        log.info("deleted %s documents from %s in %.1f s, %s/s", f"{found:,}", self.name, time.monotonic() - began,
-                 f"{per_second(found, began):,}")  # fmt: skip
+            if not (left := self.manager._get_index_count(self.name)):
+                log.info("deleted %s documents from %s in %.1f s, %s/s", f"{found:,}", self.name,
+                         time.monotonic() - began, f"{per_second(found, began):,}")  # fmt: skip
+                return
+            # a run on another host may have finished meanwhile, and have moved readers here
+            if aliases := self.manager._check_index_aliases(self.name):
+                raise Refused(
+                    f"index {self.name} is live: alias {', '.join(aliases)} points at it, and {found:,} documents have "
+                    f"been deleted; readers see the {left:,} that are left. Move them away, and load the index again"
+                )
+        raise OperationFailed(
+            f"index {self.name}: {left:,} documents are left after {MAX_ROUNDS} rounds: somebody writes to it; "
+            "run again"
+        )
 
     # --- empty by recreate ---
 
@@ -189,7 +189,7 @@ class ClearableIndex(TargetIndex):
             if not self.emptied:
                 run_to_completion(self.backup.delete)
             else:  # a deletion that was sent may yet be carried out: then the backup is all that is left
-                self._restore_after(failure, definition)
+                self._restore_after(failure)
             raise
         self.backup.delete()
         self.uuid = self.manager.index_uuid(self.name)  # the new one is ours from here on
@@ -201,9 +201,7 @@ class ClearableIndex(TargetIndex):
 
         Raises CannotReplace when one of them is refused, or would not become the same.
         """
-        if (found := read_index(self.manager, self.name)) is None:
-            raise OperationFailed(f"index {self.name} was deleted by somebody else meanwhile; run again")
-        definition = definition_of(found)
+        definition = definition_of(self.manager.read_indices(self.name)[self.name])
         try:
             self.backup.create(definition, self.uuid)
             # 400, since it is there; 403 without the permission
@@ -231,9 +229,9 @@ class ClearableIndex(TargetIndex):
                 raise
             raise CannotReplace(str(error)) from None
 
-    def _restore_after(self, failure: BaseException, definition: Mapping[str, Any]) -> None:
+    def _restore_after(self, failure: BaseException) -> None:
         try:
-            run_to_completion(lambda: self.backup.restore(definition))
+            run_to_completion(self.backup.restore)
         except OperationFailed as error:
             log.error("index %s is not restored yet, the next run restores it: %s", self.name, error)
             self.marker.own = None  # it is in the backup, and comes back with the index
@@ -273,15 +271,10 @@ class BackupIndex:
             definition["mappings"]["_meta"] = meta
         return definition, str(kept["uuid"])
 
-    def restore(self, known: Mapping[str, Any] | None = None) -> None:
-        """Create the index from its definition, if it is gone; the backup of one that is there stays.
-
-        `known` is that definition, where somebody may have deleted the backup.
-        """
-        kept = self.read()
-        definition = kept[0] if kept else known
-        if definition and not read_index(self.manager, self.index):
-            create_index(self.manager, self.index, definition)
+    def restore(self) -> None:
+        """Create the index from its definition, if it is gone; the backup of one that is there stays."""
+        if (kept := self.read()) and not read_index(self.manager, self.index):
+            create_index(self.manager, self.index, kept[0])
             self.delete()
             log.info("index %s is restored, empty", self.index)
 
@@ -292,12 +285,10 @@ class BackupIndex:
         except RequestFailed as error:
             log.warning("the empty index %s stays; delete it: %s", self.name, error)
 
-    def refuse_another_index(self, kept: tuple[dict[str, Any], str], now: Mapping[str, Any]) -> None:
-        """Raise Refused when an index was created meanwhile that lacks something of this definition."""
-        definition, uuid = kept
-        if now["settings"]["index.uuid"] == uuid:  # it was never deleted
-            return
-        if different := differences(definition, definition_of(now)):
+    def refuse_another_index(self, definition: Mapping[str, Any], uuid: str, now: Mapping[str, Any]) -> None:
+        """Raise Refused if another client has created the index since, and it lacks something of this definition."""
+        different = [] if now["settings"]["index.uuid"] == uuid else differences(definition, definition_of(now))
+        if different:
             live = ", ".join(now["aliases"])
             delete = f"Delete {self.index}, so that the next run creates it from {self.name}, or delete {self.name}"
             raise Refused(
@@ -359,7 +350,7 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
     try:
         manager.request("PUT", f"/{index}", definition)
     except RequestFailed as error:
-        if error.kind != EXISTS:
+        if error.kind != "resource_already_exists_exception":
             raise
         exists = error  # by an attempt without a response, or by somebody who may have moved readers to it since
     aliases, found = manager._check_index_aliases(index), read_index(manager, index)
@@ -393,27 +384,22 @@ class IndexCleanup(OpenSearchBaseManager):
         target.claim()
         if self.dry_run:
             return {"index": target.name, "would_delete": target.count_unless_red(), "dry_run": True}
-        before = self._store_bytes()
+        before = self._stats("store")["size_in_bytes"]
         with target.fill(loading=False):
             deleted = target.empty()
-        if not self.settings.no_force_merge and self._has_deleted_documents():
+        if not self.settings.no_force_merge and self._stats("docs")["deleted"]:  # by a former run, perhaps
             self._free_disk_space()
         target.verify_same()
         result = {
             "index": target.name, "deleted": deleted, "documents": self._get_index_count(target.name),
-            "bytes_before": before, "bytes_after": self._store_bytes(), "seconds": seconds_since(began),
+            "bytes_before": before, "bytes_after": self._stats("store")["size_in_bytes"],
+            "seconds": seconds_since(began),
         }  # fmt: skip
         log.info("done: index %s deleted=%s documents=%s bytes_before=%s bytes_after=%s seconds=%s", *result.values())
         return result
 
-    def _store_bytes(self) -> int:
-        stats = self.request("GET", f"/{self.target.name}/_stats/store").data
-        return int(stats["_all"]["total"]["store"]["size_in_bytes"])
-
-    def _has_deleted_documents(self) -> bool:
-        """Say whether there is space to free, also when a former run was stopped before it could."""
-        stats = self.request("GET", f"/{self.target.name}/_stats/docs").data
-        return bool(stats["_all"]["total"]["docs"]["deleted"])
+    def _stats(self, metric: str) -> dict[str, int]:
+        return dict(self.request("GET", f"/{self.target.name}/_stats/{metric}").data["_all"]["total"][metric])
 
     def _free_disk_space(self) -> None:
         """Flush, wait until the server may drop what was deleted, merge, refresh: another order frees nothing."""
@@ -433,19 +419,17 @@ class IndexCleanup(OpenSearchBaseManager):
     def _await_leases(self) -> None:
         """Wait until no shard copy retains deleted documents for recoveries; a node that is away can hold them 12 h."""
         deadline = time.monotonic() + LEASES_WAIT_S
-        while self._retained():
+        while any(map(retains_deleted, itertools.chain(*self.shard_stats(self.target.name).values()))):
             if time.monotonic() > deadline:
                 log.warning("%s: the server still retains deleted documents, a later merge drops them",
                             self.target.name)  # fmt: skip
                 return
             time.sleep(1)
 
-    def _retained(self) -> bool:
-        for copy in (copy for copies in self.shard_stats(self.target.name).values() for copy in copies):
-            leases = copy.get("retention_leases", {}).get("leases", [])
-            if any(lease["retaining_seq_no"] <= copy["seq_no"]["max_seq_no"] for lease in leases):
-                return True
-        return False
+
+def retains_deleted(copy: Mapping[str, Any]) -> bool:
+    leases = copy.get("retention_leases", {}).get("leases", [])
+    return any(lease["retaining_seq_no"] <= copy["seq_no"]["max_seq_no"] for lease in leases)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -43,7 +43,6 @@ import threading
 import time
 import traceback
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -83,13 +82,13 @@ SLICE_S = 0.1  # throttled work is sent in slices of this length; longer slices 
 POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks end fast, long ones are not asked too often
 PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
 PROGRESS_TTY_S = 0.2
-CERTIFICATE_ADVICE = "renew the certificate, use the host name it is for, or set CA_BUNDLE to its CA"
 PROBES_AT_ONCE = 8
 MEMORY_ERRORS = re.compile(r"rejected_execution|circuit_breaking")  # of a task that asks for too much at once
 OLDEST_VERSION = (1, 3)
 DEFAULT_WINDOW = 10_000  # index.max_result_window: a search or scroll batch returns at most so many documents
 MAX_CONNECTIONS = 64  # opened when needed; so many bulk requests can be under way at most
 GC_THRESHOLD = 50_000  # new objects; the AWS service models are many small ones, none garbage: 40 ms a run saved
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 log = logging.getLogger(SUITE)
 Manager = TypeVar("Manager", bound="OpenSearchBaseManager")
@@ -164,21 +163,38 @@ class Interrupted(BaseException):
 # --- this process: settings -------------------------------------------------------------------------------------------
 
 
-def non_negative(text: str) -> float:
-    """Parse a number >= 0."""
+def matching(pattern: str, otherwise: str) -> Callable[[str], str]:
+    """Return a parser that accepts text of this pattern alone; `otherwise` is what any other text is."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is {otherwise}")
+        return text
+
+    return parse
+
+
+def either(*allowed: str) -> Callable[[str], str]:
+    return matching("|".join(allowed), f"neither {' nor '.join(allowed)}")
+
+
+def percent(text: str) -> Decimal:
+    """Parse a number >= 0 exactly: a float would make 0.1 % a little more or less than what was written."""
     try:
-        value = float(text) if text.isascii() and "_" not in text else math.nan
-    except ValueError:
-        value = math.nan
-    if not (0 <= value < math.inf):
+        value = Decimal(text if text.isascii() and "_" not in text else "NaN")
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not value.is_finite() or value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 0")
     return value
 
 
+def non_negative(text: str) -> float:
+    return float(percent(text))
+
+
 def whole_number(text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
-    return int(text)
+    return int(matching("[0-9]+", "not a whole number >= 0")(text))
 
 
 def positive_int(text: str) -> int:
@@ -187,59 +203,21 @@ def positive_int(text: str) -> int:
     return value
 
 
-def percent(text: str) -> Decimal:
-    """Parse a percentage exactly: a float would make 0.1 % a little more or less than what was written."""
-    try:
-        value = Decimal(text)
-    except InvalidOperation:
-        value = Decimal("NaN")
-    if not value.is_finite() or value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage >= 0")
-    return value
-
-
 def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
+    return matching("true|1|yes|false|0|no", "neither true nor false")(text.lower()) in ("true", "1", "yes")
 
 
-def either(*allowed: str) -> Callable[[str], str]:
-    """Return a parser that accepts these words alone."""
-
-    def word(text: str) -> str:
-        if text not in allowed:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither {' nor '.join(allowed)}")
-        return text
-
-    return word
-
-
-def index_name(text: str) -> str:
-    """Accept the name of one index or alias: no pattern, list or date math, which would reach other indices."""
-    if not re.fullmatch(r"[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#:%]*", text) or text in (".", ".."):
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of an index (lower case, no pattern, no list)")
-    return text
-
-
-def bucket_name(text: str) -> str:
-    if re.search("[:/]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a bucket; give the bucket's name alone")
-    return one_line(text)
+one_line = matching(".*", "more than one line; take the line breaks out")  # the runner reads one line per setting
+# no pattern, list or date math, which would reach other indices
+index_name = matching(r"(?!\.{1,2}$)[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#:%]*",
+                      "not the name of an index (lower case, no pattern, no list)")  # fmt: skip
+bucket_name = matching("[^:/\n]*", "not the name of a bucket; give the bucket's name alone")
+# a part of the X-Opaque-Id, whose parts are separated by slashes
+host_name = matching("[A-Za-z0-9._-]{1,100}", "not a host name (letters, digits, points, hyphens)")
 
 
 def one_character(text: str) -> str:
-    text = "\t" if text == r"\t" else text
-    if len(text) != 1 or text in '"\r\n':
-        raise argparse.ArgumentTypeError(f"{text!r} is not one character (\\t for a tab)")
-    return text
-
-
-def one_line(text: str) -> str:
-    """Accept a value of the runner, which reads a line each."""
-    if "\n" in text:
-        raise argparse.ArgumentTypeError("a line break in its value; take it out")
-    return text
+    return matching('[^"\r\n]', "not one character (\\t for a tab)")("\t" if text == r"\t" else text)
 
 
 def field_names(text: str) -> list[str]:
@@ -261,13 +239,6 @@ def ca_file(text: str) -> str:
     return text
 
 
-def host_name(text: str) -> str:
-    """Accept what can be a part of an X-Opaque-Id: its parts are separated by slashes."""
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a host name (letters, digits, points, hyphens)")
-    return text
-
-
 def log_level(text: str) -> str:
     return either("DEBUG", "INFO", "WARNING", "ERROR")(text.upper())
 
@@ -277,6 +248,10 @@ class Rate:
 
     def __init__(self, per_second: float = 0) -> None:
         self.per_second, self._free_at = per_second, 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Rate:
+        return cls(non_negative(text))
 
     def batch_size(self, most: int) -> int:
         """Return how many documents to send at once."""
@@ -291,10 +266,6 @@ class Rate:
         if self.per_second:
             time.sleep(max(0, self._free_at - time.monotonic()))
             self._free_at = max(self._free_at, time.monotonic()) + documents / self.per_second
-
-
-def documents_per_second(text: str) -> Rate:
-    return Rate(non_negative(text))
 
 
 @dataclass(frozen=True)
@@ -322,23 +293,20 @@ class Setting:
 
     def value(self) -> Any:
         """Return the value, flags aside. Raises ConfigurationError."""
-        text = self.given() or ("false" if self.parse is boolean else None)
+        text = self.given()
         try:
             return None if text is None else self.parse(text)
         except argparse.ArgumentTypeError as error:
             raise ConfigurationError(f"{self.variable}: {error}") from None
 
     def add_flag(self, parser: argparse.ArgumentParser) -> None:
-        """Add the flag, if there is one; without it on the command line, `resolve` finds the value."""
-        if not self.flag:
-            return
-        default = f"default: {self.given()}".replace("%", "%%")
-        sources = "; ".join([default] * bool(self.given() and self.parse is not boolean)
-                            + [f"env: {self.variable}"] * bool(self.variable))  # fmt: skip
+        """Add the flag; without it on the command line, `resolve` finds the value."""
+        default = self.default if self.parse is not boolean else ""
+        sources = [f"default: {default}"] * bool(default) + [f"env: {self.variable}"] * bool(self.variable)
         kind: dict[str, Any] = {"action": "store_true"} if self.parse is boolean else {"type": self.parse}
         if self.parse is field_names:
             kind["action"] = "extend"
-        text = f"{self.help} ({sources})" if sources else self.help
+        text = f"{self.help} ({'; '.join(sources)})" if sources else self.help
         parser.add_argument(self.flag, dest=self.name, default=argparse.SUPPRESS, help=text, **kind)
 
 
@@ -346,19 +314,17 @@ class Setting:
 # values may be logged, and the arguments that a run is about (--index and the like), which each script defines itself.
 # If the commands that switch_alias.py prints have to repeat a value, add its name to REPEATED there.
 # columns: variable, flag, default, parser, help
-WAIT_SECONDS = Setting("WAIT_SECONDS", "", "900", non_negative,
-                       "seconds to wait for the shard copies of the target")  # fmt: skip
+WAIT_SECONDS = Setting("WAIT_SECONDS", "", "900", non_negative, "seconds to wait for the shard copies of the target")
 CLEANUP_METHOD = Setting("CLEANUP_METHOD", "", "delete", either("delete", "recreate"),
                          "delete the documents, or recreate the index, which takes no time and frees the disk at once")
 COPY_METHOD = Setting("COPY_METHOD", "--copy-method", "reindex", either("reindex", "clone"),
                       "copy the documents, or clone the source, which takes a second and no disk space")
-REQUESTS_PER_SECOND = Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", documents_per_second,
+REQUESTS_PER_SECOND = Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", Rate.parse,
                               "maximum documents per second for copies, loads and deletions (0: unlimited)")
 LOAD_WITHOUT_REPLICAS = Setting("LOAD_WITHOUT_REPLICAS", "--no-replicas", "false", boolean,
                                 "no replicas during the load: faster, and without a second copy meanwhile")
 SKIP_UNCHANGED = Setting("SKIP_UNCHANGED", "", "false", boolean, "do nothing when the live index holds what S3 holds")
-REFRESH_STRATEGY = Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"),
-                           "which index is loaded")  # fmt: skip
+REFRESH_STRATEGY = Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"), "what is loaded")
 INDEX_ALIAS = Setting("INDEX_ALIAS", "", "my_index_alias", one_line, "the alias that readers use")
 READER_QUERIES = Setting("READER_QUERIES", "--queries", "", one_line,
                          "a file of search bodies, one per line, tried on both indices; with --show on the live one")
@@ -371,12 +337,11 @@ ALL_SCRIPTS = [
     Setting("VERIFY_SSL", "", "false", boolean, "verify the certificate"),
     Setting("CA_BUNDLE", "", "", ca_file, "authorities to verify it against"),
     Setting("RETRY_SECONDS", "", "300", non_negative, "total time for retries of one request"),
-    Setting("RUN_HOST", "", "", host_name,
-            "stable name of this runner, used to recognize its own orphaned tasks (containers)"),
+    Setting("RUN_HOST", "", "", host_name, "stable name of this runner, by which it recognizes its orphaned tasks"),
     Setting("LOG_LEVEL", "", "INFO", log_level, "what is logged"),
     LOG_DIR,
     LOCK_DIR,
-    Setting("", "--dry-run", "", boolean, "make all checks, change nothing"),
+    Setting("", "--dry-run", "false", boolean, "make all checks, change nothing"),
 ]  # fmt: skip
 SETTINGS: dict[str, list[Setting]] = {
     "reindex": [*ALL_SCRIPTS, WAIT_SECONDS, COPY_METHOD, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS],
@@ -386,18 +351,16 @@ SETTINGS: dict[str, list[Setting]] = {
                 "accepted difference of the document counts, percent of the source"),
         Setting("FIELD_THRESHOLD", "--field-threshold", "10", percent,
                 "maximum drop, in percentage points, of the share of documents that have a field; 100 checks no field"),
-        Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number,
-                "an index with fewer documents is never switched to"),
+        Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number, "never switch to an index with fewer documents"),
         Setting("ACCEPT_FIELDS", "--accept-fields", "", field_names,
-                'comma-separated fields that this run does not check, nor their multi-fields; a name with a comma or a '
-                'quotation mark as in CSV: a,"b,c"'),
+                'comma-separated fields (with their multi-fields) that are not checked; quoted as in CSV: a,"b,c"'),
         Setting("ACCEPT_SETTINGS", "--accept-settings", "", field_names,
                 "comma-separated index settings that this run does not check, * for all"),
         READER_QUERIES, REFRESH_STRATEGY,
         Setting("DISK_CHECK", "", "true", boolean, "refuse a refresh that the data nodes have too little space for"),
         replace(WAIT_SECONDS, flag="--wait-seconds"),
-        Setting("", "--undo", "", boolean, "move readers back: counts, fields and queries are not checked"),
-        Setting("", "--show", "", boolean, "print the index that the alias points at, nothing else"),
+        Setting("", "--undo", "false", boolean, "move readers back: counts, fields and queries are not checked"),
+        Setting("", "--show", "false", boolean, "print the index that the alias points at, nothing else"),
     ],
     "bulkupdate": [
         *ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS, SKIP_UNCHANGED,
@@ -407,17 +370,16 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting("ID_COLUMN", "--id-column", "", str, "the column with the ids; a later row replaces an earlier one"),
         Setting("DELIMITER", "--delimiter", ",", one_character, "the character between cells"),
         Setting("MAX_REJECTS", "--max-rejects", "0", whole_number, "number of rejected rows that are accepted"),
-        Setting("MAX_AGE_HOURS", "--max-age-hours", "", non_negative,
-                "refuse if the newest object is older, in hours"),
+        Setting("MAX_AGE_HOURS", "--max-age-hours", "", non_negative, "refuse if the newest object is older, in hours"),
         Setting("READY_OBJECT", "--ready-object", "", str,
                 "a key under the prefix that must exist and be no older than the newest file; a manifest is compared"),
         Setting("EXPECTED_ROWS", "--expected-rows", "", whole_number,
                 "rows that the load must read, whatever a manifest says (0: any number)"),
-        Setting("", "--no-cleanup", "", boolean, "add to what the index holds, replacing documents of the same id"),
+        Setting("", "--no-cleanup", "false", boolean, "add documents to the index, replacing those of the same id"),
     ],
     "index_cleanup": [
         *ALL_SCRIPTS, WAIT_SECONDS, replace(CLEANUP_METHOD, flag="--method"), REQUESTS_PER_SECOND,
-        Setting("", "--no-force-merge", "", boolean,
+        Setting("", "--no-force-merge", "false", boolean,
                 "do not wait for the disk space to be freed (half a minute); for an index that is filled right away"),
     ],
     "run_refresh": [
@@ -448,9 +410,8 @@ def load_env_file() -> list[str]:
     except (FileNotFoundError, IsADirectoryError):  # a virtual environment may have that name
         return []
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{ENV_FILE} cannot be read: {type(error).__name__}; give it to this user, as UTF-8"
-        ) from None
+        reason = type(error).__name__
+        raise ConfigurationError(f"{ENV_FILE} cannot be read: {reason}; give it to this user, as UTF-8") from None
     known = {*CREDENTIALS, *(setting.variable for rows in SETTINGS.values() for setting in rows)}
     return [name for name, value in values.items() if value and ENV_NAME.fullmatch(name) and name not in known]
 
@@ -458,7 +419,8 @@ def load_env_file() -> list[str]:
 def add_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of a script's settings; the parser's `prog` is its file name."""
     for setting in SETTINGS[parser.prog.removesuffix(".py")]:
-        setting.add_flag(parser)
+        if setting.flag:
+            setting.add_flag(parser)
     return parser
 
 
@@ -500,7 +462,7 @@ class LogFormatter(logging.Formatter):
     CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
     def __init__(self, script: str) -> None:
-        super().__init__(f"%(asctime)s %(levelname)s {script}: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        super().__init__(f"%(asctime)s %(levelname)s {script}: %(message)s", TIME_FORMAT)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = self.CONTROL.sub(lambda match: repr(match[0])[1:-1], record.message)
@@ -547,11 +509,10 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.began = self.renewed = self.logged = time.monotonic()
-        self.on_terminal = sys.stderr.isatty()
 
     def update(self, done: int, remark: str = "") -> None:
         now = time.monotonic()
-        if self.on_terminal and now - self.renewed >= PROGRESS_TTY_S:
+        if now - self.renewed >= PROGRESS_TTY_S:
             self.renewed = now
             self._renew(self._line(done, remark, now))
         if now - self.logged >= PROGRESS_EVERY_S:
@@ -559,11 +520,10 @@ class Progress:
             log.info("%s", self._line(done, remark, now), extra={"progress": True})
 
     def close(self) -> None:
-        if self.on_terminal:
-            self._renew("")
+        self._renew("")
 
     def _renew(self, line: str) -> None:
-        """Replace the progress line, unless the process is in the background of its terminal."""
+        """Replace the progress line, unless stderr is no terminal or the process is in its background."""
         with contextlib.suppress(OSError):
             terminal = sys.stderr.fileno()
             if os.tcgetpgrp(terminal) == os.getpgrp():
@@ -617,25 +577,20 @@ def in_background(call: Callable[[], Result]) -> Future[Result]:
     return future
 
 
-def in_parallel(call: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> dict[Item, Result]:
+def in_parallel(call: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> list[Result]:
     """Call for each item, some at a time, and return the results in this order; a signal waits for no call."""
-    ordered, results = list(items), dict[Item, Result]()
-    waiting = deque(ordered)
+    waiting, results = iter([*enumerate(items)]), dict[int, Result]()
 
     def work() -> None:
-        while waiting:
-            try:
-                item = waiting.popleft()
-            except IndexError:  # another thread was faster
-                return
-            results[item] = call(item)
+        for number, item in waiting:  # the next one that no other thread has taken
+            results[number] = call(item)
 
     try:
         for worker in [in_background(work) for _ in range(at_once)]:
             worker.result()
     finally:
-        waiting.clear()
-    return {item: results[item] for item in ordered}
+        list(waiting)  # after a failure or a signal no thread finds another item
+    return [results[number] for number in sorted(results)]
 
 
 @contextlib.contextmanager
@@ -645,8 +600,6 @@ def signals_as_exceptions() -> Iterator[None]:
     caught = [signal.SIGINT, signal.SIGTERM]  # SIGINT even where a shell's `&` has it ignored
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         caught.append(signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        caught = []
     before = {number: signal.signal(number, _on_signal) for number in caught}
     try:
         yield
@@ -669,8 +622,7 @@ class Retry:
     """Says whether there is another attempt, and waits for it.
 
     There is one for `limit_s` seconds since the first attempt or the last progress; after a signal, for the 20 s of the
-    clean-up. The last attempt may begin right before the end, and take its own time-out beyond it. Whatever waits and
-    tries again does it by this.
+    clean-up. The last attempt may begin right before the end, and take its own time-out beyond it.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -723,63 +675,61 @@ def run_cli(
     run: Callable[[argparse.Namespace], Mapping[str, Any] | str | None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Load .env, parse the command line, run the command with all settings resolved, and return the exit code."""
+    """Parse the command line, run the command with all settings, print its result, and return the exit code."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # started with 2>&-
-    usage = io.StringIO()
+    parser, usage = build_parser(), io.StringIO()
     try:
-        unknown = load_env_file()
-        parser = build_parser()
         with contextlib.redirect_stderr(usage):
             args = parser.parse_args(argv)
-    except ConfigurationError as error:
-        print_error(f"{error}\n")
-        return error.exit_code
     except SystemExit as stop:  # argparse has printed usage or help
         print_error(usage.getvalue())
         return int(stop.code or 0)
     gc.set_threshold(GC_THRESHOLD)
     atexit.register(gc.freeze)  # or Python ends with a search for garbage among them: 90 ms
     script = parser.prog.removesuffix(".py")
-
-    def resolve_and_run() -> Mapping[str, Any] | str | None:
-        settings = resolve(script, args)
-        log.setLevel(settings.log_level)
-        if unknown:
-            log.warning("%s: no setting of this suite: %s; is a name misspelled?", ENV_FILE, ", ".join(unknown))
-        return run(settings)
-
-    return carry_out(script, resolve_and_run)
-
-
-def carry_out(script: str, work: Callable[[], Mapping[str, Any] | str | None]) -> int:
-    """Do the work, print its result, and return the exit code: the only place where exceptions become one."""
     set_up_logging(script)
     try:
         with signals_as_exceptions():
-            result = work()
-    except OperationFailed as error:
-        log.error("%s", error)
-        print_result(error.result)
-        return error.exit_code
-    except Interrupted as error:
-        log.error("stopped by %s", error)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        log.error("%s is not installed: pip install -r requirements.txt", error.name)
-        return 2
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        log.error(
-            "unexpected %s at %s:%s; LOG_LEVEL=DEBUG shows the traceback",
-            type(error).__name__, Path(place.filename).name, place.lineno,
-        )  # fmt: skip
-        log.debug("traceback", exc_info=True)
-        return 1
+            unknown = load_env_file()
+            settings = resolve(script, args)
+            log.setLevel(settings.log_level)
+            if unknown:
+                log.warning("%s: no setting of this suite: %s; is a name misspelled?", ENV_FILE, ", ".join(unknown))
+            result = run(settings)
+    except (Exception, Interrupted) as error:
+        return log_failure(error)
     print_result(result)
     return 0
 
 
+def log_failure(error: BaseException) -> int:
+    """Log why a command failed, print what can be reported all the same, and return the exit code."""
+    if isinstance(error, OperationFailed):
+        log.error("%s", error)
+        print_result(error.result)
+        return error.exit_code
+    if isinstance(error, Interrupted):
+        log.error("stopped by %s", error)
+        return error.exit_code
+    if isinstance(error, ModuleNotFoundError):
+        log.error("%s is not installed: pip install -r requirements.txt", error.name)
+        return 2
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    log.error("unexpected %s at %s:%s; LOG_LEVEL=DEBUG shows the traceback",
+              type(error).__name__, Path(place.filename).name, place.lineno)  # fmt: skip
+    log.debug("traceback", exc_info=error)
+    return 1
+
+
 # --- this process: the report of a run --------------------------------------------------------------------------------
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Return the object in a text of JSON; an empty one for anything else."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    return {}
 
 
 class StepResult(NamedTuple):
@@ -794,48 +744,29 @@ class StepResult(NamedTuple):
     @classmethod
     def parse(cls, line: str) -> StepResult:
         name, seconds, exit_code, printed = line.split("\t", 3)
-        result = None
-        with contextlib.suppress(ValueError):
-            result = json.loads(printed)
-        return cls(name, int(seconds), int(exit_code), printed, result if isinstance(result, dict) else {})
+        return cls(name, int(seconds), int(exit_code), printed, json_object(printed))
 
 
-def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None]:
-    """Return the index that readers are on after these steps, and its number of documents if that is known."""
-    live, documents = None, None
+def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None, float | None]:
+    """Return the index that readers are on after these steps, its documents, and the age of its data in hours.
+
+    None is what these steps do not say.
+    """
+    live, documents, age, loaded = None, None, None, None
     for step in (step for step in steps if step.exit_code == 0 or step.result.get("changed")):
         result = step.result
         if step.name == "check where readers are":
             live = step.printed
         elif "changed" in result:  # a switch
             live, documents = result["target"], result["documents"]
-        elif "documents" in result and ("source" in result or "unchanged" in result):  # a copy, or nothing to do
-            documents = result["documents"]
-    return live, documents
-
-
-def seconds_of(moment: str) -> int:
-    return calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
-
-
-def previous_report(path: Path) -> dict[str, Any]:
-    """Return the report of another run, or nothing if there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        if isinstance(found := json.loads(path.read_text()), dict):
-            return found
-    return {}
-
-
-def age_of_live_data(steps: Sequence[StepResult]) -> float | None:
-    """Return the hours since the newest object that readers see was written, if they see a load of these steps."""
-    loaded, live = None, None
-    for result in (step.result for step in steps):
-        loaded = result["newest_object_age_hours"] if "read" in result else loaded
-        if result.get("unchanged"):
-            live = result["newest_object_age_hours"]
-        elif result.get("changed"):
-            live = live if loaded is None else loaded
-    return live
+            age = loaded if result["changed"] and loaded is not None else age
+        elif "read" in result:  # a load
+            loaded = result["newest_object_age_hours"]
+        elif result.get("unchanged"):
+            documents, age = result["documents"], result["newest_object_age_hours"]
+        elif "source" in result:  # a copy
+            documents = result.get("documents", documents)
+    return live, documents, age
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -857,7 +788,7 @@ def print_closing_table(steps: Sequence[StepResult], seconds: int) -> None:
 
 
 def utc(moment: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    return time.strftime(TIME_FORMAT, time.gmtime(moment))
 
 
 def report_run(file: str, alias: str, began: str) -> None:
@@ -870,7 +801,7 @@ def report_run(file: str, alias: str, began: str) -> None:
     steps, failed, now = [StepResult.parse(line) for line in lines], exit_code != "0", time.time()
     if not failed and (done := [step for step in steps if not step.name.startswith("check")]):
         print_closing_table(done, round(now) - int(began))
-    live, documents = live_index(steps)
+    live, documents, age = live_index(steps)
     finished = [step.name for step in steps if step.exit_code in (0, 4) or step.result.get("changed")]
     if re.match(r"\d switch ", last_step) and last_step not in finished:
         live, documents = None, None
@@ -881,17 +812,18 @@ def report_run(file: str, alias: str, began: str) -> None:
         "documents": documents, "steps": [{"step": step.name, "seconds": step.seconds} for step in steps],
         "newest_object_age_hours": ages[-1] if ages else None, "last_success": utc(now),
     }  # fmt: skip
-    previous = previous_report(Path(file))
+    path = Path(file)
+    previous = json_object(path.read_text(errors="replace")) if path.is_file() else {}
     if exit_code == "75" and not steps and str(previous.get("ended")) >= utc(int(began)):
         return  # the run that held the lock has reported in the meantime
     if failed:
         report["last_success"] = previous.get("last_success")
     report["failures_in_a_row"] = int(previous.get("failures_in_a_row") or 0) + 1 if failed else 0
-    age = age_of_live_data(steps)
     written = str(previous.get("live_data_time") or "") if age is None else utc(now - 3600 * age)
     report["live_data_time"] = written or None
-    report["live_data_age_hours"] = round((now - seconds_of(written)) / 3600, 2) if written else None
-    replace_file(Path(file), json.dumps(report) + "\n")
+    seconds = calendar.timegm(time.strptime(written, TIME_FORMAT)) if written else None
+    report["live_data_age_hours"] = None if seconds is None else round((now - seconds) / 3600, 2)
+    replace_file(path, json.dumps(report) + "\n")
 
 
 # --- one request: AWS -------------------------------------------------------------------------------------------------
@@ -951,8 +883,7 @@ class SignedAuth(AuthBase):
 def aws_errors(what: str, permission: str) -> Iterator[None]:
     """Translate botocore's exceptions; `permission` is the IAM action that `what` needs."""
     from botocore.exceptions import (
-        BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError, PartialCredentialsError,
-        ProfileNotFound,
+        BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound,
     )  # fmt: skip
 
     try:
@@ -962,29 +893,27 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
     except ClientError as error:
         code, text = error.response["Error"].get("Code", "?"), error.response["Error"].get("Message", "")
         raise OperationFailed(f"{what}: {code}: {text}; {aws_advice(code, permission)}") from None
-    except (CredentialRetrievalError, RuntimeError) as error:  # RuntimeError: renewed ones that have expired again
-        raise OperationFailed(f"{what}: {error}; renew the AWS credentials and run again") from None
-    except BotoCoreError as error:
-        raise OperationFailed(f"{what}: {error}; check AWS_REGION and the network, and run again") from None
+    except (BotoCoreError, RuntimeError) as error:  # RuntimeError: renewed credentials that have expired again
+        advice = "check AWS_REGION, the network and the AWS credentials, and run again"
+        raise OperationFailed(f"{what}: {error}; {advice}") from None
 
 
-AWS_ADVICE = {
+AWS_ADVICE = {  # by the code of the error
+    "AccessDenied|AccessDeniedException|403": "the IAM policy has to allow {permission}",
+    ".*Expired.*|Invalid(AccessKeyId|Token)|UnrecognizedClientException": "renew the AWS credentials and run again",
+    "SlowDown|ServiceUnavailable|InternalError|InternalServerError|.*Throttl.*": "AWS is busy: run again later",
     "InvalidObjectState": "it is archived: restore it, or take it out of the prefix",
     "RequestTimeTooSkewed": "set the clock of this host",
     "SignatureDoesNotMatch": "check the secret access key of the AWS credentials, and the clock of this host",
     "AllAccessDisabled": "AWS has disabled the bucket: ask AWS Support, or give another bucket",
     "KMS.DisabledException": "enable its key in KMS again",
+    ".*": "check its name and the region",
 }
 
 
 def aws_advice(code: str, permission: str) -> str:
-    if code in ("AccessDenied", "AccessDeniedException", "403"):
-        return f"the IAM policy has to allow {permission}"
-    if "Expired" in code or code in ("InvalidAccessKeyId", "InvalidToken", "UnrecognizedClientException"):
-        return "renew the AWS credentials and run again"
-    if code in ("SlowDown", "ServiceUnavailable", "InternalError", "InternalServerError") or "Throttl" in code:
-        return "AWS is busy: run again later"
-    return AWS_ADVICE.get(code, "check its name and the region")
+    advice = next(advice for pattern, advice in AWS_ADVICE.items() if re.fullmatch(pattern, code))
+    return advice.format(permission=permission)
 
 
 # --- one request: where it goes, and as whom --------------------------------------------------------------------------
@@ -1001,10 +930,7 @@ class Credentials:
 
     @classmethod
     def load(cls, aws: Aws, settings: argparse.Namespace) -> Credentials:
-        """Read the environment, or else Parameter Store.
-
-        Raises ConfigurationError, or OperationFailed when the store refuses.
-        """
+        """Read the environment, or else Parameter Store. Raises ConfigurationError or OperationFailed."""
         given = [os.environ.get(name, "") for name in CREDENTIALS]
         if given[0] == "none":
             given = ["", "", ""]
@@ -1080,11 +1006,6 @@ def innermost(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def was_never_sent(error: requests.RequestException) -> bool:
-    reason = getattr(error.args[0] if error.args else None, "reason", None)
-    return isinstance(reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
-
-
 def error_of(body: bytes) -> tuple[str, str]:
     """Return type and reason of an error response; `error` may be an object, a string, or no JSON at all."""
     try:
@@ -1112,14 +1033,6 @@ def other_server(response: requests.Response) -> str:
     return "a web page (a proxy's login?)" if page else ""
 
 
-def encoded(body: Any) -> bytes | None:
-    return body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-
-
-def content_type(body: Any) -> dict[str, str]:
-    return {"Content-Type": f"application/{'x-ndjson' if isinstance(body, bytes) else 'json'}"}
-
-
 class Connection:
     """One connection pool to one cluster, and `request`."""
 
@@ -1136,7 +1049,6 @@ class Connection:
         session = requests.Session()
         session.trust_env = False  # neither ~/.netrc nor the proxy variables decide who gets the credentials
         session.verify = verify
-        session.headers["X-Opaque-Id"] = self.opaque_id
         if self.credentials.username:
             session.headers.update(self._create_auth_header())
         else:
@@ -1199,16 +1111,25 @@ class Connection:
     def probe(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """Send a request that only asks for permissions, once; return status and body, status 0 without a response."""
         try:
-            response = self._session.request(
-                method, self.credentials.endpoint + path, allow_redirects=False, data=encoded(body),
-                headers={**content_type(body), "X-Opaque-Id": f"{self.opaque_id}/permissions"},
-                timeout=(CONNECT_TIMEOUT_S, FIRST_CONTACT_S),
-            )  # fmt: skip
+            response = self._send(method, path, body, FIRST_CONTACT_S, purpose="/permissions")
         except requests.RequestException as error:
             log.debug("%s %s: %s", method, path, innermost(error))
             return 0, b""
         log.debug("%s %s: %s", method, path, response.status_code)
         return response.status_code, response.content
+
+    def _send(
+        self, method: str, path: str, body: Any, limit_s: float, params: Mapping[str, Any] | None = None,
+        purpose: str = "",
+    ) -> requests.Response:  # fmt: skip
+        ndjson = isinstance(body, bytes)
+        return self._session.request(
+            method, self.credentials.endpoint + path, params=params, allow_redirects=False,
+            data=body if ndjson or body is None else json.dumps(body).encode(),
+            headers={"Content-Type": f"application/{'x-ndjson' if ndjson else 'json'}",
+                     "X-Opaque-Id": self.opaque_id + purpose},
+            timeout=(min(CONNECT_TIMEOUT_S, limit_s), limit_s),
+        )  # fmt: skip
 
     def _retry_seconds(self) -> float:
         return float(self.settings.retry_seconds if self._answered else FIRST_CONTACT_S)
@@ -1224,11 +1145,7 @@ class Connection:
             raise RequestFailed(f"{what}: not sent, the time to clean up after a signal is over", never_sent=True)
         try:
             limit_s = max(1, attempts.seconds_left()) if hurried else READ_TIMEOUT_S
-            response = self._session.request(
-                method, self.credentials.endpoint + path, params=params, allow_redirects=False,
-                data=encoded(body), headers=content_type(body),
-                timeout=(min(CONNECT_TIMEOUT_S, limit_s), limit_s),
-            )  # fmt: skip
+            response = self._send(method, path, body, limit_s, params)
         except requests.RequestException as error:
             raise self._no_response(what, error) from None
         if what_answers := other_server(response):
@@ -1242,9 +1159,12 @@ class Connection:
 
     def _no_response(self, what: str, error: requests.RequestException) -> RequestFailed:
         if isinstance(error, requests.exceptions.SSLError) and "CERTIFICATE" in str(error):
-            return RequestFailed(f"{what}: {innermost(error)}; {CERTIFICATE_ADVICE}")
+            advice = "renew the certificate, use the host name it is for, or set CA_BUNDLE to its CA"
+            return RequestFailed(f"{what}: {innermost(error)}; {advice}")
+        reason = getattr(error.args[0] if error.args else None, "reason", None)
+        refused = isinstance(reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
         text = f"{what} at {self.credentials.endpoint}: {innermost(error)}"
-        return OutcomeUnknown(text, never_sent=was_never_sent(error))
+        return OutcomeUnknown(text, never_sent=refused)
 
     def failure(self, what: str, status: int, body: bytes, retry_after: str | None = None) -> RequestFailed:
         kind, reason = error_of(body)
@@ -1254,9 +1174,8 @@ class Connection:
         return kind_of_failure(text, status, kind, reason, never_sent=status == 429, retry_after=retry_after)
 
     def _after_giving_up(self, began: float) -> str:
-        what_to_do = "check the endpoint, and whether the cluster is up"
-        if self._answered:
-            what_to_do = "look at GET _cluster/health and run again"
+        look = "look at GET _cluster/health and run again"
+        what_to_do = look if self._answered else "check the endpoint, and whether the cluster is up"
         return f"; given up after {seconds_since(began):.0f} s: {what_to_do}"
 
     @property
@@ -1619,10 +1538,7 @@ def role_line(action: str) -> str:
 def missing_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> list[str]:
     """Send all probes, eight at a time; return what is denied, each once."""
 
-    def send(number: int) -> list[str]:
-        return denied(probes[number].method, *manager.probe(*probes[number]))
-
-    found = in_parallel(send, range(len(probes)), PROBES_AT_ONCE).values()
+    found = in_parallel(lambda probe: denied(probe.method, *manager.probe(*probe)), probes, PROBES_AT_ONCE)
     return sorted({line for lines in found for line in lines})
 
 

@@ -521,7 +521,7 @@ class Audit:
             return had, self._count_field(self.target, name, new[name].nested) if name in new else 0
 
         names = [name for name, field in old.items() if field.type not in ("object", "nested")]
-        return {name: counts for name, counts in in_parallel(count, names, FIELDS_AT_ONCE).items() if counts}
+        return {name: counts for name, counts in zip(names, in_parallel(count, names, FIELDS_AT_ONCE)) if counts}
 
     def _count_field(self, index: str, name: str, nested: str) -> int:
         query: dict[str, Any] = {"exists": {"field": name}}

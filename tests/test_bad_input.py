@@ -146,7 +146,7 @@ def test_a_wrong_flag_is_a_usage_error_and_nothing_is_sent(script, argv, says, r
             ({"WAIT_SECONDS": "nan"}, "WAIT_SECONDS: 'nan'"),
             ({"LOG_LEVEL": "LOUD"}, "LOG_LEVEL: 'LOUD'"),
         ]],
-        (switch_alias, SWITCH, {"DOCUMENT_COUNT_THRESHOLD": "nan"}, "'nan' is not a percentage"),
+        (switch_alias, SWITCH, {"DOCUMENT_COUNT_THRESHOLD": "nan"}, "'nan' is not a number"),
         (reindex, "--source t-a --target t-b", {"REQUESTS_PER_SECOND": "fast"}, "'fast'"),
         (reindex, "--source t-a --target t-b", {"LOAD_WITHOUT_REPLICAS": "perhaps"}, "LOAD_WITHOUT_REPLICAS: "),
         (bulkupdate, LOAD, {"MAX_REJECTS": "few"}, "'few'"),
