@@ -35,11 +35,11 @@ from decimal import Decimal
 from functools import partial
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
-    MAX_CONNECTIONS, SUITE, Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
+    MAX_CONNECTIONS, SUITE, Aws, Connection, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
     TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions, index_name,
     log, parents_of, per_second, reading_probes, refuse_too_many_fields, run_cli, seconds_since, settings_probe,
 )  # fmt: skip
@@ -69,7 +69,7 @@ CACHED_CELLS = 4000  # remembered values a column, and no longer than this many 
 CACHED_CELL_CHARS = 32
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
 REJECTS_SHOWN = 5
-REASONS_SHOWN, MAX_REASONS = 10, 1000
+REASONS_SHOWN = 10
 REASON_END = re.compile(r""": ['"]| in document with id | \(""")  # what follows is about one row
 KEEP_DAYS = 30
 RECORD = f"{SUITE}/loaded"  # in `_meta`, with SKIP_UNCHANGED: what a load that ended well has stored
@@ -92,8 +92,6 @@ NO_CSV = {  # how files begin that are something else
     GZIP_MAGIC: "compressed with gzip twice", b"PAR1\x15": "Parquet",
 }  # fmt: skip
 ROWS_CHECKED = 100  # of each object in a dry run
-
-Result = TypeVar("Result")
 
 csv.field_size_limit(MAX_CELL_CHARS)
 
@@ -119,36 +117,23 @@ class S3Object:
         return f"{self.key} ({self.modified:%Y-%m-%dT%H:%M:%SZ})"
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The objects under a prefix, by what becomes of them."""
-
-    data: list[S3Object]
-    leftovers: list[S3Object]  # CSV files whose names say that they are no data
-    others: list[S3Object]  # with another suffix, and folders
-
-    def log_ignored(self) -> None:
-        """Log what is not loaded."""
-        if self.leftovers:
-            number, size = counted(len(self.leftovers), "object"), sum(item.size for item in self.leftovers)
-            log.warning('not loaded, since a part of the name begins with "." or "_": %s (%s bytes), the first is %s',
-                        number, f"{size:,}", self.leftovers[0].key)  # fmt: skip
-        empty = sum(not item.size for item in self.data)
-        folders = sum(item.key.endswith("/") for item in self.others)
-        parts = [(empty, "empty object"), (folders, "folder"), (len(self.others) - folders, "object")]
-        if text := ", ".join(counted(number, word) for number, word in parts if number):
-            log.info("not loaded: %s%s", text, " with another suffix" * (len(self.others) > folders))
+def log_ignored(data: Sequence[S3Object], ignored: Sequence[S3Object]) -> None:
+    """Log what is not loaded: CSV files whose names say that they are no data, and all else."""
+    if leftovers := [item for item in ignored if item.is_csv()]:
+        number, size = counted(len(leftovers), "object"), sum(item.size for item in leftovers)
+        log.warning('not loaded, since a part of the name begins with "." or "_": %s (%s bytes), the first is %s',
+                    number, f"{size:,}", leftovers[0].key)  # fmt: skip
+    empty = sum(not item.size for item in data)
+    folders = sum(item.key.endswith("/") for item in ignored)
+    others = len(ignored) - len(leftovers) - folders
+    parts = [(empty, "empty object"), (folders, "folder"), (others, "object")]
+    if text := ", ".join(counted(number, word) for number, word in parts if number):
+        log.info("not loaded: %s%s", text, " with another suffix" * (others > 0))
 
 
-def sort_objects(found: Iterable[S3Object], prefix: str, named: Container[str]) -> Listing:
-    """Sort what was found under a prefix; objects that a manifest names are data whatever their names."""
-    listing = Listing([], [], [])
-    for item in found:
-        if item.key in named or (item.is_csv() and not is_leftover(item.key, prefix)):
-            listing.data.append(item)
-        else:
-            (listing.leftovers if item.is_csv() else listing.others).append(item)
-    return listing
+def is_data(item: S3Object, prefix: str, named: Container[str]) -> bool:
+    """Return whether an object is to be loaded; those that a manifest names are, whatever their names."""
+    return item.key in named or (item.is_csv() and not is_leftover(item.key, prefix))
 
 
 def is_leftover(key: str, prefix: str) -> bool:
@@ -218,12 +203,8 @@ class Bucket:
     def __init__(self, name: str, aws: Aws, retry_seconds: float) -> None:
         self.name, self.retry_seconds = name, retry_seconds
         self.kept: dict[str, bytes] = {}  # small objects, by key: whole since their heads were read
-        self.closed = False  # whatever is still read is not wanted any more
         with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
             self.client = aws.client("s3", attempts=1, read_timeout_s=S3_READ_TIMEOUT_S, connections=READS_AT_ONCE + 1)
-
-    def close(self) -> None:
-        self.closed = True
 
     def list_objects(self, prefix: str, retry_seconds: float) -> list[S3Object]:
         """Return all objects under a prefix, in the order of their keys.
@@ -530,9 +511,9 @@ def properties_of(added: Mapping[str, Any]) -> dict[str, Any]:
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
-def in_background(call: Callable[[], Result]) -> Future[Result]:
+def in_background(call: Callable[[], Any]) -> Future[Any]:
     """Begin a call in a daemon thread: the process ends without it, whatever a read that hangs does."""
-    future = Future[Result]()
+    future = Future[Any]()
 
     def carry_out() -> None:
         try:
@@ -592,7 +573,7 @@ class S3Body(io.RawIOBase):
 
     def _read(self, size: int) -> bytes:
         retry = Retry(self.bucket.retry_seconds)
-        while self.position < self.end and not self.bucket.closed:
+        while self.position < self.end:
             try:
                 self._body = self._body or self._open()
                 if data := self._body.read(size):
@@ -1229,15 +1210,6 @@ class BulkWorkers:
             self._changed.notify()
 
 
-@dataclass(frozen=True)
-class BulkRequests:
-    """What a store asks of the cluster."""
-
-    send: Callable[[bytes], Response]  # a bulk body; a 413 is returned, what may pass has been tried again
-    refresh: Callable[[], object]
-    failure: Callable[[int, bytes], Exception]  # for a refusal that all other documents would meet as well
-
-
 class BulkStore:
     """Stores batches, for any number of threads at a time; what the cluster refuses goes to `reject(key, line, ...)`.
 
@@ -1246,10 +1218,10 @@ class BulkStore:
     """
 
     def __init__(
-        self, index: str, requests: BulkRequests, reject: Callable[[str, int, Defect], None], limit: ConcurrencyLimit,
+        self, cluster: Connection, index: str, reject: Callable[[str, int, Defect], None], limit: ConcurrencyLimit,
         *, retry_seconds: float, refresh_every: int = 0, is_own_version: Callable[[int], bool] | None = None,
     ) -> None:  # fmt: skip
-        self.index, self._requests, self._reject, self._limit = index, requests, reject, limit
+        self._cluster, self.index, self._reject, self._limit = cluster, index, reject, limit
         self._retry_seconds, self._refresh_every, self._is_own_version = retry_seconds, refresh_every, is_own_version
         self._lock = threading.Lock()  # of what follows
         self.stored = 0
@@ -1268,7 +1240,7 @@ class BulkStore:
             due = 0 < self._refresh_every <= self.stored - self._refreshed_at
             self._refreshed_at = self.stored if due else self._refreshed_at
         if due:
-            self._requests.refresh()
+            self._cluster.request("POST", f"/{self.index}/_refresh")
 
     def _store(self, batch: Batch, resent: bool = False) -> None:
         retry = Retry(self._retry_seconds)
@@ -1277,7 +1249,9 @@ class BulkStore:
                 for half in batch.cut(count // 2):
                     self._store(half, resent)
                 return
-            response = self._requests.send(batch.body)
+            response = self._cluster.request(
+                "POST", f"/{self.index}/_bulk", batch.body, params=BULK_PARAMS, accept=[413], busy=self._limit.halve
+            )
             resent = resent or response.resent
             if response.status == 413:
                 if count == 1:
@@ -1335,7 +1309,7 @@ class BulkStore:
         elif status == 409 and not self._is_own_version:
             self._count(stored=1)  # by an earlier attempt: ours, or the cluster's own when a node fails
         elif "block" in kind or status in (401, 403, 404):
-            raise self._requests.failure(status, json.dumps({"error": error}).encode())
+            raise self._cluster.failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
         elif status == 429 or status >= 500:
             return False
         else:
@@ -1388,9 +1362,7 @@ class Rejects:
         entry = {"object": key, "line": line, "column": defect.column, "reason": defect.reason, "row": defect.row}
         with self._lock:
             self.count += 1
-            kind = (defect.column, REASON_END.split(defect.reason)[0])
-            is_kept = kind in self._reasons or len(self._reasons) < MAX_REASONS
-            self._reasons[kind if is_kept else (None, "other reasons")] += 1
+            self._reasons[defect.column, REASON_END.split(defect.reason)[0]] += 1
             if self.count <= REJECTS_SHOWN:
                 column = f", column {defect.column}" if defect.column else ""
                 log.warning("rejected: %s line %s%s: %s", key, line, column, defect.reason)
@@ -1510,14 +1482,16 @@ class BulkUpdate(OpenSearchBaseManager):
         if self.dry_run and self.settings.skip_unchanged:  # first: without a change, nothing else has to be checked
             self.target.uuid, objects = self.index_uuid(self.target.name), self._list()
             if record := self._load_record(objects).unchanged():
-                return self._nothing_to_do(objects, record)
+                log.info("%s holds what %s holds: nothing has changed since it was loaded", self.target.name,
+                         self.place)  # fmt: skip
+                return {**self._result(objects), "documents": record["documents"], "unchanged": True, "dry_run": True}
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
         self.rejects.prepare()
         objects = objects or self._list()
         schema = self._look(objects)
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
-            return {"index": self.target.name, "objects": len(objects), **self._newest_age(objects), "dry_run": True}
+            return {**self._result(objects), "dry_run": True}
         try:
             sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
         finally:
@@ -1565,12 +1539,14 @@ class BulkUpdate(OpenSearchBaseManager):
         found, ready = self._listed(S3_FIRST_CONTACT_S)
         if ready:
             self.manifest = self._read_manifest(ready)
-        listing = sort_objects(found, self.settings.prefix, self.manifest.sizes)
-        listing.log_ignored()
-        if not (objects := listing.data):
+        objects = self._data_in(found)
+        data = set(objects)
+        ignored = [item for item in found if item not in data]
+        log_ignored(objects, ignored)
+        if not objects:
             advice = "check bucket and prefix"
-            if listing.others:
-                advice = f"{listing.others[0].key} has another suffix; a manifest (READY_OBJECT) may name such objects"
+            if others := [item.key for item in ignored if not item.is_csv()]:
+                advice = f"{others[0]} has another suffix; a manifest (READY_OBJECT) may name such objects"
             raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; {advice}")
         log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
@@ -1591,27 +1567,25 @@ class BulkUpdate(OpenSearchBaseManager):
         now, limit = datetime.now(timezone.utc), self.settings.max_age_hours
         log.info("the newest object is %s, %.1f h old, the oldest %s, %.1f h", newest, newest.age_h(now), oldest,
                  oldest.age_h(now))  # fmt: skip
-        if self.settings.ready_object:
-            self._refuse_unready(ready, newest)
+        what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
+        if self.settings.ready_object and not ready:
+            raise Refused(f"{what} is not there, nothing was changed; run again when the producer has finished")
+        if ready and ready.modified < newest.modified:
+            raise Refused(
+                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed: the producer is "
+                "still writing; run again when it has finished"
+            )
         if limit is not None and newest.age_h(now) > limit:
             raise Refused(
                 f"{self.place}: the newest object, {newest}, is {newest.age_h(now):.1f} h old, more than MAX_AGE_HOURS "
                 f"({limit:g}); nothing was changed: see why the producer has written nothing since"
             )
 
-    def _newest_age(self, objects: list[S3Object]) -> dict[str, float]:
+    def _result(self, objects: list[S3Object]) -> dict[str, Any]:
+        """Return what every result says."""
         now = datetime.now(timezone.utc)
-        return {"newest_object_age_hours": round(min(item.age_h(now) for item in objects), 2)}
-
-    def _refuse_unready(self, ready: S3Object | None, newest: S3Object) -> None:
-        what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
-        if not ready:
-            raise Refused(f"{what} is not there, nothing was changed; run again when the producer has finished")
-        if ready.modified < newest.modified:
-            raise Refused(
-                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed: the producer is "
-                "still writing; run again when it has finished"
-            )
+        age_h = round(min(item.age_h(now) for item in objects), 2)
+        return {"index": self.target.name, "objects": len(objects), "newest_object_age_hours": age_h}
 
     def _listed(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
         """List the prefix; return READY_OBJECT apart from the others."""
@@ -1619,6 +1593,9 @@ class BulkUpdate(OpenSearchBaseManager):
         found = self.bucket.list_objects(prefix, retry_seconds)
         ready = next((item for item in found if name and item.key in (prefix + name, f"{prefix}/{name}")), None)
         return [item for item in found if item is not ready], ready
+
+    def _data_in(self, found: list[S3Object]) -> list[S3Object]:
+        return [item for item in found if is_data(item, self.settings.prefix, self.manifest.sizes)]
 
     def _read_manifest(self, ready: S3Object) -> Manifest:
         data = S3Body(self.bucket, ready).read_all() if 0 < ready.size <= MAX_MANIFEST_BYTES else b""
@@ -1681,7 +1658,7 @@ class BulkUpdate(OpenSearchBaseManager):
             operation="index" if self.keep else "create",
         )  # fmt: skip
         store = BulkStore(
-            self.target.name, self._bulk_requests(limit), self.rejects.add, limit,
+            self, self.target.name, self.rejects.add, limit,
             retry_seconds=self.settings.retry_seconds, refresh_every=0 if self.keep else REFRESH_EVERY_DOCUMENTS,
             is_own_version=renderer.is_own_version if self.id_column else None,
         )  # fmt: skip
@@ -1716,21 +1693,12 @@ class BulkUpdate(OpenSearchBaseManager):
             before += item.size
         progress.close()
 
-    def _bulk_requests(self, limit: ConcurrencyLimit) -> BulkRequests:
-        path = f"/{self.target.name}/_bulk"
-        return BulkRequests(
-            send=lambda body: self.request("POST", path, body, params=BULK_PARAMS, accept=[413], busy=limit.halve),
-            refresh=lambda: self.request("POST", f"/{self.target.name}/_refresh"),
-            failure=partial(self.failure, f"POST {path}"),
-        )
-
     # --- does it add up? ---
 
     def _verify_all_loaded(self, objects: list[S3Object], sums: Sums) -> None:
         """Raise OperationFailed unless S3 holds what was loaded, and each row was stored, rejected or skipped."""
         found, _ = self._listed(self.bucket.retry_seconds)  # all is stored: waiting pays
-        now = sort_objects(found, self.settings.prefix, self.manifest.sizes).data
-        if changed := sorted({item.key for item in set(now) ^ set(objects)}):
+        if changed := sorted({item.key for item in set(self._data_in(found)) ^ set(objects)}):
             raise OperationFailed(
                 f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
                 "again when it has finished"
@@ -1757,19 +1725,12 @@ class BulkUpdate(OpenSearchBaseManager):
 
     # --- the result ---
 
-    def _nothing_to_do(self, objects: list[S3Object], record: Mapping[str, Any]) -> dict[str, Any]:
-        log.info("%s holds what %s holds: nothing has changed since it was loaded", self.target.name, self.place)
-        return {
-            "index": self.target.name, "objects": len(objects), "documents": record["documents"],
-            **self._newest_age(objects), "unchanged": True, "dry_run": True,
-        }  # fmt: skip
-
     def _report(self, objects: list[S3Object], sums: Sums, began: float) -> dict[str, Any]:
         """Return the sums. Raises TooManyRejects when more rows were rejected than accepted."""
         result: dict[str, Any] = {
-            "index": self.target.name, "objects": len(objects), "read": sums.read, "stored": sums.stored,
+            **self._result(objects), "read": sums.read, "stored": sums.stored,
             "rejected": sums.rejected, "skipped": sums.skipped, "replaced": sums.replaced,
-            "requests_under_way": sums.requests_under_way, **self._newest_age(objects),
+            "requests_under_way": sums.requests_under_way,
             "documents": self._get_index_count(self.target.name), "seconds": seconds_since(began),
             "rows_per_second": per_second(sums.read, began),
         }  # fmt: skip
@@ -1800,7 +1761,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(settings: argparse.Namespace) -> dict[str, Any]:
-    with BulkUpdate(settings) as update, contextlib.closing(update.bucket):
+    with BulkUpdate(settings) as update:
         return update.run()
 
 
