@@ -284,21 +284,14 @@ class NewColumns(dict[str, set[str]]):
                 if "text" not in self.setdefault(name, set()) and is_dynamic(self._mapping, name)]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Schema:
-    """The type of each column, and the definitions of the fields that the mapping lacks."""
-
-    types: dict[str, str]
-    added: dict[str, dict[str, Any]]
-
-
 def read_heads(
     bucket: Bucket, objects: Iterable[S3Object], delimiter: str, new: NewColumns, check: FirstRows | None = None
 ) -> list[Head]:
-    """Read the heads of all objects; objects that are complete in it are kept for the load, 16 MiB in total."""
+    """Read the heads of all objects that hold something; complete objects are kept for the load, 16 MiB in total."""
     heads, kept = list[Head](), 0
     for item, data in read_ahead(bucket, [item for item in objects if item.size], HEAD_BYTES):
-        heads.append(look_at(item, data, delimiter, new, check))
+        head = look_at(item, data, delimiter, new, check)
+        heads += [head] if head.columns else []
         if len(data) == item.size and kept + item.size <= KEPT_BYTES:
             bucket.kept[item.key] = data
             kept += item.size
@@ -353,17 +346,16 @@ def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
 def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
     """Raise Refused where an object has no header, or one that names no fields; log columns that only some have."""
     parts = Counter(name for head in heads for name in set(head.columns))
-    number = sum(bool(head.columns) for head in heads)
     for head in heads:
         common = {name for name in head.columns if name in known or parts[name] > 1}
-        if (known or number > 1) and lacks_header(head.columns, common):
+        if (known or len(heads) > 1) and lacks_header(head.columns, common):
             value = next(name for name in head.columns if name not in common and VALUE.fullmatch(name))
             raise Refused(
                 f"{head.key}: this part has no header: most of its column names are unknown, and {value!r} looks like "
                 "a value; nothing was changed: have the producer write the column names into each part"
             )
         check_names(head)
-    if partial_columns := [f"{name} ({found} of {number})" for name, found in parts.items() if found < number]:
+    if partial_columns := [f"{name} ({found} of {len(heads)})" for name, found in parts.items() if found < len(heads)]:
         log.info("columns that only some objects have: %s", ", ".join(partial_columns))
 
 
@@ -390,12 +382,17 @@ def types_in(mapping: Mapping[str, Any]) -> dict[str, str]:
     return {name: definition.get("type", "object") for name, definition in field_definitions(mapping)}
 
 
-def schema_of(index: str, mapping: Mapping[str, Any], new: NewColumns) -> Schema:
-    """Return the type of each column. Raises Refused for new columns that the mapping forbids."""
+def column_types(
+    index: str, mapping: Mapping[str, Any], new: NewColumns
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Return the type of each column, and the definitions of the fields that the mapping lacks.
+
+    Raises Refused for new columns that the mapping forbids.
+    """
     dynamic = {name: rule["type"] for name in new if (rule := dynamic_property(mapping, name))}
     added = new_fields(index, mapping, {name: new[name] for name in new if name not in dynamic})
     types = {name: added.get(name, {"type": "text"})["type"] for name in new}
-    return Schema({**types_in(mapping), **types, **dynamic}, added)
+    return {**types_in(mapping), **types, **dynamic}, added
 
 
 def new_fields(index: str, mapping: Mapping[str, Any], new: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
@@ -494,18 +491,6 @@ def inside_values(mapping: Mapping[str, Any], added: Mapping[str, Any]) -> list[
     """Return the new fields that would be part of one that holds a value itself, as a.b would beside a number a."""
     values = {name for name, kind in types_in(mapping).items() if kind not in ("object", "nested")}
     return [name for name in added if parents_of(name) & {*values, *added}]
-
-
-def properties_of(added: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields by full path as a mapping has them: each inside of its parents."""
-    properties: dict[str, Any] = {}
-    for name, definition in added.items():
-        *parents, leaf = name.split(".")
-        inner = properties
-        for parent in parents:
-            inner = inner.setdefault(parent, {}).setdefault("properties", {})
-        inner[leaf] = definition
-    return properties
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
@@ -635,11 +620,11 @@ class Defect(Exception):
         self.reason, self.row, self.column = reason, row, column
 
 
-class OpenQuote(Exception):
-    """A quote that does not close, in the record that begins on `line`: how many rows it swallowed, nobody knows."""
-
-    def __init__(self, line: int, where: str) -> None:
-        super().__init__(f"line {line}: a quote of the record that begins here is open {where}; mend the file")
+def open_quote(place: str, line: int, where: str) -> OperationFailed:
+    """Return the failure for a quote that does not close: how many rows it swallowed is unknown."""
+    return OperationFailed(
+        f"{place}, line {line}: a quote of the record that begins here is open {where}; mend the file"
+    )
 
 
 @dataclass
@@ -652,10 +637,10 @@ class Block:
     repeated: list[int] = field(default_factory=list)  # lines of rows that repeat the header, now blank lines
 
 
-def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
+def parse(text: str, place: str, first_line: int, delimiter: str) -> tuple[Block, str]:
     """Parse the records of a text that begins on `first_line`; return them, and the text of a last one left open.
 
-    Raises OpenQuote when one is still open after 8 MiB.
+    Raises OperationFailed when a quote is still open after 8 MiB.
     """
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     block, ends, rest = Block([], []), [0], ""  # the number of lines up to the end of each record
@@ -672,7 +657,7 @@ def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
                 rest = "\n".join(lines[ends[-1] :])
                 break
             if "field limit" in str(error) and raw.count('"') % 2:
-                raise OpenQuote(first_line + ends[-1], f"after {MAX_CELL_CHARS // MIB} MiB") from None
+                raise open_quote(place, first_line + ends[-1], f"after {MAX_CELL_CHARS // MIB} MiB") from None
             block.rows.append(Defect(f"not CSV: {error}", raw))
             ends.append(reader.line_num)
     plain = ends[-1] == len(block.rows)  # each line is a record
@@ -753,24 +738,22 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) ->
             suspect = suspect or is_suspect  # its cells have to be checked one by one
             if piece and len(text) <= 2 * left_open:
                 continue  # parsed anew with each piece, giant cells would take minutes
-            block, rest = parse(text, line, delimiter)
+            block, rest = parse(text, place, line, delimiter)
             if suspect:
                 mark_unreadable(block)
                 suspect = bool(rest)
             line += text.count("\n") - rest.count("\n")
             text, left_open = rest, len(rest)
             if rest and not piece and complete:
-                raise OpenQuote(line, "at the end of the file")
+                raise open_quote(place, line, "at the end of the file")
             if left_open > MAX_LINE_BYTES:
-                raise OpenQuote(line, f"after {MAX_LINE_BYTES // MIB} MiB")
+                raise open_quote(place, line, f"after {MAX_LINE_BYTES // MIB} MiB")
             if block.rows:
                 yield block
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OperationFailed(f"{place}: broken gzip: {error}; write the object again") from None
     except OverflowError as error:
         raise OperationFailed(f"{place}, after line {line + text.count(chr(10)) - 1}: {error}") from None
-    except OpenQuote as error:
-        raise OperationFailed(f"{place}, {error}") from None
 
 
 # --- type -------------------------------------------------------------------------------------------------------------
@@ -927,7 +910,10 @@ class Renderer:
 
     def documents(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> Iterator[Batch]:
         """Yield the documents of one object."""
-        source = self._source(key, columns)
+        id_place = columns.index(self.id_column) if self.id_column in columns else 0
+        digest = hashlib.sha256(f"{self.bucket}/{key}".encode()).hexdigest()[:16]
+        placeholder = separator(self.operation, f'"{digest}-%09d"')
+        source = Source(key, [self.columns[name] for name in columns], id_place, placeholder)
         for block in blocks:
             lines = block.lines
             try:
@@ -943,12 +929,6 @@ class Renderer:
     def is_own_version(self, version: int) -> bool:
         """Say whether a document of this version is a row of this load; else it is somebody's newer one."""
         return 0 <= version - self.first_version <= self.read
-
-    def _source(self, key: str, names: Sequence[str]) -> Source:
-        id_place = names.index(self.id_column) if self.id_column in names else 0
-        digest = hashlib.sha256(f"{self.bucket}/{key}".encode()).hexdigest()[:16]
-        columns = [self.columns[name] for name in names]
-        return Source(key, columns, id_place, separator(self.operation, f'"{digest}-%09d"'))
 
     def _render(self, source: Source, rows: Sequence[Any]) -> str:
         r"""Return the documents of consecutive records. Raises ValueError when one of them is no document.
@@ -1167,35 +1147,28 @@ class BulkWorkers:
         self._bytes = 0  # of the bodies in flight
         self.peak = 0  # most batches in flight
 
-    @property
-    def in_flight(self) -> int:
-        return self._limit.in_flight
-
     def put(self, batch: Batch) -> None:
         """Begin to store a batch as soon as the limit allows. Raises the first error of a thread."""
-        size = len(batch.body)
+        size, limit = len(batch.body), self._limit
         with self._changed:
-            self._wait_for(lambda: self._has_room(size))
-            if not self.in_flight:
-                self._limit.interrupt()
-            self._limit.in_flight += 1
+            self._wait_for(lambda: limit.in_flight < limit.number and self._bytes + size <= limit.max_bytes)
+            if not limit.in_flight:
+                limit.interrupt()
+            limit.in_flight += 1
             self._bytes += size
-            self.peak = max(self.peak, self.in_flight)
+            self.peak = max(self.peak, limit.in_flight)
         threading.Thread(target=self._work, args=[batch], daemon=True).start()
 
     def finish(self) -> None:
         """Return when all batches are stored. Raises the first error of a thread."""
         with self._changed:
-            self._wait_for(lambda: not self.in_flight)
+            self._wait_for(lambda: False)
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._error or condition())
+        """Wait until this is so, or nothing is in flight."""
+        self._changed.wait_for(lambda: self._error or not self._limit.in_flight or condition())
         if self._error:
             raise self._error
-
-    def _has_room(self, size: int) -> bool:
-        fits = self.in_flight < self._limit.number and self._bytes + size <= self._limit.max_bytes
-        return fits or not self.in_flight
 
     def _work(self, batch: Batch) -> None:
         error = None
@@ -1488,29 +1461,32 @@ class BulkUpdate(OpenSearchBaseManager):
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
         self.rejects.prepare()
         objects = objects or self._list()
-        schema = self._look(objects)
+        types, added = self._look(objects)
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
             return {**self._result(objects), "dry_run": True}
         try:
-            sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
+            if self.keep:
+                self._add_fields(added)
+                sums = self._load(objects, types)
+            else:
+                sums = self._replace(objects, types, added)
         finally:
             self.rejects.log_summary()
         return self._report(objects, sums, began)
 
     # --- the index ---
 
-    def _replace(self, objects: list[S3Object], schema: Schema) -> Sums:
+    def _replace(self, objects: list[S3Object], types: Mapping[str, str], added: Mapping[str, Any]) -> Sums:
         """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
         with self.target.fill(without_replicas=self.settings.load_without_replicas):
-            self._add_fields(schema.added)
+            self._add_fields(added)
             self.target.empty()
             record = self._load_record(objects) if self.settings.skip_unchanged else None
             if record:
                 record.begin()
-            sums = self._load(objects, schema.types)
+            sums = self._load(objects, types)
             self.target.restore_settings()
-            self._verify_all_loaded(objects, sums)
             self._verify_count(sums)
             if record and not sums.rejected:
                 record.write(sums.stored)
@@ -1520,17 +1496,10 @@ class BulkUpdate(OpenSearchBaseManager):
         files = sorted((item.key, item.etag, item.size) for item in objects)
         return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, self._expected_rows(), files])
 
-    def _add(self, objects: list[S3Object], schema: Schema) -> Sums:
-        """Load beside what the index holds."""
-        self._add_fields(schema.added)
-        sums = self._load(objects, schema.types)
-        self._verify_all_loaded(objects, sums)
-        return sums
-
     def _add_fields(self, added: Mapping[str, Any]) -> None:
         """Define new fields before the first document, which would make the server guess (dates!)."""
         if added:
-            self.request("PUT", f"/{self.target.name}/_mapping", {"properties": properties_of(added)})
+            self.request("PUT", f"/{self.target.name}/_mapping", {"properties": added})
 
     # --- look ---
 
@@ -1612,8 +1581,8 @@ class BulkUpdate(OpenSearchBaseManager):
         given: int | None = self.settings.expected_rows
         return self.manifest.rows if given is None else given or None
 
-    def _look(self, objects: list[S3Object]) -> Schema:
-        """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
+    def _look(self, objects: list[S3Object]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """Read the head of each object and refuse what cannot be loaded; return the types, and the new fields."""
         mapping, index = self.target.found["mappings"], self.target.name
         if mapping.get("_routing", {}).get("required"):
             raise Refused(f"index {index} requires a routing (_routing), which no row has; create it without that")
@@ -1628,16 +1597,15 @@ class BulkUpdate(OpenSearchBaseManager):
                 "finished"
             )
         for head in heads:
-            if head.columns:
-                self._check_columns(head, known)
+            self._check_columns(head, known)
         if wrong := unwritable(sorted({name for head in heads for name in head.columns}), types):
             raise Refused(f"columns that {index} takes from no document, since they are aliases or parts of nested "
                           f"objects: {', '.join(wrong)}; rename them or take them out")  # fmt: skip
-        schema = schema_of(index, mapping, new)
-        refuse_too_many_fields(index, self.target.found, schema.added)
+        types, added = column_types(index, mapping, new)
+        refuse_too_many_fields(index, self.target.found, added)
         if check:
             check.refuse(self.settings.max_rejects)
-        return schema
+        return types, added
 
     def _check_columns(self, head: Head, known: Container[str]) -> None:
         if known and not any(name in known for name in head.columns):
@@ -1651,6 +1619,7 @@ class BulkUpdate(OpenSearchBaseManager):
     # --- load ---
 
     def _load(self, objects: list[S3Object], types: Mapping[str, str]) -> Sums:
+        """Load all objects. Raises OperationFailed unless each of their rows was stored, rejected or skipped."""
         began, rate = time.monotonic(), self.settings.requests_per_second
         limit = ConcurrencyLimit(self.settings.workers)
         renderer = Renderer(
@@ -1664,7 +1633,7 @@ class BulkUpdate(OpenSearchBaseManager):
         )  # fmt: skip
         size = rate.batch_size(self.settings.batch_size)
         workers = BulkWorkers(store.store, limit)
-        for batch in batches(self._documents(objects, renderer, workers), size):
+        for batch in batches(self._documents(objects, renderer, limit), size):
             rate.wait(batch.count())
             workers.put(batch)
         workers.finish()
@@ -1673,13 +1642,15 @@ class BulkUpdate(OpenSearchBaseManager):
                         renderer.first_repeated)  # fmt: skip
         log.info("loaded %s rows in %.1f s, %s/s, at most %s requests in flight", f"{store.stored:,}",
                  time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.peak)  # fmt: skip
-        return Sums(
+        sums = Sums(
             read=renderer.read, stored=store.stored, rejected=self.rejects.count, skipped=renderer.skipped,
             empty=renderer.empty,
             replaced=store.replaced, unsure=store.unsure, requests_under_way=workers.peak,
         )  # fmt: skip
+        self._verify_all_loaded(objects, sums)
+        return sums
 
-    def _documents(self, objects: list[S3Object], renderer: Renderer, workers: BulkWorkers) -> Iterator[Batch]:
+    def _documents(self, objects: list[S3Object], renderer: Renderer, limit: ConcurrencyLimit) -> Iterator[Batch]:
         """Yield the good rows of all objects as bulk text."""
         progress = Progress(f"loading {self.target.name}", sum(item.size for item in objects), "bytes")
         before = 0
@@ -1689,7 +1660,7 @@ class BulkUpdate(OpenSearchBaseManager):
             columns, blocks = read_csv(plain(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter)
             for documents in renderer.documents(item.key, columns, blocks):
                 yield documents
-                progress.update(before + body.position, f"{renderer.read:,} rows, {workers.in_flight} requests")
+                progress.update(before + body.position, f"{renderer.read:,} rows, {limit.in_flight} requests")
             before += item.size
         progress.close()
 

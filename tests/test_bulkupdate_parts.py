@@ -416,14 +416,15 @@ def test_no_batch_is_made_beyond_the_one_that_waits_for_those_in_flight():
             made.append(at)
             yield documents(1)
 
-    workers = BulkWorkers(lambda batch: released.wait(20), ConcurrencyLimit(3))
+    limit = ConcurrencyLimit(3)
+    workers = BulkWorkers(lambda batch: released.wait(20), limit)
     loader = threading.Thread(target=put_all, args=[workers, make()])
     loader.start()
     time.sleep(0.3)
-    assert (len(made), workers.in_flight) == (4, 3)
+    assert (len(made), limit.in_flight) == (4, 3)
     released.set()
     loader.join(20)
-    assert (len(made), workers.in_flight) == (9, 0)
+    assert (len(made), limit.in_flight) == (9, 0)
 
 
 # --- the limit, on a clock of the test's own --------------------------------------------------------------------------
