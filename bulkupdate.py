@@ -34,13 +34,12 @@ from datetime import datetime, timezone
 from decimal import Decimal
 from functools import partial
 from json.encoder import encode_basestring
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
-    MAX_CONNECTIONS, SUITE, Aws, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
+    MAX_CONNECTIONS, SUITE, Aws, Connection, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
     TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions,
     in_background, index_name, log, parents_of, per_second, reading_probes, refuse_too_many_fields, run_cli,
     seconds_since, settings_probe, verify_sees_everything,
@@ -71,7 +70,7 @@ CACHED_CELLS = 4000  # remembered values a column, and no longer than this many 
 CACHED_CELL_CHARS = 32
 REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
 REJECTS_SHOWN = 5
-REASONS_SHOWN, MAX_REASONS = 10, 1000
+REASONS_SHOWN = 10
 REASON_END = re.compile(r""": ['"]| in document with id | \(""")  # what follows is about one row
 KEEP_DAYS = 30
 RECORD = f"{SUITE}/loaded"  # in `_meta`, with SKIP_UNCHANGED: what a load that ended well has stored
@@ -80,11 +79,10 @@ IRRELEVANT_SETTINGS = re.compile(  # to documents and to what searches answer
     r"refresh_interval|blocks\.|translog\.|merge\.|unassigned\.|priority)"
 )
 DOCUMENT_END = "}\n"
+FIRST_COMMA = re.compile("\n{,")  # of a document; str.replace takes 2.5 times as long
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_ID_BYTES = 512  # one longer id and the cluster refuses the whole request
-BULK_PARAMS = {
-    "filter_path": "errors,items.*.status,items.*.error.type,items.*.error.reason,items.*.error.caused_by.reason"
-}
+BULK_RESULTS = "errors,items.*.status,items.*.error.type,items.*.error.reason,items.*.error.caused_by.reason"
 VALUE = re.compile(  # what a column name does not look like: nothing, a number, a date
     r"|[+-]?[0-9.,]*[0-9](?:[eE][+-]?[0-9]+)?|[0-9]{4}-[0-9]{2}-[0-9]{2}.*|[0-9]{1,2}/[0-9]{1,2}/[0-9]{2,4}.*"
 )
@@ -122,36 +120,23 @@ class S3Object:
         return f"{self.key} ({self.modified:%Y-%m-%dT%H:%M:%SZ})"
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The objects under a prefix, by what becomes of them."""
-
-    data: list[S3Object]
-    leftovers: list[S3Object]  # CSV files whose names say that they are no data
-    others: list[S3Object]  # with another suffix, and folders
-
-    def log_ignored(self) -> None:
-        """Log what is not loaded."""
-        if self.leftovers:
-            number, size = counted(len(self.leftovers), "object"), sum(item.size for item in self.leftovers)
-            log.warning('not loaded, since a part of the name begins with "." or "_": %s (%s bytes), the first is %s',
-                        number, f"{size:,}", self.leftovers[0].key)  # fmt: skip
-        empty = sum(not item.size for item in self.data)
-        folders = sum(item.key.endswith("/") for item in self.others)
-        parts = [(empty, "empty object"), (folders, "folder"), (len(self.others) - folders, "object")]
-        if text := ", ".join(counted(number, word) for number, word in parts if number):
-            log.info("not loaded: %s%s", text, " with another suffix" * (len(self.others) > folders))
+def log_ignored(data: Sequence[S3Object], ignored: Sequence[S3Object]) -> None:
+    """Log what is not loaded: CSV files whose names say that they are no data, and all else."""
+    if leftovers := [item for item in ignored if item.is_csv()]:
+        number, size = counted(len(leftovers), "object"), sum(item.size for item in leftovers)
+        log.warning('not loaded, since a part of the name begins with "." or "_": %s (%s bytes), the first is %s',
+                    number, f"{size:,}", leftovers[0].key)  # fmt: skip
+    empty = sum(not item.size for item in data)
+    folders = sum(item.key.endswith("/") for item in ignored)
+    others = len(ignored) - len(leftovers) - folders
+    parts = [(empty, "empty object"), (folders, "folder"), (others, "object")]
+    if text := ", ".join(counted(number, word) for number, word in parts if number):
+        log.info("not loaded: %s%s", text, " with another suffix" * (others > 0))
 
 
-def sort_objects(found: Iterable[S3Object], prefix: str, named: Container[str]) -> Listing:
-    """Sort what was found under a prefix; objects that a manifest names are data whatever their names."""
-    listing = Listing([], [], [])
-    for item in found:
-        if item.key in named or (item.is_csv() and not is_leftover(item.key, prefix)):
-            listing.data.append(item)
-        else:
-            (listing.leftovers if item.is_csv() else listing.others).append(item)
-    return listing
+def is_data(item: S3Object, prefix: str, named: Container[str]) -> bool:
+    """Return whether an object is to be loaded; those that a manifest names are, whatever their names."""
+    return item.key in named or (item.is_csv() and not is_leftover(item.key, prefix))
 
 
 def is_leftover(key: str, prefix: str) -> bool:
@@ -221,12 +206,8 @@ class Bucket:
     def __init__(self, name: str, aws: Aws, retry_seconds: float) -> None:
         self.name, self.retry_seconds = name, retry_seconds
         self.kept: dict[str, bytes] = {}  # small objects, by key: whole since their heads were read
-        self.closed = False  # whatever is still read is not wanted any more
         with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
             self.client = aws.client("s3", attempts=1, read_timeout_s=S3_READ_TIMEOUT_S, connections=READS_AT_ONCE + 1)
-
-    def close(self) -> None:
-        self.closed = True
 
     def list_objects(self, prefix: str, retry_seconds: float) -> list[S3Object]:
         """Return all objects under a prefix, in the order of their keys.
@@ -306,21 +287,14 @@ class NewColumns(dict[str, set[str]]):
                 if "text" not in self.setdefault(name, set()) and is_dynamic(self._mapping, name)]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Schema:
-    """The type of each column, and the definitions of the fields that the mapping lacks."""
-
-    types: dict[str, str]
-    added: dict[str, dict[str, Any]]
-
-
 def read_heads(
     bucket: Bucket, objects: Iterable[S3Object], delimiter: str, new: NewColumns, check: FirstRows | None = None
 ) -> list[Head]:
-    """Read the heads of all objects; objects that are complete in it are kept for the load, 16 MiB in total."""
+    """Read the heads of all objects that hold something; complete objects are kept for the load, 16 MiB in total."""
     heads, kept = list[Head](), 0
     for item, data in read_ahead(bucket, [item for item in objects if item.size], HEAD_BYTES):
-        heads.append(look_at(item, data, delimiter, new, check))
+        head = look_at(item, data, delimiter, new, check)
+        heads += [head] if head.columns else []
         if len(data) == item.size and kept + item.size <= KEPT_BYTES:
             bucket.kept[item.key] = data
             kept += item.size
@@ -375,17 +349,16 @@ def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
 def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
     """Raise Refused where an object has no header, or one that names no fields; log columns that only some have."""
     parts = Counter(name for head in heads for name in set(head.columns))
-    number = sum(bool(head.columns) for head in heads)
     for head in heads:
         common = {name for name in head.columns if name in known or parts[name] > 1}
-        if (known or number > 1) and lacks_header(head.columns, common):
+        if (known or len(heads) > 1) and lacks_header(head.columns, common):
             value = next(name for name in head.columns if name not in common and VALUE.fullmatch(name))
             raise Refused(
                 f"{head.key}: this part has no header: most of its column names are unknown, and {value!r} looks like "
                 "a value; nothing was changed: add the column names to each part, or to the mapping"
             )
         check_names(head)
-    if partial_columns := [f"{name} ({found} of {number})" for name, found in parts.items() if found < number]:
+    if partial_columns := [f"{name} ({found} of {len(heads)})" for name, found in parts.items() if found < len(heads)]:
         log.info("columns that only some objects have: %s", ", ".join(partial_columns))
 
 
@@ -412,12 +385,17 @@ def types_in(mapping: Mapping[str, Any]) -> dict[str, str]:
     return {name: definition.get("type", "object") for name, definition in field_definitions(mapping)}
 
 
-def schema_of(index: str, mapping: Mapping[str, Any], new: NewColumns) -> Schema:
-    """Return the type of each column. Raises Refused for new columns that the mapping forbids."""
+def column_types(
+    index: str, mapping: Mapping[str, Any], new: NewColumns
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Return the type of each column, and the definitions of the fields that the mapping lacks.
+
+    Raises Refused for new columns that the mapping forbids.
+    """
     dynamic = {name: rule["type"] for name in new if (rule := dynamic_property(mapping, name))}
     added = new_fields(index, mapping, {name: new[name] for name in new if name not in dynamic})
     types = {name: added.get(name, {"type": "text"})["type"] for name in new}
-    return Schema({**types_in(mapping), **types, **dynamic}, added)
+    return {**types_in(mapping), **types, **dynamic}, added
 
 
 def new_fields(index: str, mapping: Mapping[str, Any], new: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
@@ -518,18 +496,6 @@ def inside_values(mapping: Mapping[str, Any], added: Mapping[str, Any]) -> list[
     return [name for name in added if parents_of(name) & {*values, *added}]
 
 
-def properties_of(added: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields by full path as a mapping has them: each inside of its parents."""
-    properties: dict[str, Any] = {}
-    for name, definition in added.items():
-        *parents, leaf = name.split(".")
-        inner = properties
-        for parent in parents:
-            inner = inner.setdefault(parent, {}).setdefault("properties", {})
-        inner[leaf] = definition
-    return properties
-
-
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
@@ -581,7 +547,7 @@ class S3Body(io.RawIOBase):
 
     def _read(self, size: int) -> bytes:
         retry = Retry(self.bucket.retry_seconds)
-        while self.position < self.end and not self.bucket.closed:
+        while self.position < self.end:
             try:
                 self._body = self._body or self._open()
                 if data := self._body.read(size):
@@ -643,28 +609,27 @@ class Defect(Exception):
         self.reason, self.row, self.column = reason, row, column
 
 
-class OpenQuote(Exception):
-    """A quote that does not close, in the record that begins on `line`: how many rows it swallowed, nobody knows."""
-
-    def __init__(self, line: int, where: str) -> None:
-        super().__init__(f"line {line}: a quote of the record that begins here is open {where}; mend the file")
+def open_quote(place: str, line: int, where: str) -> OperationFailed:
+    """Return the failure for a quote that does not close: how many rows it swallowed is unknown."""
+    return OperationFailed(
+        f"{place}, line {line}: a quote of the record that begins here is open {where}; mend the file"
+    )
 
 
 @dataclass
 class Block:
-    """Consecutive records, each a list of cells or, unless `clean`, a Defect; record i begins on line `lines[i]`."""
+    """Consecutive records, each a list of cells or a Defect; record i begins on line `lines[i]`."""
 
     lines: Sequence[int]
     rows: list[Any]
-    clean: bool = True
     empty: int = 0  # rows of empty cells, now blank lines
     repeated: list[int] = field(default_factory=list)  # lines of rows that repeat the header, now blank lines
 
 
-def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
+def parse(text: str, place: str, first_line: int, delimiter: str) -> tuple[Block, str]:
     """Parse the records of a text that begins on `first_line`; return them, and the text of a last one left open.
 
-    Raises OpenQuote when one is still open after 8 MiB.
+    Raises OperationFailed when a quote is still open after 8 MiB.
     """
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     block, ends, rest = Block([], []), [0], ""  # the number of lines up to the end of each record
@@ -681,9 +646,8 @@ def parse(text: str, first_line: int, delimiter: str) -> tuple[Block, str]:
                 rest = "\n".join(lines[ends[-1] :])
                 break
             if "field limit" in str(error) and raw.count('"') % 2:
-                raise OpenQuote(first_line + ends[-1], f"after {MAX_CELL_CHARS // MIB} MiB") from None
+                raise open_quote(place, first_line + ends[-1], f"after {MAX_CELL_CHARS // MIB} MiB") from None
             block.rows.append(Defect(f"not CSV: {error}", raw))
-            block.clean = False
             ends.append(reader.line_num)
     plain = ends[-1] == len(block.rows)  # each line is a record
     block.lines = range(first_line, first_line + ends[-1]) if plain else [first_line + end for end in ends[:-1]]
@@ -696,7 +660,7 @@ def mark_unreadable(block: Block) -> None:
         text = "" if isinstance(row, Defect) else "".join(row)
         if found := re.search("[\0\udc80-\udcff]", text):
             reason = "a NUL character" if found[0] == "\0" else "bytes that are not UTF-8"
-            block.rows[place], block.clean = Defect(reason, row), False
+            block.rows[place] = Defect(reason, row)
 
 
 def no_header(place: str, row: Any = None) -> Refused:
@@ -744,7 +708,7 @@ def read_csv(
     if not first:
         return [], blocks
     columns = header_of(place, first.rows[0])
-    blocks = itertools.chain(iter([Block(first.lines[1:], first.rows[1:], first.clean)]), blocks)
+    blocks = itertools.chain(iter([Block(first.lines[1:], first.rows[1:])]), blocks)
     return columns, map(partial(blank_out, header=first.rows[0]), blocks)
 
 
@@ -757,24 +721,22 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) ->
             suspect = suspect or is_suspect  # its cells have to be checked one by one
             if piece and len(text) <= 2 * left_open:
                 continue  # parsed anew with each piece, giant cells would take minutes
-            block, rest = parse(text, line, delimiter)
+            block, rest = parse(text, place, line, delimiter)
             if suspect:
                 mark_unreadable(block)
                 suspect = bool(rest)
             line += text.count("\n") - rest.count("\n")
             text, left_open = rest, len(rest)
             if rest and not piece and complete:
-                raise OpenQuote(line, "at the end of the file")
+                raise open_quote(place, line, "at the end of the file")
             if left_open > MAX_LINE_BYTES:
-                raise OpenQuote(line, f"after {MAX_LINE_BYTES // MIB} MiB")
+                raise open_quote(place, line, f"after {MAX_LINE_BYTES // MIB} MiB")
             if block.rows:
                 yield block
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OperationFailed(f"{place}: broken gzip: {error}; write the object again") from None
     except OverflowError as error:
         raise OperationFailed(f"{place}, after line {line + text.count(chr(10)) - 1}: {error}") from None
-    except OpenQuote as error:
-        raise OperationFailed(f"{place}, {error}") from None
 
 
 # --- type -------------------------------------------------------------------------------------------------------------
@@ -812,8 +774,6 @@ def render_integer(cell: str, *, low: int, high: int) -> str:
     if len(number(cell)[4] or "") > 4:  # what Decimal cannot hold
         raise ValueError("out of range")
     value = Decimal(cell)
-    if value and value.adjusted() > 20:
-        raise ValueError("out of range")
     if value != value.to_integral_value():
         raise ValueError("a fraction in an integer field")
     if not low <= value <= high:
@@ -887,33 +847,6 @@ class Column(dict[str, str]):
         return token
 
 
-WITHOUT_COMMA = itemgetter(slice(1, None))
-
-
-def drop_first_commas(parts: list[str], stride: int) -> None:
-    """Remove the comma of the first token of each document, in place."""
-    first = parts[1::stride]
-    parts[1::stride] = map(WITHOUT_COMMA, first)
-    if "" in first:  # then another column begins the document
-        for start in (at * stride + 1 for at, token in enumerate(first) if not token):
-            place = next(filter(parts.__getitem__, range(start, start + stride - 1)), start)
-            parts[place] = parts[place][1:]
-
-
-def render_row(row: list[str], columns: Sequence[Column]) -> str:
-    """Return the JSON of one record less its braces. Raises Defect."""
-    if len(row) != len(columns):
-        raise Defect(f"{len(row)} cells under {len(columns)} column names", row)
-    tokens = []
-    for column, cell in zip(columns, row):
-        try:
-            tokens.append(column[cell])
-        except ValueError as error:
-            named = dict(zip((column.name for column in columns), row))
-            raise Defect(f"{error}: {cell[:100]!r}", named, column.name) from None
-    return "".join(tokens)[1:]
-
-
 def separator(operation: str, quoted_id: str, version: str = "") -> str:
     """Return the text between two documents: the end of one, the action line of the next, and its brace."""
     return f'{DOCUMENT_END}{{"{operation}":{{"_id":{quoted_id}{version}}}}}\n{{'
@@ -960,81 +893,83 @@ class Renderer:
 
     def documents(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> Iterator[Batch]:
         """Yield the documents of one object."""
-        source = self._source(key, columns)
+        id_place = columns.index(self.id_column) if self.id_column in columns else 0
+        digest = hashlib.sha256(f"{self.bucket}/{key}".encode()).hexdigest()[:16]
+        placeholder = separator(self.operation, f'"{digest}-%09d"')
+        source = Source(key, [self.columns[name] for name in columns], id_place, placeholder)
         for block in blocks:
+            lines = block.lines
             try:
-                batch = self._at_once(source, block)
+                text = self._render(source, block.rows)
             except ValueError:  # something is wrong in one of them
-                batch = self._one_by_one(source, block)
-            source.record += len(block.rows)
-            self.read += len(block.rows)
+                lines, text = self._render_good(source, block)
             self.empty += block.empty
             if block.repeated:
                 self.first_repeated = self.first_repeated or f"{key} line {block.repeated[0]}"
                 self.repeated += len(block.repeated)
-            yield batch
+            yield Batch.of(key, lines, text)
 
     def is_own_version(self, version: int) -> bool:
         """Say whether a document of this version is a row of this load; else it is somebody's newer one."""
         return 0 <= version - self.first_version <= self.read
 
-    def _source(self, key: str, names: Sequence[str]) -> Source:
-        id_place = names.index(self.id_column) if self.id_column in names else 0
-        digest = hashlib.sha256(f"{self.bucket}/{key}".encode()).hexdigest()[:16]
-        columns = [self.columns[name] for name in names]
-        return Source(key, columns, id_place, separator(self.operation, f'"{digest}-%09d"'))
-
-    def _at_once(self, source: Source, block: Block) -> Batch:
-        r"""Return the documents of a block. Raises ValueError when one of its records is no document.
+    def _render(self, source: Source, rows: Sequence[Any]) -> str:
+        r"""Return the documents of consecutive records. Raises ValueError when one of them is no document.
 
         The cells are rendered a column at a time, so that nearly all of it runs in C.
 
             rows    [7, a], [8, b]
             cells   (7, 8), (a, b)
-            parts   }\n{"create":{"_id":"x-1"}}\n{   "n":7  ,"k":"a"   }\n{...   "n":8  ,"k":"b"
+            parts   }\n{"create":{"_id":"x-1"}}\n{   ,"n":7  ,"k":"a"   }\n{...   ,"n":8  ,"k":"b"
         """
-        if not block.clean or set(map(len, block.rows)) - {len(source.columns)}:
-            raise ValueError("records of different widths")
-        cells = list(zip(*block.rows))
+        if {len(row) if isinstance(row, list) else 0 for row in rows} != {len(source.columns)}:
+            raise ValueError("a defect, or records of different widths")
+        cells = list(zip(*rows))
         stride = len(cells) + 1
-        parts = [""] * (stride * len(block.rows))
-        parts[::stride] = self._separators(source, cells[source.id_place] if cells else ())
+        parts = [""] * (stride * len(rows))
+        parts[::stride] = self._separators(source, cells[source.id_place])
         for place, (column, values) in enumerate(zip(source.columns, cells), 1):
             parts[place::stride] = map(column.__getitem__, values)
-        drop_first_commas(parts, stride)
-        return Batch.of(source.key, block.lines, "".join(parts))
+        source.record += len(rows)
+        self.read += len(rows)
+        return "".join(parts)
 
-    def _one_by_one(self, source: Source, block: Block) -> Batch:
-        """Return the documents of those records that are good."""
+    def _render_good(self, source: Source, block: Block) -> tuple[list[int], str]:
+        """Return the lines and the documents of those records that are good."""
         lines, texts = [], []
-        for offset, (line, row) in enumerate(zip(block.lines, block.rows)):
-            if not row:
-                self.skipped += 1
-                continue
+        for line, row in zip(block.lines, block.rows):
             try:
-                texts.append(self._document(source, row, offset))
+                texts.append(self._render(source, [row]))
                 lines.append(line)
-            except Defect as defect:
-                self.reject(source.key, line, defect)
-        return Batch.of(source.key, lines, "".join(texts))
+            except ValueError as error:
+                source.record += 1
+                self.read += 1
+                if row:
+                    self.reject(source.key, line, self._defect(source, row, str(error)))
+                else:
+                    self.skipped += 1
+        return lines, "".join(texts)
 
-    def _document(self, source: Source, row: Any, offset: int) -> str:
+    def _defect(self, source: Source, row: Any, reason: str) -> Defect:
+        """Return why a record is no document, and in which column; `reason` where only its id is wrong."""
         if isinstance(row, Defect):
-            raise row
-        text = render_row(row, source.columns)
-        try:
-            [before] = self._separators(source, [row[source.id_place]], offset)
-        except ValueError as error:
-            raise Defect(str(error), row, self.id_column) from None
-        return before + text
+            return row
+        if len(row) != len(source.columns):
+            return Defect(f"{len(row)} cells under {len(source.columns)} column names", row)
+        for column, cell in zip(source.columns, row):
+            try:
+                column.render(cell)
+            except ValueError as error:
+                named = dict(zip((column.name for column in source.columns), row))
+                return Defect(f"{error}: {cell[:100]!r}", named, column.name)
+        return Defect(reason, row, self.id_column)
 
-    def _separators(self, source: Source, ids: Sequence[str], offset: int = 0) -> Iterator[str]:
-        """Yield the separators before consecutive documents, the first one `offset` records after the last block."""
+    def _separators(self, source: Source, ids: Sequence[str]) -> Iterator[str]:
+        """Yield the separators before consecutive documents."""
         if self.id_column:
-            versions = itertools.count(self.first_version + self.read + offset)
+            versions = itertools.count(self.first_version + self.read)
             return map(partial(separator_with_id, no_ids=self.no_ids), ids, versions)
-        first = source.record + offset
-        return map(source.separator.__mod__, range(first, first + len(ids)))
+        return map(source.separator.__mod__, range(source.record, source.record + len(ids)))
 
 
 class FirstRows:
@@ -1047,13 +982,10 @@ class FirstRows:
     def render(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> None:
         for name in columns:  # the type of a new one will fit all cells of the heads
             self._renderer.columns.setdefault(name, Column(name, "text"))
-        left = ROWS_CHECKED
-        for block in blocks:
-            first = Block(block.lines[:left], block.rows[:left], block.clean)
-            list(self._renderer.documents(key, columns, [first]))
-            left -= len(first.rows)
-            if not left:
-                break
+        records = (record for block in blocks for record in zip(block.lines, block.rows))
+        first = list(itertools.islice(records, ROWS_CHECKED))
+        block = Block([line for line, _ in first], [row for _, row in first])
+        list(self._renderer.documents(key, columns, [block]))
 
     def _reject(self, key: str, line: int, defect: Defect) -> None:
         self.rejected += 1
@@ -1081,7 +1013,11 @@ class Batch:
 
     @classmethod
     def of(cls, key: str, lines: Sequence[int], text: str) -> Batch:
-        """Return documents of one object; each begins with the separator, which ends the document before."""
+        """Return documents of one object; each begins with the separator, which ends the document before.
+
+        The first field of each still has its comma. The text of a cell holds no newline, so these are all.
+        """
+        text = FIRST_COMMA.sub("\n{", text)
         return cls((text[len(DOCUMENT_END) :] + DOCUMENT_END).encode(), [(key, lines)]) if text else cls()
 
     @classmethod
@@ -1194,35 +1130,28 @@ class BulkWorkers:
         self._bytes = 0  # of the bodies in flight
         self.peak = 0  # most batches in flight
 
-    @property
-    def in_flight(self) -> int:
-        return self._limit.in_flight
-
     def put(self, batch: Batch) -> None:
         """Begin to store a batch as soon as the limit allows. Raises the first error of a thread."""
-        size = len(batch.body)
+        size, limit = len(batch.body), self._limit
         with self._changed:
-            self._wait_for(lambda: self._has_room(size))
-            if not self.in_flight:
-                self._limit.interrupt()
-            self._limit.in_flight += 1
+            self._wait_for(lambda: limit.in_flight < limit.number and self._bytes + size <= limit.max_bytes)
+            if not limit.in_flight:
+                limit.interrupt()
+            limit.in_flight += 1
             self._bytes += size
-            self.peak = max(self.peak, self.in_flight)
+            self.peak = max(self.peak, limit.in_flight)
         threading.Thread(target=self._work, args=[batch], daemon=True).start()
 
     def finish(self) -> None:
         """Return when all batches are stored. Raises the first error of a thread."""
         with self._changed:
-            self._wait_for(lambda: not self.in_flight)
+            self._wait_for(lambda: False)
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._error or condition())
+        """Wait until this is so, or nothing is in flight."""
+        self._changed.wait_for(lambda: self._error or not self._limit.in_flight or condition())
         if self._error:
             raise self._error
-
-    def _has_room(self, size: int) -> bool:
-        fits = self.in_flight < self._limit.number and self._bytes + size <= self._limit.max_bytes
-        return fits or not self.in_flight
 
     def _work(self, batch: Batch) -> None:
         error = None
@@ -1237,15 +1166,6 @@ class BulkWorkers:
             self._changed.notify()
 
 
-@dataclass(frozen=True)
-class BulkRequests:
-    """What a store asks of the cluster."""
-
-    send: Callable[[bytes], Response]  # a bulk body; a 413 is returned, what may pass has been tried again
-    refresh: Callable[[], object]
-    failure: Callable[[int, bytes], Exception]  # for a refusal that all other documents would meet as well
-
-
 class BulkStore:
     """Stores batches, for any number of threads at a time; what the cluster refuses goes to `reject(key, line, ...)`.
 
@@ -1255,13 +1175,15 @@ class BulkStore:
     """
 
     def __init__(
-        self, index: str, requests: BulkRequests, reject: Callable[[str, int, Defect], None], limit: ConcurrencyLimit,
+        self, cluster: Connection, index: str, reject: Callable[[str, int, Defect], None], limit: ConcurrencyLimit,
         *, retry_seconds: float, refresh_every: int = 0, is_own_version: Callable[[int], bool] | None = None,
         creates: bool = False,
     ) -> None:  # fmt: skip
-        self.index, self._requests, self._reject, self._limit = index, requests, reject, limit
+        self._cluster, self.index, self._reject, self._limit = cluster, index, reject, limit
         self._retry_seconds, self._refresh_every, self._is_own_version = retry_seconds, refresh_every, is_own_version
         self._creates = creates
+        more = "" if creates else ",items.*.result"
+        self._params = {"filter_path": BULK_RESULTS + more}
         self._lock = threading.Lock()  # of what follows
         self.stored = 0
         self.dropped = 0  # by an ingest pipeline
@@ -1280,7 +1202,7 @@ class BulkStore:
             due = 0 < self._refresh_every <= self.stored - self._refreshed_at
             self._refreshed_at = self.stored if due else self._refreshed_at
         if due:
-            self._requests.refresh()
+            self._cluster.request("POST", f"/{self.index}/_refresh")
 
     def _store(self, batch: Batch, resent: bool = False) -> None:
         retry = Retry(self._retry_seconds)
@@ -1289,7 +1211,9 @@ class BulkStore:
                 for half in batch.cut(count // 2):
                     self._store(half, resent)
                 return
-            response = self._requests.send(batch.body)
+            response = self._cluster.request(
+                "POST", f"/{self.index}/_bulk", batch.body, params=self._params, accept=[413], busy=self._limit.halve
+            )
             resent = resent or response.resent
             if response.status == 413:
                 if count == 1:
@@ -1351,7 +1275,7 @@ class BulkStore:
         elif status == 409 and not self._is_own_version:
             self._count(stored=1)  # by an earlier attempt: ours, or the cluster's own when a node fails
         elif "block" in kind or status in (401, 403, 404):
-            raise self._requests.failure(status, json.dumps({"error": error}).encode())
+            raise self._cluster.failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
         elif status == 429 or status >= 500:
             return False
         else:
@@ -1407,9 +1331,7 @@ class Rejects:
         entry = {"object": key, "line": line, "column": defect.column, "reason": defect.reason, "row": defect.row}
         with self._lock:
             self.count += 1
-            kind = (defect.column, REASON_END.split(defect.reason)[0])
-            is_kept = kind in self._reasons or len(self._reasons) < MAX_REASONS
-            self._reasons[kind if is_kept else (None, "other reasons")] += 1
+            self._reasons[defect.column, REASON_END.split(defect.reason)[0]] += 1
             if self.count <= REJECTS_SHOWN:
                 column = f", column {defect.column}" if defect.column else ""
                 log.warning("rejected: %s line %s%s: %s", key, line, column, defect.reason)
@@ -1534,38 +1456,43 @@ class BulkUpdate(OpenSearchBaseManager):
         if self.dry_run and self.settings.skip_unchanged:  # first: without a change, nothing else has to be checked
             self.target.uuid, objects = self.index_uuid(self.target.name), self._list()
             if record := self._load_record(objects).unchanged():
-                return self._nothing_to_do(objects, record)
+                log.info("%s holds what %s holds: nothing has changed since it was loaded", self.target.name,
+                         self.place)  # fmt: skip
+                return {**self._result(objects), "documents": record["documents"], "unchanged": True, "dry_run": True}
             if self.settings.refresh_strategy == "alternate" and self._check_index_aliases(self.target.name):
                 log.info("%s may not hold what %s holds", self.target.name, self.place)
-                return self._dry_result(objects)  # the load goes to the other index, whose mapping may differ
+                return {**self._result(objects), "dry_run": True}  # the load goes to the other index
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
         if not self.keep and self.target.count_unless_red() is not None:
             verify_sees_everything(self, self.target.name)
         self.rejects.prepare()
         objects = objects or self._list()
-        schema = self._look(objects)
+        types, added = self._look(objects)
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
-            return self._dry_result(objects)
+            return {**self._result(objects), "dry_run": True}
         try:
-            sums = self._add(objects, schema) if self.keep else self._replace(objects, schema)
+            if self.keep:
+                self._add_fields(added)
+                sums = self._load(objects, types)
+            else:
+                sums = self._replace(objects, types, added)
         finally:
             self.rejects.log_summary()
         return self._report(objects, sums, began)
 
     # --- the index ---
 
-    def _replace(self, objects: list[S3Object], schema: Schema) -> Sums:
+    def _replace(self, objects: list[S3Object], types: Mapping[str, str], added: Mapping[str, Any]) -> Sums:
         """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
         with self.target.fill(without_replicas=self.settings.load_without_replicas):
-            self._add_fields(schema.added)
+            self._add_fields(added)
             self.target.empty()
             record = self._load_record(objects) if self.settings.skip_unchanged else None
             if record:
                 record.begin()
-            sums = self._load(objects, schema.types)
+            sums = self._load(objects, types)
             self.target.restore_settings()
-            self._verify_all_loaded(objects, sums)
             self._verify_count(sums)
             if record and not sums.rejected:
                 record.write(sums.stored)
@@ -1575,17 +1502,10 @@ class BulkUpdate(OpenSearchBaseManager):
         files = sorted((item.key, item.etag, item.size) for item in objects)
         return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, self._expected_rows(), files])
 
-    def _add(self, objects: list[S3Object], schema: Schema) -> Sums:
-        """Load beside what the index holds."""
-        self._add_fields(schema.added)
-        sums = self._load(objects, schema.types)
-        self._verify_all_loaded(objects, sums)
-        return sums
-
     def _add_fields(self, added: Mapping[str, Any]) -> None:
         """Define new fields before the first document, which would make the server guess (dates!)."""
         if added:
-            self.request("PUT", f"/{self.target.name}/_mapping", {"properties": properties_of(added)})
+            self.request("PUT", f"/{self.target.name}/_mapping", {"properties": added})
 
     # --- look ---
 
@@ -1594,12 +1514,14 @@ class BulkUpdate(OpenSearchBaseManager):
         found, ready = self._listed(S3_FIRST_CONTACT_S)
         if ready:
             self.manifest = self._read_manifest(ready)
-        listing = sort_objects(found, self.settings.prefix, self.manifest.sizes)
-        listing.log_ignored()
-        if not (objects := listing.data):
+        objects = self._data_in(found)
+        data = set(objects)
+        ignored = [item for item in found if item not in data]
+        log_ignored(objects, ignored)
+        if not objects:
             advice = "check bucket and prefix"
-            if listing.others:
-                advice = f"{listing.others[0].key} has another suffix; a manifest (READY_OBJECT) may name such objects"
+            if others := [item.key for item in ignored if not item.is_csv()]:
+                advice = f"{others[0]} has another suffix; a manifest (READY_OBJECT) may name such objects"
             raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; {advice}")
         log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
@@ -1621,27 +1543,25 @@ class BulkUpdate(OpenSearchBaseManager):
         now, limit = datetime.now(timezone.utc), self.settings.max_age_hours
         log.info("the newest object is %s, %.1f h old, the oldest %s, %.1f h", newest, newest.age_h(now), oldest,
                  oldest.age_h(now))  # fmt: skip
-        if self.settings.ready_object:
-            self._refuse_unready(ready, newest)
+        what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
+        if self.settings.ready_object and not ready:
+            raise Refused(f"{what} is not there, nothing was changed; run again when the producer has finished")
+        if ready and ready.modified < newest.modified:
+            raise Refused(
+                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed: the producer is "
+                "still writing; run again when it has finished"
+            )
         if limit is not None and newest.age_h(now) > limit:
             raise Refused(
                 f"{self.place}: the newest object, {newest}, is {newest.age_h(now):.1f} h old, more than MAX_AGE_HOURS "
                 f"({limit:g}); nothing was changed: see why the producer has written nothing since"
             )
 
-    def _newest_age(self, objects: list[S3Object]) -> dict[str, float]:
+    def _result(self, objects: list[S3Object]) -> dict[str, Any]:
+        """Return what every result says."""
         now = datetime.now(timezone.utc)
-        return {"newest_object_age_hours": round(min(item.age_h(now) for item in objects), 2)}
-
-    def _refuse_unready(self, ready: S3Object | None, newest: S3Object) -> None:
-        what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
-        if not ready:
-            raise Refused(f"{what} is not there, nothing was changed; run again when the producer has finished")
-        if ready.modified < newest.modified:
-            raise Refused(
-                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed: the producer is "
-                "still writing; run again when it has finished"
-            )
+        age_h = round(min(item.age_h(now) for item in objects), 2)
+        return {"index": self.target.name, "objects": len(objects), "newest_object_age_hours": age_h}
 
     def _listed(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
         """List the prefix; return READY_OBJECT apart from the others."""
@@ -1649,6 +1569,9 @@ class BulkUpdate(OpenSearchBaseManager):
         found = self.bucket.list_objects(prefix, retry_seconds)
         ready = next((item for item in found if name and item.key in (prefix + name, f"{prefix}/{name}")), None)
         return [item for item in found if item is not ready], ready
+
+    def _data_in(self, found: list[S3Object]) -> list[S3Object]:
+        return [item for item in found if is_data(item, self.settings.prefix, self.manifest.sizes)]
 
     def _read_manifest(self, ready: S3Object) -> Manifest:
         data = S3Body(self.bucket, ready).read_all() if 0 < ready.size <= MAX_MANIFEST_BYTES else b""
@@ -1665,8 +1588,8 @@ class BulkUpdate(OpenSearchBaseManager):
         given: int | None = self.settings.expected_rows
         return self.manifest.rows if given is None else given or None
 
-    def _look(self, objects: list[S3Object]) -> Schema:
-        """Read the head of each object and refuse what cannot be loaded; return what becomes of the columns."""
+    def _look(self, objects: list[S3Object]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """Read the head of each object and refuse what cannot be loaded; return the types, and the new fields."""
         mapping, index = self.target.found["mappings"], self.target.name
         if mapping.get("_routing", {}).get("required"):
             raise Refused(f"index {index} requires a routing (_routing), which no row has; create it without that")
@@ -1681,16 +1604,15 @@ class BulkUpdate(OpenSearchBaseManager):
                 "finished"
             )
         for head in heads:
-            if head.columns:
-                self._check_columns(head, known)
+            self._check_columns(head, known)
         if wrong := unwritable(sorted({name for head in heads for name in head.columns}), types):
             raise Refused(f"columns that {index} takes from no document, since they are aliases or parts of nested "
                           f"objects: {', '.join(wrong)}; rename them or take them out")  # fmt: skip
-        schema = schema_of(index, mapping, new)
-        refuse_too_many_fields(index, self.target.found, schema.added)
+        types, added = column_types(index, mapping, new)
+        refuse_too_many_fields(index, self.target.found, added)
         if check:
             check.refuse(self.settings.max_rejects)
-        return schema
+        return types, added
 
     def _check_columns(self, head: Head, known: Container[str]) -> None:
         if known and not any(name in known for name in head.columns):
@@ -1704,6 +1626,7 @@ class BulkUpdate(OpenSearchBaseManager):
     # --- load ---
 
     def _load(self, objects: list[S3Object], types: Mapping[str, str]) -> Sums:
+        """Load all objects. Raises OperationFailed unless each of their rows was stored, rejected or skipped."""
         began, rate = time.monotonic(), self.settings.requests_per_second
         limit = ConcurrencyLimit(self.settings.workers)
         renderer = Renderer(
@@ -1711,13 +1634,13 @@ class BulkUpdate(OpenSearchBaseManager):
             operation="index" if self.keep else "create",
         )  # fmt: skip
         store = BulkStore(
-            self.target.name, self._bulk_requests(limit), self.rejects.add, limit,
+            self, self.target.name, self.rejects.add, limit,
             retry_seconds=self.settings.retry_seconds, refresh_every=0 if self.keep else REFRESH_EVERY_DOCUMENTS,
             is_own_version=renderer.is_own_version if self.id_column else None, creates=self._creates(),
         )  # fmt: skip
         size = rate.batch_size(self.settings.batch_size)
         workers = BulkWorkers(store.store, limit)
-        for batch in batches(self._documents(objects, renderer, workers), size):
+        for batch in batches(self._documents(objects, renderer, limit), size):
             rate.wait(batch.count())
             workers.put(batch)
         workers.finish()
@@ -1726,13 +1649,15 @@ class BulkUpdate(OpenSearchBaseManager):
                         renderer.first_repeated)  # fmt: skip
         log.info("loaded %s rows in %.1f s, %s/s, at most %s requests in flight", f"{store.stored:,}",
                  time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.peak)  # fmt: skip
-        return Sums(
+        sums = Sums(
             read=renderer.read, stored=store.stored, rejected=self.rejects.count, skipped=renderer.skipped,
             empty=renderer.empty, dropped=store.dropped, replaced=store.replaced, unsure=store.unsure,
             requests_under_way=workers.peak,
         )  # fmt: skip
+        self._verify_all_loaded(objects, sums)
+        return sums
 
-    def _documents(self, objects: list[S3Object], renderer: Renderer, workers: BulkWorkers) -> Iterator[Batch]:
+    def _documents(self, objects: list[S3Object], renderer: Renderer, limit: ConcurrencyLimit) -> Iterator[Batch]:
         """Yield the good rows of all objects as bulk text."""
         progress = Progress(f"loading {self.target.name}", sum(item.size for item in objects), "bytes")
         before = 0
@@ -1742,7 +1667,7 @@ class BulkUpdate(OpenSearchBaseManager):
             columns, blocks = read_csv(plain(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter)
             for documents in renderer.documents(item.key, columns, blocks):
                 yield documents
-                progress.update(before + body.position, f"{renderer.read:,} rows, {workers.in_flight} requests")
+                progress.update(before + body.position, f"{renderer.read:,} rows, {limit.in_flight} requests")
             before += item.size
         progress.close()
 
@@ -1750,23 +1675,12 @@ class BulkUpdate(OpenSearchBaseManager):
         """Say whether each row is a document of its own, which is created or refused."""
         return not (self.keep or self.id_column)
 
-    def _bulk_requests(self, limit: ConcurrencyLimit) -> BulkRequests:
-        path, params = f"/{self.target.name}/_bulk", dict(BULK_PARAMS)
-        if not self._creates():
-            params["filter_path"] += ",items.*.result"
-        return BulkRequests(
-            send=lambda body: self.request("POST", path, body, params=params, accept=[413], busy=limit.halve),
-            refresh=lambda: self.request("POST", f"/{self.target.name}/_refresh"),
-            failure=partial(self.failure, f"POST {path}"),
-        )
-
     # --- does it add up? ---
 
     def _verify_all_loaded(self, objects: list[S3Object], sums: Sums) -> None:
         """Raise OperationFailed unless S3 holds what was loaded, and each row was stored, rejected or skipped."""
         found, _ = self._listed(self.bucket.retry_seconds)  # all is stored: waiting pays
-        now = sort_objects(found, self.settings.prefix, self.manifest.sizes).data
-        if changed := sorted({item.key for item in set(now) ^ set(objects)}):
+        if changed := sorted({item.key for item in set(self._data_in(found)) ^ set(objects)}):
             raise OperationFailed(
                 f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
                 "again when it has finished"
@@ -1798,22 +1712,12 @@ class BulkUpdate(OpenSearchBaseManager):
 
     # --- the result ---
 
-    def _nothing_to_do(self, objects: list[S3Object], record: Mapping[str, Any]) -> dict[str, Any]:
-        log.info("%s holds what %s holds: nothing has changed since it was loaded", self.target.name, self.place)
-        return {
-            "index": self.target.name, "objects": len(objects), "documents": record["documents"],
-            **self._newest_age(objects), "unchanged": True, "dry_run": True,
-        }  # fmt: skip
-
-    def _dry_result(self, objects: list[S3Object]) -> dict[str, Any]:
-        return {"index": self.target.name, "objects": len(objects), **self._newest_age(objects), "dry_run": True}
-
     def _report(self, objects: list[S3Object], sums: Sums, began: float) -> dict[str, Any]:
         """Return the sums. Raises TooManyRejects when more rows were rejected than accepted."""
         result: dict[str, Any] = {
-            "index": self.target.name, "objects": len(objects), "read": sums.read, "stored": sums.stored,
+            **self._result(objects), "read": sums.read, "stored": sums.stored,
             "rejected": sums.rejected, "skipped": sums.skipped, "dropped": sums.dropped, "replaced": sums.replaced,
-            "requests_under_way": sums.requests_under_way, **self._newest_age(objects),
+            "requests_under_way": sums.requests_under_way,
             "documents": self._get_index_count(self.target.name), "seconds": seconds_since(began),
             "rows_per_second": per_second(sums.read, began),
         }  # fmt: skip
@@ -1844,7 +1748,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(settings: argparse.Namespace) -> dict[str, Any]:
-    with BulkUpdate(settings) as update, contextlib.closing(update.bucket):
+    with BulkUpdate(settings) as update:
         return update.run()
 
 

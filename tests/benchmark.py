@@ -341,7 +341,7 @@ def stages(bench: Bench, data: DataSet) -> None:
     with b.BulkUpdate(settings) as load:
         load.target.claim()
         items = load._list()
-        types = load._look(items).types
+        types, _ = load._look(items)
         print(f"\n{data.name}: seconds of the main thread in each stage")
         print_stages(load, items, types, data.rows)
 
@@ -363,8 +363,7 @@ def print_stages(load: Any, items: list[Any], types: dict[str, str], rows: int) 
 
     def render() -> None:
         renderer = b.Renderer(types, load.rejects.add, bucket=load.bucket.name)
-        idle = b.BulkWorkers(lambda batch: None, b.ConcurrencyLimit())
-        for _ in b.batches(load._documents(items, renderer, idle), load.settings.batch_size):
+        for _ in b.batches(load._documents(items, renderer, b.ConcurrencyLimit()), load.settings.batch_size):
             pass
 
     def whole() -> None:

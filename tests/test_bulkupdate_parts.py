@@ -16,7 +16,7 @@ import bulkupdate
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from bulkupdate import Batch, Bucket, BulkRequests, BulkStore, BulkWorkers, ConcurrencyLimit, Renderer, S3Body, S3Object
+from bulkupdate import Batch, Bucket, BulkStore, BulkWorkers, ConcurrencyLimit, Renderer, S3Body, S3Object
 from fault_proxy import FaultProxy, answer, delayed, reset_in_answer
 from opensearch_base_manager import Response
 from opensearch_base_manager import Aws, Retry
@@ -160,7 +160,6 @@ class Cluster:
     def __init__(self, box, index):
         self.url, self.session = f"{box.server.endpoint}/{index}", box.server.session
         self.sent, self.refreshes, self.answers = [], 0, []
-        self.requests = BulkRequests(self.send, self.refresh, self.failure)
 
     def post(self, path, **more):
         return self.session.post(f"{self.url}/{path}", timeout=60, **more)
@@ -170,14 +169,15 @@ class Cluster:
         response = self.post("_bulk", data=body, params=bulkupdate.BULK_PARAMS, headers=headers)
         return Response(response.status_code, response.content)
 
-    def send(self, body):
+    def request(self, method, path, body=None, **more):
+        if path == "/index/_refresh":
+            self.refreshes += 1
+            return None
+        assert (method, path, more["params"], more["accept"]) == ("POST", "/index/_bulk", bulkupdate.BULK_PARAMS, [413])
         self.sent.append(body)
         return self.answers.pop(0)(body) if self.answers else self.real(body)
 
-    def refresh(self):
-        self.refreshes += 1
-
-    def failure(self, status, body):
+    def failure(self, what, status, body):
         return base.RequestFailed(f"{status}: {json.loads(body)['error']['reason']}")
 
     def numbers(self):
@@ -193,7 +193,7 @@ def cluster(box, make_index):
 
 @pytest.fixture
 def store(cluster, rejects):
-    return BulkStore("index", cluster.requests, rejects, ConcurrencyLimit(4), retry_seconds=5)
+    return BulkStore(cluster, "index", rejects, ConcurrencyLimit(4), retry_seconds=5)
 
 
 def edited(cluster, change):
@@ -230,7 +230,7 @@ def test_what_the_mapping_refuses_is_a_reject_with_its_column_and_line(store, cl
 def test_only_documents_answered_429_are_sent_again_and_the_limit_is_halved(cluster, rejects):
     limit = ConcurrencyLimit(4)
     limit.in_flight = 4
-    store = BulkStore("index", cluster.requests, rejects, limit, retry_seconds=5)
+    store = BulkStore(cluster, "index", rejects, limit, retry_seconds=5)
     batch = documents(3)
     first, second = batch.cut(1)[0], batch.cut(2)[1]
 
@@ -249,7 +249,7 @@ def test_only_documents_answered_429_are_sent_again_and_the_limit_is_halved(clus
 def test_only_first_attempts_that_were_stored_completely_are_measured(kind, cluster, rejects, monkeypatch):
     limit, measured = ConcurrencyLimit(4), []
     monkeypatch.setattr(limit, "completed", measured.append)
-    store = BulkStore("index", cluster.requests, rejects, limit, retry_seconds=5)
+    store = BulkStore(cluster, "index", rejects, limit, retry_seconds=5)
 
     def answer(body):
         real = cluster.real(body)
@@ -265,15 +265,15 @@ def test_only_first_attempts_that_were_stored_completely_are_measured(kind, clus
 
 
 def test_documents_that_stay_refused_fail_the_store_with_the_reason(cluster, rejects):
-    store = BulkStore("my_index", cluster.requests, rejects, ConcurrencyLimit(1), retry_seconds=0.2)
+    store = BulkStore(cluster, "index", rejects, ConcurrencyLimit(1), retry_seconds=0.2)
     cluster.answers = [lambda body: busy(1, 0)] * 100
-    with pytest.raises(base.OperationFailed, match=r"my_index: .* kept rejecting 1 documents for 0.2 s; .*429 .*full"):
+    with pytest.raises(base.OperationFailed, match=r"index: .* kept rejecting 1 documents for 0.2 s; .*429 .*full"):
         store.store(documents(1))
     assert len(cluster.sent) > 1
 
 
 def test_progress_gives_documents_that_are_refused_their_time_anew(cluster, rejects):
-    store = BulkStore("index", cluster.requests, rejects, ConcurrencyLimit(1), retry_seconds=0.3)
+    store = BulkStore(cluster, "index", rejects, ConcurrencyLimit(1), retry_seconds=0.3)
 
     def slowly_taken(body):
         time.sleep(0.2)
@@ -308,7 +308,7 @@ def test_a_conflict_counts_as_stored_by_an_earlier_attempt(resent, store, cluste
 
 def test_a_conflict_of_versions_counts_as_replaced_if_the_other_one_is_of_this_load(cluster, rejects):
     own, limit = {7}.__contains__, ConcurrencyLimit(1)
-    store = BulkStore("index", cluster.requests, rejects, limit, retry_seconds=1, is_own_version=own)
+    store = BulkStore(cluster, "index", rejects, limit, retry_seconds=1, is_own_version=own)
 
     def keyed(version):
         action = f'{{"index":{{"_id":"a","version":{version},"version_type":"external"}}}}'
@@ -346,7 +346,7 @@ def test_a_refusal_that_all_would_meet_ends_the_store(status, kind, store, clust
 
 
 def test_many_threads_share_one_store_and_refresh_it_once_in_so_many_documents(cluster, rejects):
-    store = BulkStore("index", cluster.requests, rejects, ConcurrencyLimit(4), retry_seconds=5, refresh_every=50)
+    store = BulkStore(cluster, "index", rejects, ConcurrencyLimit(4), retry_seconds=5, refresh_every=50)
     put_all(BulkWorkers(store.store, ConcurrencyLimit(4)), (documents(10, f"{at}.csv") for at in range(20)))
     assert store.stored == len(cluster.numbers()) == 200
     assert 1 <= cluster.refreshes <= 4  # 4 but where two threads are due at once
@@ -416,14 +416,15 @@ def test_no_batch_is_made_beyond_the_one_that_waits_for_those_in_flight():
             made.append(at)
             yield documents(1)
 
-    workers = BulkWorkers(lambda batch: released.wait(20), ConcurrencyLimit(3))
+    limit = ConcurrencyLimit(3)
+    workers = BulkWorkers(lambda batch: released.wait(20), limit)
     loader = threading.Thread(target=put_all, args=[workers, make()])
     loader.start()
     time.sleep(0.3)
-    assert (len(made), workers.in_flight) == (4, 3)
+    assert (len(made), limit.in_flight) == (4, 3)
     released.set()
     loader.join(20)
-    assert (len(made), workers.in_flight) == (9, 0)
+    assert (len(made), limit.in_flight) == (9, 0)
 
 
 # --- the limit, on a clock of the test's own --------------------------------------------------------------------------
@@ -678,13 +679,6 @@ def test_a_small_object_is_read_once_and_beyond_16_mib_again(put_csv, s3_proxy, 
     assert loaded == files
     assert sorted(reads(s3_proxy)) == sorted([*files, "2.csv", "3.csv", "4.csv", "5.csv"])
     assert bucket.kept == {}
-
-
-def test_a_bucket_that_is_closed_reads_no_further(put_csv, s3_proxy):
-    bucket, [item] = listed(put_csv, {"a.csv": "n\n1\n"})
-    bucket.close()
-    assert S3Body(bucket, item).read_all() == b""
-    assert reads(s3_proxy) == []
 
 
 def test_there_is_another_attempt_until_the_time_is_up_or_a_signal_has_come(monkeypatch):

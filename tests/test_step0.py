@@ -261,7 +261,7 @@ def test_the_limit_of_fields_is_counted_as_the_server_does(make_index, put_csv, 
     if code:
         assert "index.mapping.total_fields.limit" in outcome.last
     definitions = {name: bulkupdate.new_field({kind}) for name, kind in ADDED.items()}
-    update = {"properties": bulkupdate.properties_of(definitions)}
+    update = {"properties": definitions}
     if code:
         with pytest.raises(RuntimeError, match=r"Limit of total fields \[\d+\]"):
             admin("PUT", f"/{index}/_mapping", update)
