@@ -677,7 +677,7 @@ def mark_unreadable(block: Block) -> None:
 def no_header(place: str, row: Any = None) -> Refused:
     what_to_do = "add the column names"
     if isinstance(row, Defect):
-        spaced = re.search(r'"[ \t]', row.row)
+        spaced = isinstance(row.row, str) and re.search(r'"[ \t]', row.row)
         what_to_do = f"{row.reason}; {'remove the space between quote and delimiter' if spaced else 'mend the file'}"
     return Refused(f"{place}: the first line is not a CSV header: {what_to_do}")
 
