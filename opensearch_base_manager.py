@@ -1485,7 +1485,7 @@ NOT_THERE = {"_id": "permission-probe", "if_seq_no": 0, "if_primary_term": 1}
 def reading_probes(*indices: str) -> list[Probe]:
     """What every script sends before it changes anything."""
     names = ",".join(indices)
-    paths = ["/", f"/_cluster/health/{names}", "/_tasks?actions=*reindex", f"/{names}", f"/{names}/_settings",
+    paths = ["/", f"/_cluster/health/{names}?timeout=0s", "/_tasks?actions=*reindex", f"/{names}", f"/{names}/_settings",
              f"/{names}/_mapping", f"/{names}/_alias", f"/{names}/_count", f"/{names}/_stats/store"]  # fmt: skip
     return [*(Probe("GET", path) for path in paths), Probe("POST", f"/{names}/_refresh")]
 
