@@ -1485,8 +1485,9 @@ NOT_THERE = {"_id": "permission-probe", "if_seq_no": 0, "if_primary_term": 1}
 def reading_probes(*indices: str) -> list[Probe]:
     """What every script sends before it changes anything."""
     names = ",".join(indices)
-    paths = ["/", f"/_cluster/health/{names}?timeout=0s", "/_tasks?actions=*reindex", f"/{names}", f"/{names}/_settings",
-             f"/{names}/_mapping", f"/{names}/_alias", f"/{names}/_count", f"/{names}/_stats/store"]  # fmt: skip
+    cluster = ["/", f"/_cluster/health/{names}?timeout=0s", "/_tasks?actions=*reindex"]
+    parts = ["", "/_settings", "/_mapping", "/_alias", "/_count", "/_stats/store"]
+    paths = [*cluster, *(f"/{names}{part}" for part in parts)]
     return [*(Probe("GET", path) for path in paths), Probe("POST", f"/{names}/_refresh")]
 
 

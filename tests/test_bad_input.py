@@ -240,7 +240,8 @@ def test_a_missing_permission_is_named_with_the_user(command, permission, pair, 
     box.server.add_user(user, OWN_PASSWORD)
     box.server.grant(user, role, user)
     connect(user=user, password=OWN_PASSWORD)
-    assert_says(run(*getattr(pair, command)), 1, "403", f"the role of user {user} lacks {permission}")
+    asked = permission.replace("*", ".*")
+    assert_says(run(*getattr(pair, command)), 1, "permissions are missing", f'role of user {user}: .*"{asked}"')
 
 
 @pytest.mark.parametrize(
@@ -412,7 +413,8 @@ def test_files_without_a_single_row_are_refused_before_the_index_is_emptied(obje
 def test_semicolons_instead_of_commas_are_noticed(pair, fresh, run, put_csv):
     prefix = put_csv({"a.csv": "n;m\n1;2\n"})
     outcome = run(*pair.load(prefix))
-    assert_says(outcome, 4, f"{prefix}a.csv", "none of the columns n;m", r"is the delimiter ',' \(--delimiter\)")
+    advice = r"is the delimiter ',' \(DELIMITER, --delimiter\)"
+    assert_says(outcome, 4, f"{prefix}a.csv", "none of the columns n;m", advice)
     assert run(*fresh.load(prefix, "--delimiter", ";")).code == 0
 
 
