@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import bulkupdate
 import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import OWN, Reader, count, sources, state_of
+from conftest import OWN, Reader, count, load_arguments, sources, state_of
 from fault_proxy import answer, delayed, edited, refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -857,8 +858,10 @@ def test_a_mapping_is_changed_without_a_reader_noticing(
     code, err, _ = refresh(prefix, REFRESH_STRATEGY="alternate")
     assert code == 4, err
     assert "carrier keyword -> text" in err
+    assert "ACCEPT_FIELDS=carrier" in err
     assert owners() == [old]
-    accept = undo = by_bash(err)
+    assert run(bulkupdate, *load_arguments(prefix, new)).code == 0
+    accept = undo = ["--alias", ALIAS, "--source", old, "--target", new, "--accept-fields", "carrier"]
     for command, index in ("accept", new), ("undo", old), ("accept", new):
         outcome = run(switch_alias, *(accept if command == "accept" else undo))
         assert outcome.code == 0, outcome.err
