@@ -353,8 +353,8 @@ class Reindex(OpenSearchBaseManager):
                 if fields := differing_fields(original, copied.get(key)):
                     raise OperationFailed(
                         f"{self.target.name} does not hold what was copied: in a sample of documents the fields "
-                        f"{', '.join(fields[:10])} differ from {self.source}; a pipeline changes documents, or "
-                        f"{self.who} sees masked values"
+                        f"{', '.join(fields[:10])} differ from {self.source}; check whether a pipeline changes "
+                        f"documents, or {self.who} sees masked values"
                     )
             compared += len(originals)
         log.info("compared %s documents of %s with their copies", compared, self.source)

@@ -15,7 +15,7 @@ ERRORS = ("OperationFailed", "RequestFailed", "ConfigurationError", "TooManyReje
 # A question is advice too, an example, the list of allowed values, or another message that is passed on.
 ADVICE = re.compile(
     r"\b(run (it )?again|give|set|check|see|look|load|create|delete|renew|rename|save|mend|take|wait|add|change)\b|"
-    r"such as|none of|\?|_command\(|_advice\(|ADVICE|_reason_of|\{error\}|what_to_do", re.I
+    r"such as|none of|\?|command\(|_advice\(|ADVICE|_reason_of|\{error\}|what_to_do|AGAIN", re.I
 )  # fmt: skip
 
 
