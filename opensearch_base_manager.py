@@ -1142,8 +1142,7 @@ class Connection:
         what, began = f"{method} {path}", time.monotonic()
         hurried = interrupted.is_set() or not self._answered
         if interrupted.is_set() and attempts.seconds_left() <= 0:
-            why = "not sent, the time to clean up after a signal is over; run again"
-            raise RequestFailed(f"{what}: {why}", never_sent=True)
+            raise RequestFailed(f"{what}: not sent, the time to clean up is over; run again", never_sent=True)
         try:
             limit_s = max(1, attempts.seconds_left()) if hurried else READ_TIMEOUT_S
             response = self._send(method, path, body, limit_s, params)

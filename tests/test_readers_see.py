@@ -539,15 +539,16 @@ def test_a_live_index_that_lacks_a_column_is_no_refusal_of_a_look_for_changes(
 
 # --- how old the data are that readers see ----------------------------------------------------------------------------
 
-LOADED, SWITCHED = {"read": 1, "newest_object_age_hours": 2.0}, {"changed": True}
+LOADED, SWITCHED = {"read": 1, "newest_object_age_hours": 2.0}, {"changed": True, "target": "new", "documents": 1}
+STAYED, UNCHANGED = {**SWITCHED, "changed": False}, {"unchanged": True, "documents": 1, "newest_object_age_hours": 5.0}
 
 
 @pytest.mark.parametrize(
     ("results", "age"),
     [
         ([], None), ([SWITCHED, LOADED], None), ([SWITCHED, LOADED, SWITCHED], 2.0), ([LOADED, SWITCHED], 2.0),
-        ([LOADED, {"changed": False}], None), ([{"unchanged": True, "newest_object_age_hours": 5.0}], 5.0),
+        ([LOADED, STAYED], None), ([UNCHANGED], 5.0),
     ],
 )  # fmt: skip
 def test_the_age_of_the_data_is_that_of_a_load_that_readers_were_moved_to(results, age):
-    assert base.age_of_live_data([base.StepResult("step", 1, 0, "", result) for result in results]) == age
+    assert base.live_index([base.StepResult("step", 1, 0, "", result) for result in results])[2] == age
