@@ -52,7 +52,6 @@ IMPLICIT_ANALYSIS: dict[str, dict[str, Any]] = {
     "index.similarity.default": {"type": ["BM25"]}, "index.analysis.analyzer.default": {"type": ["standard"]},
     "index.analysis.analyzer.default_search": {},
 }  # fmt: skip
-PATHS_FROM = 50  # documents in which the paths of a flat_object are looked up
 FIELDS_AT_ONCE = 8  # counts under way; each is answered in a millisecond, however many documents there are
 NAMED = 10  # fields or queries in a message; the command beside it has them all
 NOTICED_SHARE = Fraction(1, 100)  # a field that fewer documents have may come and go
@@ -117,18 +116,6 @@ def walk_mapping(
                 path = prefix + name
                 yield path, definition, nested, prefix[:-1] if kind == "fields" else ""
                 yield from walk_mapping(definition, f"{path}.", path if definition.get("type") == "nested" else nested)
-
-
-def leaf_paths(value: Any, path: str = "") -> Iterator[str]:
-    """Yield the full names of the values in a document."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from leaf_paths(inner, f"{path}.{name}" if path else name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from leaf_paths(inner, path)
-    elif value is not None:
-        yield path
 
 
 def is_told(definition: Mapping[str, Any]) -> bool:
@@ -450,10 +437,6 @@ class Audit:
         """Raise Refused when fields are defined otherwise, or too large a share of the documents lacks them now."""
         mappings = [self.switch.get_mapping(index) for index in (self.source, self.target)]
         old, new = (fields_of(mapping) for mapping in mappings)
-        for name in [name for name, field in old.items() if field.type == "flat_object"]:
-            paths = {path: old[name]._replace(parent=name) for path in self._paths_in(name)}
-            old |= paths
-            new |= paths if name in new else {}
         if accepted := self.accepted:
             unknown = listed([name for name in accepted if name not in old])
             log.warning("not looked at: %s; no such field in %s: %s", listed(accepted), self.source, unknown)
@@ -476,13 +459,6 @@ class Audit:
                  listed([name for name in new if name not in old]))  # fmt: skip
         if redefined or fallen:
             self._refuse_fields({**redefined, **{name: shown[name] for name in fallen}})
-
-    def _paths_in(self, name: str) -> list[str]:
-        """Return the paths below a flat_object in some documents of the source; its mapping does not have them."""
-        search = {"size": PATHS_FROM, "_source": [name], "query": {"exists": {"field": name}}}
-        found = self.switch.request("POST", f"/{self.source}/_search", search, params=self.switch.on_primaries()).data
-        documents = [hit.get("_source", {}) for hit in found["hits"]["hits"]]
-        return sorted({path for document in documents for path in leaf_paths(document) if path.startswith(f"{name}.")})
 
     def _redefined(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
         """Return what readers would lose by the target's mapping, less what is accepted, with no multi-field twice."""

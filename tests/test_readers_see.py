@@ -249,16 +249,6 @@ def test_a_field_without_documents_may_be_missing(pair, switch):
     assert switch(*pair({"x": WORD, **NUMBER}, docs, other_properties=NUMBER)).code == 0
 
 
-def test_a_path_of_a_flat_object_that_has_gone_is_refused(pair, switch):
-    flat = {"o": {"type": "flat_object"}, **NUMBER}
-    had, has = [{"o": {"a": {"x": "1"}, "b": "y"}, "n": 1}] * 4, [{"o": {"b": "y"}, "n": 1}] * 4
-    old, new = pair(flat, had, has)
-    outcome = switch(old, new)
-    refused_with(outcome, "o.a.x 100.0 % -> 0.0 %")
-    assert "o.b" not in outcome.last
-    assert switch(old, new, "--accept-fields", "o").code == 0
-
-
 def test_a_derived_field_that_has_gone_is_refused(make_index, name, switch, owners):
     derived = {"derived": {"d": {"type": "keyword", "script": {"source": "emit(doc['word'].value)"}}}}
     words = {"word": WORD, **NUMBER}
