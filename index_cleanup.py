@@ -373,6 +373,8 @@ class IndexCleanup(OpenSearchBaseManager):
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(settings)
         self.target = ClearableIndex(self, settings.index)
+        if settings.cleanup_method == "recreate":
+            self.target.obstacles = ()  # it frees a full disk too, and keeps a write block
         self.names = [settings.index]
         self.probes = [*reading_probes(settings.index), *deleting_probes(settings.index),
                        bulk_probe(settings.index, "delete")]  # fmt: skip

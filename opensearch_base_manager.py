@@ -1836,6 +1836,7 @@ class TargetIndex:
         self.uuid = ""
         self.found: dict[str, Any] = {}  # aliases, mappings and settings when it was claimed
         self.emptied = False  # at least partly
+        self.obstacles: Sequence[str] = TO_FILL
 
     def claim(self, *, may_be_live: bool = False, may_be_missing: bool = False, alias: str = "") -> None:
         """Lock the index and recover it; a dry run changes nothing.
@@ -1852,7 +1853,7 @@ class TargetIndex:
             return
         found = self.manager.read_indices(self.name)[self.name]
         self.uuid, self.found = found["settings"]["index.uuid"], found
-        refuse_unusable(self.name, found, TO_FILL)
+        refuse_unusable(self.name, found, self.obstacles)
         self.await_primaries()
         if not may_be_live:
             self.refuse_live()
