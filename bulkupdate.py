@@ -1382,6 +1382,96 @@ class Sums:
     requests_under_way: int  # at most
 
 
+class Delivery:
+    """The objects under the prefix, and what READY_OBJECT, a manifest and settings say of them."""
+
+    def __init__(self, settings: argparse.Namespace, bucket: Bucket) -> None:
+        self.settings, self.bucket = settings, bucket
+        self.place, self.manifest = f"s3://{settings.bucket}/{settings.prefix}", Manifest()
+
+    def objects(self) -> list[S3Object]:
+        """Return the objects to load. Raises Refused where their producer has not finished, or has not begun."""
+        found, ready = self._listed(S3_FIRST_CONTACT_S)
+        if ready:
+            self.manifest = self._read_manifest(ready)
+        objects = self._data_in(found)
+        data = set(objects)
+        ignored = [item for item in found if item not in data]
+        log_ignored(objects, ignored)
+        if not objects:
+            advice = "check bucket and prefix"
+            if others := [item.key for item in ignored if not item.is_csv()]:
+                advice = f"{others[0]} has another suffix; a manifest (READY_OBJECT) may name such objects"
+            raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; {advice}")
+        log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
+                 f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
+        if len(folders := folders_of(self.settings.prefix, objects)) > 1:
+            log.warning("the prefix %s does not end with a slash, and all folders that it matches are loaded: %s",
+                        self.settings.prefix, ", ".join(folders))  # fmt: skip
+        self._refuse_untimely(objects, ready)
+        if differences := self.manifest.differences(objects):
+            raise Refused(
+                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) names other objects, nothing was changed: "
+                f"{'; '.join(differences[:5])}; run again when the producer has finished, or with READY_OBJECT=none if "
+                "the files are right"
+            )
+        return objects
+
+    def _refuse_untimely(self, objects: list[S3Object], ready: S3Object | None) -> None:
+        """Raise Refused where the producer of the files is still writing, or has written nothing since long."""
+        newest, oldest = (pick(objects, key=lambda item: item.modified) for pick in (max, min))
+        now, limit = datetime.now(timezone.utc), self.settings.max_age_hours
+        log.info("the newest object is %s, %.1f h old, the oldest %s, %.1f h", newest, newest.age_h(now), oldest,
+                 oldest.age_h(now))  # fmt: skip
+        what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
+        if self.settings.ready_object and not ready:
+            raise Refused(f"{what} is not there, nothing was changed; run again when the producer has finished")
+        if ready and ready.modified < newest.modified:
+            raise Refused(
+                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed: the producer is "
+                "still writing; run again when it has finished"
+            )
+        if limit is not None and newest.age_h(now) > limit:
+            raise Refused(
+                f"{self.place}: the newest object, {newest}, is {newest.age_h(now):.1f} h old, more than MAX_AGE_HOURS "
+                f"({limit:g}); nothing was changed: see why the producer has written nothing since"
+            )
+
+    def verify_unchanged(self, objects: Iterable[S3Object]) -> None:
+        """Raise OperationFailed unless S3 still holds these objects."""
+        found, _ = self._listed(self.bucket.retry_seconds)  # all is stored: waiting pays
+        if changed := sorted({item.key for item in set(self._data_in(found)) ^ set(objects)}):
+            raise OperationFailed(
+                f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
+                "again when it has finished"
+            )
+
+    def _listed(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
+        """List the prefix; return READY_OBJECT apart from the others."""
+        prefix, name = self.settings.prefix, self.settings.ready_object
+        found = self.bucket.list_objects(prefix, retry_seconds)
+        ready = next((item for item in found if name and item.key in (prefix + name, f"{prefix}/{name}")), None)
+        return [item for item in found if item is not ready], ready
+
+    def _data_in(self, found: list[S3Object]) -> list[S3Object]:
+        return [item for item in found if is_data(item, self.settings.prefix, self.manifest.sizes)]
+
+    def _read_manifest(self, ready: S3Object) -> Manifest:
+        data = S3Body(self.bucket, ready).read_all() if 0 < ready.size <= MAX_MANIFEST_BYTES else b""
+        manifest = parse_manifest(data, self.bucket.name, self.settings.prefix)
+        if not manifest:
+            log.info("%s (READY_OBJECT) is no manifest: neither objects nor rows are compared", ready.key)
+            return Manifest()
+        rows = "an unknown number of rows" if manifest.rows is None else counted(manifest.rows, "row")
+        log.info("%s (READY_OBJECT) is a manifest: %s, %s", ready.key, counted(len(manifest.sizes), "object"), rows)
+        return manifest
+
+    def expected_rows(self) -> int | None:
+        """Return how many rows the load must read, if that is known; EXPECTED_ROWS=0 says that it is not."""
+        given: int | None = self.settings.expected_rows
+        return self.manifest.rows if given is None else given or None
+
+
 class LoadRecord:
     """SKIP_UNCHANGED: proof in an index's `_meta` that it holds exactly what a load from `source` stores.
 
@@ -1444,7 +1534,8 @@ class BulkUpdate(OpenSearchBaseManager):
         self.target = ClearableIndex(self, settings.index, shared=self.keep)
         self.delimiter, self.id_column = settings.delimiter, settings.id_column
         self.bucket = Bucket(settings.bucket, self.aws, settings.retry_seconds)
-        self.place, self.manifest = f"s3://{settings.bucket}/{settings.prefix}", Manifest()
+        self.delivery = Delivery(settings, self.bucket)
+        self.place = self.delivery.place
         self.rejects = Rejects(settings.log_dir, settings.index, settings.max_rejects)
         index, self.names = settings.index, [settings.index]
         self.probes = [*reading_probes(index), bulk_probe(index, "index")]
@@ -1454,7 +1545,7 @@ class BulkUpdate(OpenSearchBaseManager):
     def run(self) -> dict[str, Any]:
         began, objects = time.monotonic(), list[S3Object]()
         if self.dry_run and self.settings.skip_unchanged:  # first: without a change, nothing else has to be checked
-            self.target.uuid, objects = self.index_uuid(self.target.name), self._list()
+            self.target.uuid, objects = self.index_uuid(self.target.name), self.delivery.objects()
             if record := self._load_record(objects).unchanged():
                 log.info("%s holds what %s holds: nothing has changed since it was loaded", self.target.name,
                          self.place)  # fmt: skip
@@ -1466,7 +1557,7 @@ class BulkUpdate(OpenSearchBaseManager):
         if not self.keep and self.target.count_unless_red() is not None:
             verify_sees_everything(self, self.target.name)
         self.rejects.prepare()
-        objects = objects or self._list()
+        objects = objects or self.delivery.objects()
         types, added = self._look(objects)
         if self.dry_run:
             log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
@@ -1500,7 +1591,8 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _load_record(self, objects: list[S3Object]) -> LoadRecord:
         files = sorted((item.key, item.etag, item.size) for item in objects)
-        return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, self._expected_rows(), files])
+        rows = self.delivery.expected_rows()
+        return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, rows, files])
 
     def _add_fields(self, added: Mapping[str, Any]) -> None:
         """Define new fields before the first document, which would make the server guess (dates!)."""
@@ -1509,84 +1601,11 @@ class BulkUpdate(OpenSearchBaseManager):
 
     # --- look ---
 
-    def _list(self) -> list[S3Object]:
-        """Return the objects to load. Raises Refused where their producer has not finished, or has not begun."""
-        found, ready = self._listed(S3_FIRST_CONTACT_S)
-        if ready:
-            self.manifest = self._read_manifest(ready)
-        objects = self._data_in(found)
-        data = set(objects)
-        ignored = [item for item in found if item not in data]
-        log_ignored(objects, ignored)
-        if not objects:
-            advice = "check bucket and prefix"
-            if others := [item.key for item in ignored if not item.is_csv()]:
-                advice = f"{others[0]} has another suffix; a manifest (READY_OBJECT) may name such objects"
-            raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; {advice}")
-        log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
-                 f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
-        if len(folders := folders_of(self.settings.prefix, objects)) > 1:
-            log.warning("the prefix %s does not end with a slash, and all folders that it matches are loaded: %s",
-                        self.settings.prefix, ", ".join(folders))  # fmt: skip
-        self._refuse_untimely(objects, ready)
-        if differences := self.manifest.differences(objects):
-            raise Refused(
-                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) names other objects, nothing was changed: "
-                f"{'; '.join(differences[:5])}; run again when the producer has finished, or with READY_OBJECT=none if "
-                "the files are right"
-            )
-        return objects
-
-    def _refuse_untimely(self, objects: list[S3Object], ready: S3Object | None) -> None:
-        """Raise Refused where the producer of the files is still writing, or has written nothing since long."""
-        newest, oldest = (pick(objects, key=lambda item: item.modified) for pick in (max, min))
-        now, limit = datetime.now(timezone.utc), self.settings.max_age_hours
-        log.info("the newest object is %s, %.1f h old, the oldest %s, %.1f h", newest, newest.age_h(now), oldest,
-                 oldest.age_h(now))  # fmt: skip
-        what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
-        if self.settings.ready_object and not ready:
-            raise Refused(f"{what} is not there, nothing was changed; run again when the producer has finished")
-        if ready and ready.modified < newest.modified:
-            raise Refused(
-                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed: the producer is "
-                "still writing; run again when it has finished"
-            )
-        if limit is not None and newest.age_h(now) > limit:
-            raise Refused(
-                f"{self.place}: the newest object, {newest}, is {newest.age_h(now):.1f} h old, more than MAX_AGE_HOURS "
-                f"({limit:g}); nothing was changed: see why the producer has written nothing since"
-            )
-
     def _result(self, objects: list[S3Object]) -> dict[str, Any]:
         """Return what every result says."""
         now = datetime.now(timezone.utc)
         age_h = round(min(item.age_h(now) for item in objects), 2)
         return {"index": self.target.name, "objects": len(objects), "newest_object_age_hours": age_h}
-
-    def _listed(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
-        """List the prefix; return READY_OBJECT apart from the others."""
-        prefix, name = self.settings.prefix, self.settings.ready_object
-        found = self.bucket.list_objects(prefix, retry_seconds)
-        ready = next((item for item in found if name and item.key in (prefix + name, f"{prefix}/{name}")), None)
-        return [item for item in found if item is not ready], ready
-
-    def _data_in(self, found: list[S3Object]) -> list[S3Object]:
-        return [item for item in found if is_data(item, self.settings.prefix, self.manifest.sizes)]
-
-    def _read_manifest(self, ready: S3Object) -> Manifest:
-        data = S3Body(self.bucket, ready).read_all() if 0 < ready.size <= MAX_MANIFEST_BYTES else b""
-        manifest = parse_manifest(data, self.bucket.name, self.settings.prefix)
-        if not manifest:
-            log.info("%s (READY_OBJECT) is no manifest: neither objects nor rows are compared", ready.key)
-            return Manifest()
-        rows = "an unknown number of rows" if manifest.rows is None else counted(manifest.rows, "row")
-        log.info("%s (READY_OBJECT) is a manifest: %s, %s", ready.key, counted(len(manifest.sizes), "object"), rows)
-        return manifest
-
-    def _expected_rows(self) -> int | None:
-        """Return how many rows the load must read, if that is known; EXPECTED_ROWS=0 says that it is not."""
-        given: int | None = self.settings.expected_rows
-        return self.manifest.rows if given is None else given or None
 
     def _look(self, objects: list[S3Object]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
         """Read the head of each object and refuse what cannot be loaded; return the types, and the new fields."""
@@ -1679,12 +1698,7 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def _verify_all_loaded(self, objects: list[S3Object], sums: Sums) -> None:
         """Raise OperationFailed unless S3 holds what was loaded, and each row was stored, rejected or skipped."""
-        found, _ = self._listed(self.bucket.retry_seconds)  # all is stored: waiting pays
-        if changed := sorted({item.key for item in set(self._data_in(found)) ^ set(objects)}):
-            raise OperationFailed(
-                f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
-                "again when it has finished"
-            )
+        self.delivery.verify_unchanged(objects)
         self.target.verify_same()
         if sums.read != sums.stored + sums.rejected + sums.skipped + sums.dropped:
             raise OperationFailed(f"the rows do not add up: {sums}; run again")
@@ -1693,7 +1707,7 @@ class BulkUpdate(OpenSearchBaseManager):
             if not sums.stored:
                 raise OperationFailed(f"{pipelines} dropped all {sums.dropped:,} rows; change it, and run again")
             log.warning("%s dropped %s rows", pipelines, f"{sums.dropped:,}")
-        rows, expected = sums.read - sums.skipped, self._expected_rows()
+        rows, expected = sums.read - sums.skipped, self.delivery.expected_rows()
         if expected is not None and not rows <= expected <= rows + sums.empty:  # a producer may count rows of NULLs
             raise OperationFailed(
                 f"{self.place}: {rows:,} rows were read, {expected:,} are expected; run again when the producer has "

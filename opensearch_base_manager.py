@@ -356,7 +356,7 @@ SETTINGS: dict[str, list[Setting]] = {
                 'comma-separated fields (with their multi-fields) that are not checked; quoted as in CSV: a,"b,c"'),
         Setting("ACCEPT_SETTINGS", "--accept-settings", "", field_names,
                 "comma-separated index settings that this run does not check, * for all"),
-        READER_QUERIES, REFRESH_STRATEGY,
+        READER_QUERIES, REFRESH_STRATEGY, replace(COPY_METHOD, flag=""),
         Setting("DISK_CHECK", "", "true", boolean, "refuse a refresh that the data nodes have too little space for"),
         replace(WAIT_SECONDS, flag="--wait-seconds"),
         Setting("", "--undo", "false", boolean, "move readers back: counts, fields and queries are not checked"),
@@ -1044,6 +1044,7 @@ class Connection:
         self.opaque_id = f"{SUITE}/{self.host}/{uuid.uuid4().hex[:12]}"
         self._session = self._open_session(settings.ca_bundle or settings.verify_ssl)
         self._answered = False  # at least once, so that the endpoint is right
+        self._version: tuple[int, int] | None = None
 
     def _open_session(self, verify: bool | str) -> requests.Session:
         session = requests.Session()
@@ -1070,6 +1071,18 @@ class Connection:
         """Return the Basic header; UTF-8, so that a password may hold any character."""
         pair = f"{self.credentials.username}:{self.credentials.password}".encode()
         return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
+
+    def version(self) -> tuple[int, int]:
+        """Return major and minor of the cluster's version, asked for once; the oldest if it hides what it is.
+
+        In compatibility mode (compatibility.override_main_response_version) all versions say 7.10.2.
+        """
+        if not self._version:
+            found = self.request("GET", "/").data["version"]
+            major, minor = found["number"].split(".")[:2]
+            self._version = (int(major), int(minor)) if found.get("distribution") == "opensearch" else OLDEST_VERSION
+            log.debug("version %s %s", found.get("distribution"), found["number"])
+        return self._version
 
     def request(
         self,
@@ -1214,7 +1227,6 @@ class OpenSearchBaseManager(Connection):
         self.dry_run: bool = settings.dry_run
         self.names: list[str] = []  # the indices and aliases that the script works on
         self.probes: list[Probe] = []  # of the permissions that it needs with these settings
-        self._version: tuple[int, int] | None = None
         self._locks: list[int] = []
         self._task_started = False
         cluster = self.credentials
@@ -1234,18 +1246,6 @@ class OpenSearchBaseManager(Connection):
             for lock in self._locks:
                 os.close(lock)
             self._session.close()
-
-    def version(self) -> tuple[int, int]:
-        """Return major and minor of the cluster's version, asked for once; the oldest if it hides what it is.
-
-        In compatibility mode (compatibility.override_main_response_version) all versions say 7.10.2.
-        """
-        if not self._version:
-            found = self.request("GET", "/").data["version"]
-            major, minor = found["number"].split(".")[:2]
-            self._version = (int(major), int(minor)) if found.get("distribution") == "opensearch" else OLDEST_VERSION
-            log.debug("version %s %s", found.get("distribution"), found["number"])
-        return self._version
 
     # --- indices ---
 

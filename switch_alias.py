@@ -538,6 +538,34 @@ class Audit:
         return had, has
 
 
+def warn_of_moving_shards(manager: OpenSearchBaseManager) -> None:
+    if moving := manager.request("GET", "/_cluster/health").data["relocating_shards"]:
+        log.warning("%s shards are relocating: if a node is about to leave, or the domain is being changed, a copy or "
+                    "a deletion may be lost with its node", moving)  # fmt: skip
+
+
+def check_disk(manager: OpenSearchBaseManager, index: str) -> None:
+    """Raise Refused if the data nodes have less free space than a refresh of this live index needs."""
+    response = manager.request("GET", "/_nodes/stats/fs", accept=[403])
+    if response.status == 403:
+        log.info("free disk space is not checked: %s", error_of(response.body)[1])
+        return
+    free = {node["name"]: node["fs"]["total"]["available_in_bytes"]
+            for node in response.data["nodes"].values() if "data" in node["roles"]}  # fmt: skip
+    settings, stats = manager.settings, manager.request("GET", f"/{index}/_stats/store").data
+    way = "alternate" if settings.copy_method == "clone" else settings.refresh_strategy  # a clone shares its files
+    needed = DISK_NEEDED[way] * stats["_all"]["total"]["store"]["size_in_bytes"]
+    shown = ", ".join(f"{name} {size / GB:,.1f}" for name, size in free.items())
+    if sum(free.values()) < needed:
+        raise Refused(
+            f"a refresh of {index} needs {needed / GB:,.1f} GB of disk, and the data nodes have less free ({shown}); "
+            "nothing was changed. Give them more, or turn this check off: DISK_CHECK=false"
+        )
+    if any(size < needed / len(free) for size in free.values()):
+        log.warning("a refresh of %s needs %.1f GB of disk, and one of the data nodes may run short: %s", index,
+                    needed / GB, shown)  # fmt: skip
+
+
 class SwitchAlias(OpenSearchBaseManager):
     def __init__(self, settings: argparse.Namespace) -> None:
         if not settings.show and not (settings.source and settings.target):
@@ -627,38 +655,13 @@ class SwitchAlias(OpenSearchBaseManager):
         if others := sorted({*found[self.source]["aliases"]} - {self.alias}):
             log.warning("alias %s points at %s too: a refresh that is to empty this index is refused; give that alias "
                         "an index of its own", ", ".join(others), self.source)  # fmt: skip
-        self._warn_of_moving_shards()
+        warn_of_moving_shards(self)
         if self.settings.disk_check:
-            self._check_disk()
+            check_disk(self, self.source)
         if len(there) == 2:
             if self.settings.refresh_strategy == "copy-back" and self.source != self.settings.source:
                 self.settings.accept_settings = ["*"]  # readers go back to the index that they are always on
             Audit(self, indices).check_beforehand()
-
-    def _warn_of_moving_shards(self) -> None:
-        if moving := self.request("GET", "/_cluster/health").data["relocating_shards"]:
-            log.warning("%s shards are relocating: if a node is about to leave, or the domain is being changed, a copy "
-                        "or a deletion may be lost with its node", moving)  # fmt: skip
-
-    def _check_disk(self) -> None:
-        """Raise Refused if the data nodes have less free space than the strategy needs for copies of the live index."""
-        response = self.request("GET", "/_nodes/stats/fs", accept=[403])
-        if response.status == 403:
-            log.info("free disk space is not checked: %s", error_of(response.body)[1])
-            return
-        free = {node["name"]: node["fs"]["total"]["available_in_bytes"]
-                for node in response.data["nodes"].values() if "data" in node["roles"]}  # fmt: skip
-        stats = self.request("GET", f"/{self.source}/_stats/store").data
-        needed = DISK_NEEDED[self.settings.refresh_strategy] * stats["_all"]["total"]["store"]["size_in_bytes"]
-        shown = ", ".join(f"{name} {size / GB:,.1f}" for name, size in free.items())
-        if sum(free.values()) < needed:
-            raise Refused(
-                f"a refresh of {self.source} needs {needed / GB:,.1f} GB of disk, and the data nodes have less free "
-                f"({shown}); nothing was changed. Give them more, or turn this check off: DISK_CHECK=false"
-            )
-        if any(size < needed / len(free) for size in free.values()):
-            log.warning("a refresh of %s needs %.1f GB of disk, and one of the data nodes may run short: %s",
-                        self.source, needed / GB, shown)  # fmt: skip
 
     # --- the indices behind the alias ---
 

@@ -340,7 +340,7 @@ def stages(bench: Bench, data: DataSet) -> None:
     settings = resolve("bulkupdate", b.build_parser().parse_args(bulkupdate_command(data.prefix)[2:]))
     with b.BulkUpdate(settings) as load:
         load.target.claim()
-        items = load._list()
+        items = load.delivery.objects()
         types, _ = load._look(items)
         print(f"\n{data.name}: seconds of the main thread in each stage")
         print_stages(load, items, types, data.rows)
