@@ -1644,7 +1644,7 @@ def verify_sees_everything(manager: OpenSearchBaseManager, index: str) -> None:
         if live <= seen or manager._get_index_count(index) != seen:
             return
     raise OperationFailed(
-        f"index {index} holds {live:,} documents, and user {manager.credentials.username} sees {seen:,} of them: "
+        f"index {index} holds {live:,} documents, and {manager.who} sees {seen:,} of them: "
         "document-level security hides the others; give this user a role without it"
     )
 
