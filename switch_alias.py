@@ -330,7 +330,8 @@ class Audit:
         self.switch, self.settings = switch, switch.settings
         self.source, self.target = switch.source, switch.target
         self.accepted: list[str] = self.settings.accept_fields or []
-        self.alias = {index: indices.get(index) or next(iter(indices.values())) for index in (self.source, self.target)}
+        of_source = indices.get(self.source, next(iter(indices.values())))
+        self.alias = {self.source: of_source, self.target: indices.get(self.target, of_source)}
         self.views = {index: ReadersView(switch, index, alias) for index, alias in self.alias.items()}
         self.documents = 0  # that the target holds
         self.visible = 0  # those of them that readers of the alias will see
@@ -410,7 +411,7 @@ class Audit:
         """Return both counts. Raises Refused when the target has none, too few, or too many more or less."""
         (before, source), (self.documents, self.visible) = (view.count() for view in self.views.values())
         target = self.visible
-        as_readers = self.views[self.source].filter or self.views[self.source].routing
+        as_readers = any(view.filter or view.routing for view in self.views.values())
         where = f" for readers of {self.switch.alias}, which has a filter or routing" if as_readers else ""
         self._refuse_empty(source, target, where)
         change = Decimal(target - source) * 100 / source if source else Decimal(0)

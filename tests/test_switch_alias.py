@@ -115,7 +115,10 @@ def test_an_alias_on_both_is_taken_off_the_source_and_stays_as_it_is_on_the_targ
     old, new = pair
     filtered = {"index": new, "alias": ALIAS, "filter": {"term": {"n": 1}}}
     admin("POST", "/_aliases", {"actions": [{"add": filtered}]})
-    assert switch(old, new).code == 0
+    refused = switch(old, new)  # of its two documents readers would see one
+    assert refused.code == 4 and f"{old} holds 2 documents, {new} 1 for readers" in refused.err
+    assert owners() == sorted(pair)
+    assert switch(old, new, "--threshold", "50").code == 0
     assert owners() == [new]
     assert admin("GET", f"/{new}/_alias")[new]["aliases"][ALIAS] == {"filter": {"term": {"n": 1}}}
 
