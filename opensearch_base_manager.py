@@ -792,38 +792,118 @@ def utc(moment: float) -> str:
 
 
 def report_run(file: str, alias: str, began: str) -> None:
-    """Write how a run of the runner ended, for monitors, and print the closing table of a successful refresh.
+    """Write how a run of the runner ended, for monitors, and print its summary.
 
     stdin: exit code, last step and message in the first line, then a line for each finished step, separated by tabs.
+    The summary is the closing table of a successful refresh, or where readers are after a failure.
     """
     ending, *lines = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n").split("\n")
     exit_code, last_step, message = ending.split("\t", 2)
-    steps, failed, now = [StepResult.parse(line) for line in lines], exit_code != "0", time.time()
-    if not failed and (done := [step for step in steps if not step.name.startswith("check")]):
-        print_closing_table(done, round(now) - int(began))
+    steps, path = [StepResult.parse(line) for line in lines], Path(file)
+    previous = read_report(path)
+    if exit_code == "75" and not steps and str(previous.get("ended")) >= utc(int(began)):
+        return  # the run that held the lock has reported in the meantime
+    end = end_of_run(int(exit_code), last_step, message, steps, previous)
+    report = {"alias": alias, "began": utc(int(began)), **end}
+    replace_file(path, json.dumps(report) + "\n")
+    if exit_code == "0" and (done := [step for step in steps if not step.name.startswith("check")]):
+        print_closing_table(done, round(time.time()) - int(began))
+    elif exit_code not in ("0", "75"):
+        print(readers_after_failure(report))
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    return json_object(path.read_text(errors="replace")) if path.is_file() else {}
+
+
+def end_of_run(
+    exit_code: int, last_step: str, message: str, steps: Sequence[StepResult], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the report of a run says about its end."""
+    failed, now = exit_code != 0, time.time()
     live, documents, age = live_index(steps)
     finished = [step.name for step in steps if step.exit_code in (0, 4) or step.result.get("changed")]
     if re.match(r"\d switch ", last_step) and last_step not in finished:
         live, documents = None, None
     ages = [step.result["newest_object_age_hours"] for step in steps if "newest_object_age_hours" in step.result]
-    report = {
-        "alias": alias, "began": utc(int(began)), "ended": utc(now), "exit_code": int(exit_code),
-        "step": last_step if failed else None, "message": message if failed else None, "live_index": live,
-        "documents": documents, "steps": [{"step": step.name, "seconds": step.seconds} for step in steps],
-        "newest_object_age_hours": ages[-1] if ages else None, "last_success": utc(now),
+    data_time = previous.get("live_data_time") if age is None else utc(now - 3600 * age)
+    return {
+        "ended": utc(now), "exit_code": exit_code, "step": last_step if failed else None,
+        "message": message if failed else None, "live_index": live, "documents": documents,
+        "steps": [{"step": step.name, "seconds": step.seconds} for step in steps],
+        "newest_object_age_hours": ages[-1] if ages else None,
+        "last_success": previous.get("last_success") if failed else utc(now),
+        "failures_in_a_row": int(previous.get("failures_in_a_row") or 0) + 1 if failed else 0,
+        "live_data_time": data_time or None, "live_data_age_hours": hours_since(data_time),
     }  # fmt: skip
-    path = Path(file)
-    previous = json_object(path.read_text(errors="replace")) if path.is_file() else {}
-    if exit_code == "75" and not steps and str(previous.get("ended")) >= utc(int(began)):
-        return  # the run that held the lock has reported in the meantime
-    if failed:
-        report["last_success"] = previous.get("last_success")
-    report["failures_in_a_row"] = int(previous.get("failures_in_a_row") or 0) + 1 if failed else 0
-    written = str(previous.get("live_data_time") or "") if age is None else utc(now - 3600 * age)
-    report["live_data_time"] = written or None
-    seconds = calendar.timegm(time.strptime(written, TIME_FORMAT)) if written else None
-    report["live_data_age_hours"] = None if seconds is None else round((now - seconds) / 3600, 2)
-    replace_file(path, json.dumps(report) + "\n")
+
+
+def hours_since(text: Any) -> float | None:
+    """Return the age of a time in a report; None if there is none."""
+    try:
+        return round((time.time() - calendar.timegm(time.strptime(str(text), TIME_FORMAT))) / 3600, 2)
+    except ValueError:
+        return None
+
+
+def readers_after_failure(report: Mapping[str, Any]) -> str:
+    """Say which index readers are on after a failed run, how old its data are, and whether it can wait."""
+    if report["live_index"]:
+        readers = f"readers are {readers_in(report)}, complete: this can wait"
+    elif re.match(r"\d switch ", str(report["step"])):
+        readers = "readers are on one of the two indices, both complete: this can wait"
+    else:
+        readers = "this run has not moved readers"
+    refused = report["exit_code"] == 4
+    next_run = "until the cause is removed, every run will be refused" if refused else "the next run continues"
+    failures = report["failures_in_a_row"]
+    return f"{readers}; {next_run}" + (f" (failed runs in a row: {failures})" if failures > 1 else "")
+
+
+def print_status(report_file: str, hold_file: str, lock_file: str, max_age_hours: str) -> None:
+    """Print what the last report, the HOLD file and the lock say. Exits with 1 if the last success is too old."""
+    last = read_report(Path(report_file))
+    if last:
+        outcome = "succeeded" if last["exit_code"] == 0 else f"failed at: {last['step']} (exit {last['exit_code']})"
+        print(f"last run      {last['began']} to {last['ended']}, {outcome}")
+        if last["message"]:
+            print(f"message       {last['message']}")
+        print(f"readers       {readers_in(last)}")
+    age = hours_since(last.get("last_success"))
+    print("last success  " + ("never" if age is None else f"{last['last_success']}, {age:.1f} hours ago"))
+    print(f"hold          {hold_reason(Path(hold_file)) or 'none'}")
+    print(f"running now   {'yes' if is_locked(Path(lock_file)) else 'no'}")
+    if max_age_hours and (age is None or age > float(max_age_hours)):
+        raise SystemExit(1)
+
+
+def readers_in(report: Mapping[str, Any]) -> str:
+    """Describe what a report says about readers."""
+    if not report["live_index"]:
+        return "the last run ended before it had read where they are"
+    age = hours_since(report["live_data_time"])
+    documents = "" if report["documents"] is None else f", {report['documents']:,} documents"
+    return f"on {report['live_index']}{documents}" + ("" if age is None else f", data {age:.1f} hours old")
+
+
+def hold_reason(path: Path) -> str:
+    """Return the first line of a HOLD file; "" if there is no hold."""
+    if not os.path.lexists(path):
+        return ""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return LogFormatter.CONTROL.sub("?", text.partition("\n")[0]) or "no reason given"
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether another process holds a lock; only for a moment, it is held here."""
+    if not path.exists():
+        return False
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 # --- one request: AWS -------------------------------------------------------------------------------------------------

@@ -2,16 +2,21 @@
 # Replace the data behind an alias: copy, switch readers to the copy, load, switch readers back (copy-back);
 # or load the index that is not live and switch readers to it (alternate).
 #
-# Usage: run_refresh.sh [--dry-run] [--verbose] | --help
-#        --verbose: the log lines of the steps go to stderr too, as on a terminal; for containers, journals and CI
+# Usage: run_refresh.sh [--dry-run] [--verbose]
+#        run_refresh.sh --hold WHY | --release | --status [--max-age HOURS] | --help
+#        --dry-run:   run all checks (step 0), change nothing
+#        --verbose:   send the steps' log lines to stderr too, as on a terminal; for containers, journals and CI
+#        --hold WHY:  refuse every refresh from now on (4), readers stay where they are; --release ends this
+#        --status:    print how the last run ended, where readers are, HOLD and lock, without asking the cluster;
+#                     exit 1 if the last successful run ended more than HOURS ago
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
 #        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/; '*' is the whole bucket)  BATCH_SIZE (1000)
 #        STEP_DELAY_SECONDS (5)  REFRESH_STRATEGY (copy-back, or alternate)
 #        READER_QUERIES (unset: searches that are tried before each switch; here on the live index, before anything)
 #        SKIP_UNCHANGED (false; true ends at once when the live index provably holds what S3 holds)
 #        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
-# Hold:  while LOCK_DIR/HOLD-<alias> exists, nothing is done (4); its first line says why, since when
-# Last:  LOG_DIR/last-<alias>.json tells a monitor how the last run ended, and when one last succeeded
+# Files: LOCK_DIR/HOLD-<alias> is the hold, its first line says why and since when; LOG_DIR/last-<alias>.json tells a
+#        monitor how the last run ended, and when one last succeeded
 # Exit:  0 readers are on the fresh data; otherwise the code of the step that failed (see README), 2 usage, 75 locked
 set -euo pipefail
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
@@ -22,6 +27,7 @@ readonly KEEP_DAYS=30
 began=$(date +%s) log_file=/dev/null result="" # result: the file with the stdout of the last step
 step="preparing" message="" journal=()          # for last-<alias>.json and the closing table
 last_line=""                                    # the last line that a step logged
+command="" why="" max_age=""                    # hold (why), release or status (max_age); otherwise a refresh
 dry_run="" verbose=""                           # not local to main: `set -e` removes those before the trap runs
 declare -A setting
 
@@ -34,6 +40,35 @@ die() { # die TEXT CODE
   message=$1
   say "run_refresh: $1"
   exit "$2"
+}
+
+parse_arguments() {
+  while (($#)); do
+    case $1 in
+      --dry-run) dry_run=yes ;;
+      --verbose) verbose=yes ;;
+      --hold)
+        command=hold why=${2:-}
+        [[ $why == *[![:space:]]* ]] || die "--hold: give the reason, in quotes" 2
+        shift
+        ;;
+      --release) command=release ;;
+      --status) command=status ;;
+      --max-age)
+        max_age=${2:-}
+        [[ $max_age =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--max-age: give a number of hours" 2
+        shift
+        ;;
+      --help | -h)
+        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$SELF"
+        exit 0
+        ;;
+      *) die "unknown argument: $1 (see --help)" 2 ;;
+    esac
+    shift
+  done
+  [[ -z $command || -z $dry_run$verbose ]] || die "--$command: cannot be combined with --dry-run or --verbose" 2
+  [[ -z $max_age || $command == status ]] || die "--max-age: only with --status" 2
 }
 
 choose_python() {
@@ -51,6 +86,7 @@ read_settings() { # from the environment or .env, by the table of settings that 
   PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
   export INDEX_ALIAS=$ALIAS # the load knows by it which alias will have left the index
   LOG_DIR=${setting[LOG_DIR]} LOCK_DIR=${setting[LOCK_DIR]}
+  hold="$LOCK_DIR/HOLD-$ALIAS" lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
   [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
 }
 
@@ -74,22 +110,42 @@ open_step_log() { # descriptor 8 is the stderr of the steps: the log file; or th
   fi
 }
 
+write_hold() { # every refresh is refused from now on
+  mkdir -p "$LOCK_DIR" || die "cannot create $LOCK_DIR; set LOCK_DIR to a folder that can be written to" 1
+  printf '%s (since %s)\n' "${why//[[:cntrl:]]/ }" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" >"$hold" || die "cannot write $hold" 1
+  echo "refreshes of $ALIAS are refused from now on; one that is running continues. --release deletes $hold"
+}
+
+delete_hold() {
+  local was="was not held"
+  [[ ! -e $hold && ! -L $hold ]] || was="is no longer held"
+  rm -rf "$hold" || die "cannot delete $hold" 1
+  echo "$ALIAS $was"
+}
+
+print_status() { # fails if the last success is older than max_age
+  "$PYTHON" -c 'import sys, opensearch_base_manager as base; base.print_status(*sys.argv[1:])' \
+    "$LOG_DIR/last-$ALIAS.json" "$hold" "$lock" "$max_age"
+}
+
 refuse_hold() { # an operator wants readers to stay on their index
-  local hold="$LOCK_DIR/HOLD-$ALIAS" why=""
+  local why=""
   [[ -e $hold || -L $hold ]] || return 0
   if [[ -f $hold ]]; then # without bytes that are no text, and without control characters
     why=$(head -c 1000 "$hold" | iconv -c -f UTF-8 -t UTF-8 | LC_ALL=C.UTF-8 sed 's/[[:cntrl:]]/?/g; q') || true
   fi
-  die "held: ${why:-no reason given}; delete $hold to go on" 4
+  die "held: ${why:-no reason given}; to continue, delete $hold, or run this script with --release" 4
 }
 
 take_lock() { # the steps inherit it: no other refresh starts while one of them is running
-  local rc=0 lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
+  local rc=0
   : >>"$lock" || die "LOCK_DIR ($LOCK_DIR) has to be a folder that can be written to" 1
   exec 9>>"$lock"
-  "$PYTHON" -ISc 'import fcntl, sys
-try: fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError: sys.exit(75)' 2>&8 || rc=$? # not by flock, which small images do not have
+  "$PYTHON" -ISc 'import fcntl, sys, time
+for wait_s in 0.2, 0: # a second attempt: --status holds it for a moment
+  try: sys.exit(fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB))
+  except BlockingIOError: time.sleep(wait_s)
+sys.exit(75)' 2>&8 || rc=$? # not with flock, which small images do not have
   case $rc in
     0) ;;
     75) die "another refresh of $ALIAS is running on this host" 75 ;;
@@ -163,13 +219,19 @@ on_exit() {
 }
 
 # shellcheck disable=SC2329  # called by a trap
-report() { # report CODE: write last-<alias>.json and print the closing table
-  local table="" last="$LOG_DIR/last-$ALIAS.json"
-  table=$(printf '%s\n' "$1"$'\t'"$step"$'\t'"$message" ${journal[@]+"${journal[@]}"} \
+report() { # report CODE: write last-<alias>.json; print the closing table, or after a failure where readers are
+  local summary="" last="$LOG_DIR/last-$ALIAS.json"
+  summary=$(printf '%s\n' "$1"$'\t'"$step"$'\t'"$message" ${journal[@]+"${journal[@]}"} \
     | "$PYTHON" -c 'import sys, opensearch_base_manager as base; base.report_run(*sys.argv[1:])' \
-      "$last" "$ALIAS" "$began" 2>&8) || say "$last could not be written"
-  [[ -z $table ]] || printf '%s\n' "$table" >>"$log_file"
-  [[ -z $table ]] || printf '%s\n' "$table"
+      "$last" "$ALIAS" "$began" 2>&8) || say "cannot write $last"
+  if [[ -z $summary ]]; then
+    return
+  elif (($1 != 0)); then
+    say "$summary"
+  else
+    printf '%s\n' "$summary" >>"$log_file"
+    printf '%s\n' "$summary"
+  fi
 }
 
 pause() {
@@ -236,22 +298,8 @@ alternate() {
   run_step "2 switch readers to $idle" switch_alias.py --alias "$ALIAS" "${both[@]}"
 }
 
-main() {
-  true >&2 || exec 2>/dev/null # started with 2>&-
-  local live idle both load argument
-  for argument in "$@"; do
-    case "$argument" in
-      --dry-run) dry_run=yes ;;
-      --verbose) verbose=yes ;;
-      --help | -h)
-        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$SELF"
-        exit 0
-        ;;
-      *) die "unknown argument: $argument (see --help)" 2 ;;
-    esac
-  done
-  choose_python
-  read_settings
+refresh() {
+  local live idle both load
   [[ ${setting[S3_PREFIX]} != '*' ]] || setting[S3_PREFIX]="" # the whole bucket
   load=(--bucket "${setting[S3_BUCKET]}" --prefix="${setting[S3_PREFIX]}" --batch-size "${setting[BATCH_SIZE]}")
   open_log
@@ -269,7 +317,20 @@ main() {
     exit 0
   fi
   if [[ ${setting[REFRESH_STRATEGY]} == alternate ]]; then alternate; else copy_back; fi
-  exit 0 # here: what follows would be read from the file only now, and that may have been replaced under way
+}
+
+main() {
+  true >&2 || exec 2>/dev/null # started with 2>&-
+  parse_arguments "$@"
+  choose_python
+  read_settings
+  case $command in
+    hold) write_hold ;;
+    release) delete_hold ;;
+    status) print_status ;;
+    *) refresh ;;
+  esac
+  exit 0 # here: what follows would be read from the file only now, and that may have been replaced in the meantime
 }
 
 main "$@"

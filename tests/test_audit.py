@@ -762,7 +762,7 @@ def test_a_held_refresh_does_nothing_and_goes_on_as_usual_when_the_file_is_gone(
         code, err, log = refresh(prefix, *arguments)
         assert code == 4, err
         for text in err, log:
-            assert f"held: mapping ?[2K? is wrong, Ödön; delete {hold} to go on" in text
+            assert f"held: mapping ?[2K? is wrong, Ödön; to continue, delete {hold}, or run" in text
             assert "second line" not in text
     assert proxy.requests == []
     assert (owners(), count(admin, new)) == ([old], 0)

@@ -601,17 +601,19 @@ def test_each_run_leaves_how_it_ended_for_a_monitor(pair, refresh, put_csv, last
     assert finish(refresh(good, "--dry-run"))[0] == 0
     assert last() == first
 
-    assert finish(refresh(bad))[0] == 3
+    code, _, err = finish(refresh(bad))
+    assert code == 3
     failed = last()
     assert (failed["exit_code"], failed["live_index"], failed["documents"]) == (3, secondary, 1)
     assert failed["step"] == f"3 load {primary} from S3"
     assert "1 rows were rejected" in failed["message"]
+    assert f"readers are on {secondary}, 1 documents, data 0.0 hours old, complete: this can wait" in err
     assert failed["last_success"] == first["last_success"]
 
     hold = tmp_path / "locks" / f"HOLD-{alias}"
     hold.write_text('wrong "prices", monday\n')
     assert finish(refresh(good))[0] == 4
-    assert last()["message"].startswith('held: wrong "prices", monday; delete ')
+    assert last()["message"].startswith('held: wrong "prices", monday; to continue, delete ')
     assert (last()["exit_code"], last()["last_success"]) == (4, first["last_success"])
     hold.unlink()
     assert [path.name for path in (tmp_path / "logs").glob("last-*")] == [f"last-{alias}.json"]
@@ -638,6 +640,7 @@ def test_the_live_index_is_unknown_after_a_switch_that_broke_off(pair, refresh, 
     code, _, err = finish(refresh(prefix, **by_proxy))
     assert (code, last()["step"]) == (1, f"2 switch readers to {secondary}"), err
     assert (last()["live_index"], last()["documents"]) == (None, None)
+    assert "readers are on one of the two indices, both complete" in err
     process = refresh(prefix, STEP_DELAY_SECONDS="30")
     wait_until(lambda: "<== 1 copy" in process.stderr.readline())
     process.terminate()
@@ -723,3 +726,62 @@ def test_a_wrong_setting_of_a_step_is_shown_once_and_logged(pair, put_csv, refre
     assert (code, err.count("RETRY_SECONDS: ")) == (2, 1)
     assert "RETRY_SECONDS: " in last()["message"]
     assert log_of(tmp_path).count("RETRY_SECONDS: ") == 1
+
+
+# --- hold, release, status --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(refresh, tmp_path):
+    """Run an own command of the runner, without cluster and credentials, and return exit code and stdout."""
+
+    def do(*arguments, code=0):
+        unreachable = dict.fromkeys(["OPENSEARCH_ENDPOINT", "AWS_ENDPOINT_URL"], "http://127.0.0.1:9")
+        found, out, err = finish(refresh("none/", *arguments, **unreachable))
+        assert found == code, err
+        return out + err
+
+    return do
+
+
+def test_hold_and_release_write_and_delete_the_file_that_the_runner_reads(ask, own_names, tmp_path):
+    hold = tmp_path / "locks" / f"HOLD-{own_names['INDEX_ALIAS']}"
+    assert "was not held" in ask("--release")
+    ask("--hold", "wrong 'carriers', ask\nKim")
+    assert re.fullmatch(r"wrong 'carriers', ask Kim \(since 2[0-9TZ:-]+\)\n", hold.read_text())
+    assert "held: wrong 'carriers', ask Kim (since " in ask(code=4)
+    assert "wrong 'carriers', ask Kim (since " in ask("--status")
+    assert "is no longer held" in ask("--release")
+    assert not hold.exists()
+    assert re.search("^hold +none$", ask("--status"), re.M)
+
+
+def test_the_status_is_what_report_and_lock_say(ask, pair, refresh, put_csv, own_names, tmp_path):
+    assert "last success  never" in ask("--status")
+    ask("--status", "--max-age", "24", code=1)
+    assert list(tmp_path.glob("logs/refresh-*")) == []
+    primary, _, alias = pair({"n": {"type": "long"}}, docs=1)
+    assert finish(refresh(put_csv({"a.csv": "n\n1\n"})))[0] == 0
+    status = ask("--status", "--max-age", "24")
+    assert f"readers       on {primary}, 1 documents, data 0.0 hours old" in status
+    assert re.search("^last run .*, succeeded$", status, re.M)
+    assert status.endswith(", 0.0 hours ago\nhold          none\nrunning now   no\n")
+    with (tmp_path / "locks" / f"REFRESH-{alias}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert re.search("^running now +yes$", ask("--status"), re.M)
+    path = tmp_path / "logs" / f"last-{alias}.json"
+    path.write_text(re.sub(r'"last_success": "\d+', '"last_success": "2020', path.read_text()))
+    ask("--status", "--max-age", "24.5", code=1)
+    ask("--status")
+    path.write_text("[1")
+    assert "last success  never" in ask("--status")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--hold"], ["--hold", " "], ["--hold", "x", "y"], ["--release", "x"], ["--status", "--max-age"],
+     ["--max-age", "1"], ["--status", "--max-age", "1 h"], ["--status", "--dry-run"], ["--verbose", "--hold", "x"]],
+)  # fmt: skip
+def test_an_own_command_with_wrong_arguments_is_a_usage_error(arguments, ask, tmp_path):
+    assert len(ask(*arguments, code=2).splitlines()) == 1
+    assert list(tmp_path.glob("locks/HOLD*")) == []
