@@ -243,8 +243,8 @@ class Reindex(OpenSearchBaseManager):
         if not self.clone:
             return {}
         try:
-            total = self._get_index_count(self.source)
             self.clone.run()
+            total = self._get_index_count(self.source)  # nobody can write to it now
             self._verify_copy(total, source_uuid)
             self.clone.finish()
         except CannotReplace as error:

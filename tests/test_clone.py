@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import opensearch_base_manager as base
 import pytest
 import reindex
@@ -132,3 +134,45 @@ def test_a_clone_that_fails_leaves_no_block_and_the_next_run_clones_with_the_rep
     assert marker["replicas"]["index.number_of_replicas"] == "2"
     assert clone(*pair).code == 0
     assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
+
+
+def test_a_client_that_writes_all_the_time_gets_errors_and_loses_nothing(pair, clone, look, box):
+    stored, errors, stopped = [], [], threading.Event()
+
+    def write():
+        while not stopped.is_set():
+            try:
+                box.server.request("POST", f"/{pair[0]}/_doc", {"n": 100 + len(stored)})
+                stored.append(1)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        outcome = clone(*pair)
+    finally:
+        stopped.set()
+        writer.join()
+    assert outcome.code == 0, outcome.err
+    assert errors
+    assert all(" 403 " in error and "cluster_block_exception" in error for error in errors)
+    assert look(pair[0])[3] == [*range(5), *range(100, 100 + len(stored))]
+    copied = look(pair[1])[3]
+    assert copied == look(pair[0])[3][: len(copied)]
+
+
+def test_an_index_of_five_shards_is_cloned_whatever_the_templates(make_index, clone, look, admin, name, may_recreate):
+    source = make_index("source", NUMBER, docs=50, settings={"number_of_shards": 5})
+    brings = {"settings": {"index.default_pipeline": "missing"}, "mappings": {"properties": {"x": {"type": "long"}}}}
+    template = {"index_patterns": [name("target")], "template": {**brings, "aliases": {name("alias"): {}}}}
+    admin("PUT", f"/_index_template/{name('template')}", template)
+    try:
+        outcome = clone(source, name("target"))
+    finally:
+        admin("DELETE", f"/_index_template/{name('template')}")
+    assert outcome.code == 0, outcome.err
+    assert look(name("target")) == look(source) == (None, None, "1", list(range(50)))
+    made = admin("GET", f"/{name('target')}")[name("target")]
+    assert (made["aliases"], made["mappings"]["properties"]) == ({}, NUMBER)
+    assert "default_pipeline" not in made["settings"]["index"]
