@@ -40,23 +40,18 @@ TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
 OWN = f"t-{os.environ.get('PYTEST_XDIST_WORKER', 'one')}"
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 READER_PAUSE_S = 0.02  # what a reader could notice lasts a change of the cluster's state at least, 40 ms and more
-OWN_SERVER = re.compile(r"test_(node|replicas|sandbox)\.py|test_each_command_that_can_run")
-# the inner loop, about a minute: what can be asked of each script without waiting, and one whole refresh
-QUICK = re.compile(
-    r"/test_(messages|bad_input|base_manager|bulkupdate_types|switch_alias|signed|reader)\.py|/test_readme\.py.*(parse|role|"
-    r"flag|variable|json|code)|test_the_list_of_changes|test_the_target_holds|test_without_the_merge|"
-    r"test_every_readable_kind|test_every_defective_row|test_an_index_is_dropped_and_created|test_a_dry_run"
-)
-ONE_WORKER = re.compile(r"test_(node|replicas)\.py")  # their servers are started once
+# files whose servers are started once for all of their tests, which therefore run on one worker
+NODES = tuple(path.name for path in Path(__file__).parent.rglob("test_*.py") if "pytest.mark.nodes" in path.read_text())
 counter = itertools.count(1)
 STARTED = pytest.StashKey[sandbox.Sandbox]()
 
 
 class ByServer(LoadGroupScheduling):
-    """Runs the tests of a file that has servers of its own on one worker; xdist's own groups need an older pytest."""
+    """Runs the tests of a file in NODES on one worker; xdist 3.8 loses its own groups under pytest 9.2."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid.split("::")[0] if ONE_WORKER.search(nodeid) else nodeid
+        path = nodeid.split("::")[0]
+        return path if path.endswith(NODES) else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -65,18 +60,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="the long form of the fault bench too (an hour)")
+    parser.addoption("--nodes", action="store_true", help="the tests that start clusters of several nodes too")
+    parser.addoption("--faults", action="store_true", help="everything: the long form of the fault bench too (an hour)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not OWN_SERVER.search(item.nodeid))  # stable; the longest first, or all wait for them
-    for item in items:
-        if QUICK.search(item.nodeid):
-            item.add_marker("quick")
-    if not config.getoption("--faults"):
-        long = [item for item in items if item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
+    if config.getoption("--faults"):
+        return
+    unwanted = ["long"] if config.getoption("--nodes") else ["long", "nodes"]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unwanted)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @contextlib.contextmanager

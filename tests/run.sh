@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # All checks and tests; makes .venv and the sandbox by itself.
 #
-# Usage: tests/run.sh [PYTEST ARGUMENT...]
+# Usage: tests/run.sh [PYTEST ARGUMENT...]    --nodes: with the tests that start clusters of several nodes
+#                                             --faults: with those and the long form of the fault tests (an hour)
+#                                             -m quick: about a minute
 # Env:   as in tests/sandbox.sh
 # Exit:  0 when everything passed
 set -euo pipefail

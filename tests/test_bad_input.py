@@ -18,6 +18,8 @@ import switch_alias
 from conftest import OWN, TEST_PATTERNS, fill, secured, state_of
 from fault_proxy import FaultProxy, after, answer
 
+pytestmark = pytest.mark.quick
+
 OWN_PASSWORD = "of-the-Test-only-2026!"
 
 

@@ -25,6 +25,8 @@ import switch_alias
 from conftest import OWN, count, fill, on_terminal
 from fault_proxy import answer, edited, lost_answer, refused
 
+pytestmark = pytest.mark.quick
+
 SCRIPTS = [bulkupdate, index_cleanup, reindex, switch_alias]
 TOP = Path(base.__file__).parent
 LINE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR) index_cleanup: "

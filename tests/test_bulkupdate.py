@@ -157,6 +157,7 @@ def row(cells):
     return cells if isinstance(cells, dict) else dict(zip("kt", cells))
 
 
+@pytest.mark.quick
 def test_every_readable_kind_of_file_gives_its_rows(make_index, put_csv, load, by_object):
     index = make_index("index", WORDS)
     objects = {key: content for key, (content, _) in READABLE.items()}
@@ -196,6 +197,7 @@ DEFECTIVE = {  # object: its content, its good rows, its rejects as line and a w
 }  # fmt: skip
 
 
+@pytest.mark.quick
 def test_every_defective_row_is_a_reject_with_its_line_and_the_others_are_stored(
     make_index, put_csv, load, by_object, rejected
 ):
@@ -946,6 +948,7 @@ def test_a_read_that_breaks_off_is_read_on_from_there(make_index, put_csv, load,
 # --- dry run, the real flights ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("words", [[], ["--no-cleanup"]])
 def test_a_dry_run_changes_nothing_and_only_notes_that_an_index_is_live(
     words, make_index, put_csv, load, proxy, admin, name, tmp_path

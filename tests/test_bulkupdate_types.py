@@ -13,6 +13,8 @@ import requests
 import sandbox
 from conftest import state_of
 
+pytestmark = pytest.mark.quick
+
 GONE, REJECT = "the field is left out", "the row is rejected"
 EMPTIES = ["NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None", "", " ", "  NA "]
 

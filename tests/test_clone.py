@@ -78,6 +78,7 @@ def test_a_block_of_the_operator_stays(pair, clone, look, admin):
     assert look(pair[1])[:2] == (None, None)
 
 
+@pytest.mark.quick
 def test_a_dry_run_says_how_and_changes_nothing(pair, clone, look):
     outcome = clone(*pair, "--dry-run")
     assert outcome.code == 0, outcome.err

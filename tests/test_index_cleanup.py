@@ -64,6 +64,7 @@ def test_all_documents_go_and_their_disk_space_comes_back(make_index, cleanup, a
     assert admin("GET", f"/{index}/_stats/docs")["_all"]["primaries"]["docs"]["deleted"] == 0
 
 
+@pytest.mark.quick
 def test_without_the_merge_nobody_waits_for_the_disk_space(index, cleanup, proxy):
     outcome = cleanup(index, "--no-force-merge")
     assert (outcome.code, outcome.result["documents"]) == (0, 0)
@@ -206,6 +207,7 @@ def test_an_index_that_is_replaced_meanwhile_is_a_failure(index, cleanup, admin,
     assert f"index {index} was deleted and created anew by somebody else" in outcome.last
 
 
+@pytest.mark.quick
 def test_a_dry_run_counts_and_deletes_nothing(index, cleanup, admin):
     before = state_of(admin, index)
     outcome = cleanup(index, "--dry-run")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 TOP = Path(__file__).resolve().parent.parent
 ERRORS = ("OperationFailed", "RequestFailed", "ConfigurationError", "TooManyRejects", "Refused", "Locked")
 # A question is advice too, an example, the list of allowed values, or another message that is passed on.

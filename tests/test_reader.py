@@ -7,6 +7,8 @@ import time
 import pytest
 from conftest import Reader
 
+pytestmark = pytest.mark.quick
+
 NUMBER = {"n": {"type": "long"}}
 TIMES = 5  # on a busy machine a state of 40 ms may pass between two searches, but not each time
 

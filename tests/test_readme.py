@@ -30,6 +30,7 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
     return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")} - {"--help"}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("script", "arguments"), COMMANDS)
 def test_each_command_parses(script, arguments):
     SCRIPTS[script].build_parser().parse_args(shlex.split(arguments))
@@ -39,11 +40,13 @@ def test_the_first_command_refreshes_and_the_second_runs_the_tests():
     assert [block.strip() for block in BASH[:2]] == ["tests/sandbox.sh ./run_refresh.sh", "tests/run.sh"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_flag_is_mentioned(script):
     assert {flag for flag in flags(SCRIPTS[script].build_parser()) if flag not in README} == set()
 
 
+@pytest.mark.quick
 def test_the_role_is_the_one_that_the_tests_run_with():
     role, recreate = [json.loads(text) for text in re.findall(r"api/roles/refresh.*?-d '\n(\{.*?\n\})'", README, re.S)]
     assert recreate == sandbox.recreate_role(["my_index_primary", "my_index_secondary"])
@@ -60,12 +63,14 @@ ROWS = [setting for rows in base.SETTINGS.values() for setting in rows]
 VARIABLES = {setting.variable for setting in ROWS if setting.variable} | ELSEWHERE
 
 
+@pytest.mark.quick
 def test_each_setting_is_in_the_table_of_the_readme_and_no_other():
     table = README.split("## Settings")[1].split("## Setting up")[0]
     in_table = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", table)) - {"INFO", "DEBUG"}
     assert in_table == VARIABLES
 
 
+@pytest.mark.quick
 def test_each_variable_is_in_the_example_file_with_its_default():
     in_example = dict(re.findall(r"^#([A-Z0-9_]+)=(.*)$", (TOP / ".env.example").read_text(), re.M))
     assert set(in_example) == VARIABLES - {"PYTHON"}
@@ -73,12 +78,14 @@ def test_each_variable_is_in_the_example_file_with_its_default():
     assert {name: in_example[name] for name in defaults} == defaults
 
 
+@pytest.mark.quick
 def test_no_script_reads_a_variable_past_the_table():
     code = "".join((TOP / f"{name}.py").read_text() for name in [*SCRIPTS, "opensearch_base_manager"])
     read = set(re.findall(r"\b(?:environ|getenv)\W+(?:get\W+)?([A-Z][A-Z0-9_]+)", code))
     assert read - {"REFRESH_LOG_FILE"} <= VARIABLES  # only the runner sets it
 
 
+@pytest.mark.quick
 def test_the_json_blocks_are_json():
     blocks = re.findall(r"```json\n(.*?)```", README, re.S)
     assert blocks
@@ -86,6 +93,7 @@ def test_the_json_blocks_are_json():
         json.loads(block)
 
 
+@pytest.mark.quick
 def test_every_exit_code_of_the_base_manager_is_in_the_table():
     codes = {error.exit_code for error in base.OperationFailed.__subclasses__()} | {base.OperationFailed.exit_code}
     assert all(re.search(rf"^\| {code} \|", README, re.M) for code in codes)

@@ -59,6 +59,7 @@ def kinds_of(proxy):
 # --- it is the same index, empty --------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_an_index_is_deleted_and_created_with_the_same_definition(index, recreate, admin, proxy):
     wanted, former = definition(admin, index), uuid_of(admin, index)
     outcome = recreate(index)
@@ -310,6 +311,7 @@ def test_the_next_run_on_whatever_machine_restores_the_index(
     assert not exists(admin, f"{index}-recreate")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("script", ["cleanup", "copy", "load"])
 def test_a_dry_run_meets_a_missing_index_and_changes_nothing(
     script, deleted, index, make_index, put_csv, run, admin, proxy

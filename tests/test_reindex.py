@@ -92,6 +92,7 @@ def wait_for(condition, seconds=20):
 # --- what arrives -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_the_target_holds_the_documents_of_the_source_and_nothing_else(pair, copy, admin, note_of, own_settings):
     source, target = pair
     outcome = copy(source, target)
@@ -163,6 +164,7 @@ def test_a_field_that_only_the_target_knows_stays(make_index, copy, admin):
     assert admin("GET", f"/{target}/_mapping")[target]["mappings"]["properties"] == {**NUMBER, "own": {"type": "ip"}}
 
 
+@pytest.mark.quick
 def test_a_dry_run_changes_nothing(pair, copy, admin, make_index):
     before = state_of(admin, *pair)
     outcome = copy(*pair, "--dry-run")

@@ -13,7 +13,7 @@ import sandbox
 import switch_alias
 from conftest import TEST_PATTERNS, Outcome, Reader, fill
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.nodes, pytest.mark.timeout(600)]
 PROPERTIES = {"n": {"type": "long"}, "word": {"type": "keyword"}}
 # the nodes are started once; the long form has them with a remote store too
 WORLDS = ["segments", pytest.param("remote store", marks=pytest.mark.long)]

@@ -371,6 +371,7 @@ def test_a_signal_reaches_the_step_at_once(pair, refresh, put_csv, admin, number
     assert count(admin, primary) == 60
 
 
+@pytest.mark.quick
 def test_a_dry_run_changes_nothing(pair, refresh, put_csv, admin):
     primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
     code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"}), "--dry-run"))

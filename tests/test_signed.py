@@ -21,6 +21,8 @@ import switch_alias
 from conftest import count, sources
 from fault_proxy import Exchange
 
+pytestmark = pytest.mark.quick
+
 REGION = "eu-central-1"
 BASIC = "Basic " + b64encode(f"{sandbox.USER}:{sandbox.PASSWORD}".encode()).decode()
 

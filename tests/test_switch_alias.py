@@ -12,6 +12,8 @@ import switch_alias
 from conftest import OWN, fill, state_of
 from fault_proxy import after, answer, edited, lost_answer, refused
 
+pytestmark = pytest.mark.quick
+
 
 ALIAS = f"{OWN}-switch"
 NUMBER = {"n": {"type": "long"}}

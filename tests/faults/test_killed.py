@@ -115,6 +115,7 @@ def assert_killed_and_healed(world: World, at: int, when: str) -> None:
     world.heal()
 
 
+@pytest.mark.quick
 def test_the_list_of_changes_is_complete(world):
     counter = Counter(world)
     world.expect(world.refresh(), code=0)
@@ -168,6 +169,7 @@ def cloning(world, may_recreate):
     return world
 
 
+@pytest.mark.quick
 def test_the_list_of_changes_by_clone_is_complete(cloning):
     counter = Counter(cloning)
     cloning.expect(cloning.refresh(), code=0)

@@ -23,6 +23,7 @@ from .driver import OLD, Run, World, add_roles
 PATIENCE = {"RETRY_SECONDS": "150", "WAIT_SECONDS": "150"}  # a node is back in 10 s, on a busy machine in 60
 FEW_AT_A_TIME = {"REQUESTS_PER_SECOND": "3"}  # copies 30 documents, then waits 10 s for the other ten
 Nodes = list[sandbox.OpenSearch]
+pytestmark = pytest.mark.nodes
 
 
 def eventually(look: Callable[[], Any], seconds: float = 90) -> Any:

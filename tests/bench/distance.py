@@ -1,6 +1,6 @@
 """What distance and a busy cluster cost a load, and what a load costs readers: `benchmark.py --distance`.
 
-Every comparison goes through a relay of its own (tests/relay.py), near ones too, in one run.
+Every comparison goes through a relay of its own (relay.py), near ones too, in one run.
 """
 
 from __future__ import annotations

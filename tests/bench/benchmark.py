@@ -1,6 +1,6 @@
 """Compare bulkupdate.py with the limit of the server and with what an operator could take instead.
 
-Usage: tests/sandbox.sh python tests/benchmark.py [--rounds 5] [--only flights] [--chart tests/benchmark.svg]
+Usage: tests/sandbox.sh python tests/bench/benchmark.py [--rounds 5] [--only flights] [--chart FILE.svg]
 All loaders run against one warm server in alternating rounds, over TLS, each into a fresh one-shard index.
 Exit code 1 when a loader's count is wrong.
 """
@@ -30,11 +30,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+TOP = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(TOP / "tests"), str(TOP)]
+
 import requests
 import sandbox
 import urllib3
 
-TOP = Path(__file__).resolve().parent.parent
 INDEX = sandbox.SECONDARY  # one that the restricted user may write to
 BUCKET = sandbox.BUCKET
 GRID = [(size, connections) for size in (1000, 2000, 5000) for connections in (2, 3)]
@@ -332,7 +334,6 @@ def draw(results: dict[str, dict[str, Figures]], path: Path) -> None:
 
 def stages(bench: Bench, data: DataSet) -> None:
     """Print the seconds of each stage of the pipeline, by running it up to there, and those spent on waiting."""
-    sys.path.insert(0, str(TOP))
     import bulkupdate as b
     from opensearch_base_manager import resolve
 

@@ -1,6 +1,6 @@
 """A relay in front of a server, in a process of its own, which behaves as a distant or a busy cluster does.
 
-Usage: python tests/relay.py PORT ENDPOINT KIND VALUE [PATH]
+Usage: python tests/bench/relay.py PORT ENDPOINT KIND VALUE [PATH]
 
     late SECONDS    each answer comes so much later
     admits N        so many requests at a time go on, the others wait
@@ -8,7 +8,7 @@ Usage: python tests/relay.py PORT ENDPOINT KIND VALUE [PATH]
     stalls SECONDS  once, two seconds after the first request, nothing goes on for so long
 
 Only requests to PATH (/_bulk) are meant. GET /_relay tells what was seen: [seconds since the first request, status] of
-each, and how many were under way at most.
+each, and how many were in flight at most.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import requests
 import sandbox
@@ -40,7 +42,7 @@ class Relay:
         self.lock, self.began = threading.Lock(), 0.0
         self.admitted = threading.Semaphore(int(value) if kind == "admits" else 1000)
         self.seen: list[tuple[float, int]] = []
-        self.under_way = self.most = 0
+        self.in_flight = self.most = 0
 
     def watch(self, exchange: Exchange) -> bool:
         if exchange.handler.path == "/_relay":
@@ -50,15 +52,15 @@ class Relay:
             return False
         with self.lock:
             self.began = self.began or time.monotonic()
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
-            refused = self.kind == "refuses" and self.under_way > self.value
+            self.in_flight += 1
+            self.most = max(self.most, self.in_flight)
+            refused = self.kind == "refuses" and self.in_flight > self.value
             self.seen.append((round(time.monotonic() - self.began, 3), 429 if refused else 200))
         try:
             self.answer(exchange, refused)
         finally:
             with self.lock:
-                self.under_way -= 1
+                self.in_flight -= 1
         return True
 
     def answer(self, exchange: Exchange, refused: bool) -> None:
@@ -109,5 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     main()
