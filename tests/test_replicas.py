@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import index_cleanup
@@ -11,7 +13,9 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import TEST_PATTERNS, Outcome, Reader, fill
+from conftest import Outcome, Reader, fill
+from faults.driver import NEW_ROWS, SETTINGS, World, add_roles
+from faults.test_killed import assert_killed_and_healed
 
 pytestmark = [pytest.mark.nodes, pytest.mark.timeout(600)]
 PROPERTIES = {"n": {"type": "long"}, "word": {"type": "keyword"}}
@@ -25,7 +29,7 @@ def box(request: pytest.FixtureRequest, box: sandbox.Sandbox) -> Iterator[sandbo
     """Two nodes of their own, with the S3 and the Parameter Store of the others."""
     with sandbox.cluster(2, remote_store=request.param == "remote store") as nodes:
         if sandbox.SECURE:
-            nodes[0].grant("tests", sandbox.refresh_role(TEST_PATTERNS))
+            add_roles(nodes[0])
         where = {**box.environment, "OPENSEARCH_PARAMETER_PREFIX": "/two-nodes"}
         sandbox.store_parameters(where, nodes[0].endpoint, "/two-nodes")
         yield sandbox.Sandbox(nodes[0], where)
@@ -162,3 +166,52 @@ def test_a_cluster_that_calls_itself_7_10_is_asked_as_the_oldest(nameless, make,
     old, new = make("old", 3, alias=name("alias")), make("new", 3)
     outcome = switch(old, new)
     assert outcome.code == 0, outcome.err
+
+
+# --- whole refreshes --------------------------------------------------------------------------------------------------
+
+SLOW = "30kb"  # per second: a replica gets the documents of a load in some seconds
+WAYS: dict[str, dict[str, str]] = {
+    "copy-back": {}, "alternate": {"REFRESH_STRATEGY": "alternate", "CLEANUP_METHOD": "recreate"},
+    "clone": {"COPY_METHOD": "clone", "CLEANUP_METHOD": "recreate"},
+}  # fmt: skip
+
+
+@pytest.fixture(params=WAYS)
+def world(
+    request: pytest.FixtureRequest, box: sandbox.Sandbox, name: Callable[[str], str], environment: dict[str, str],
+    tmp_path: Path, may_recreate: Callable[..., None],
+) -> Iterator[World]:  # fmt: skip
+    """Two indices whose replicas lag, with a reader at the alias that asks each copy."""
+    with World(box, name, environment, tmp_path, {**SETTINGS, "index.replication.type": "SEGMENT"}) as made:
+        made.admin("GET", f"/_cluster/health/{made.primary},{made.secondary}?wait_for_status=green&timeout=30s")
+        rows = (f"{n},{n / 2},{random.randbytes(2000).hex()}\n" for n in range(NEW_ROWS))
+        made.objects = {"a.csv": ("n,half,word\n" + "".join(rows)).encode()}
+        made.put(made.objects)
+        for key in ("b.csv.gz", "c.csv"):
+            made.s3.delete_object(Bucket=sandbox.BUCKET, Key=made.prefix + key)
+        made.environment |= {**WAYS[request.param], "WAIT_SECONDS": "60"}
+        made.alternate = request.param == "alternate"
+        if made.alternate:
+            fill(made.admin, made.secondary, [{"n": 1, "half": 0.5, "word": "older"}] * 40)
+        sandbox.throttle_replication(box.server, SLOW)
+        yield made
+    sandbox.throttle_replication(box.server, None)
+
+
+def test_a_whole_refresh_and_its_undo_show_no_reader_a_replica_that_lags(world):
+    run = world.refresh()
+    world.expect(run, code=0)
+    [live] = world.owners()
+    readings = len(world.proxy.seen("GET", f"/{live}/_stats.level=shards"))
+    assert readings > 4 or "CLEANUP_METHOD" in world.environment  # a new index is waited for until it is green
+    world.assert_done()
+    undo = re.findall("undo: (.*)", run.log)[-1]
+    back = world.finish(world.start("bash", "-c", undo))
+    assert back.code == 0, back.err
+    assert world.owners() != [live]
+
+
+@pytest.mark.parametrize("at", [pytest.param(at, marks=pytest.mark.long) for at in (3, 5, 6, 9, 12)])
+def test_a_refresh_that_is_killed_is_healed_though_replicas_lag(world, at):
+    assert_killed_and_healed(world, at, "after")

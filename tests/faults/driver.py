@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,10 @@ class World:
     """Two indices, an alias, S3 objects, a proxy before the cluster and one before S3, and a reader."""
 
     def __init__(
-        self, box: sandbox.Sandbox, name: Callable[[str], str], environment: dict[str, str], folder: Path
-    ) -> None:
+        self, box: sandbox.Sandbox, name: Callable[[str], str], environment: dict[str, str], folder: Path,
+        settings: Mapping[str, Any] = SETTINGS,
+    ) -> None:  # fmt: skip
+        self.settings = settings
         self.box, self.admin, self.folder = box, box.server.request, folder
         self.primary, self.secondary, self.alias = name("primary"), name("secondary"), name("alias")
         self.prefix = f"{name('prefix')}/"
@@ -98,7 +100,7 @@ class World:
 
     def __enter__(self) -> World:
         for index in (self.primary, self.secondary):
-            self.admin("PUT", f"/{index}", {"settings": SETTINGS, "mappings": MAPPING})
+            self.admin("PUT", f"/{index}", {"settings": self.settings, "mappings": MAPPING})
         self.admin("POST", "/_aliases", {"actions": [{"add": {"index": self.primary, "alias": self.alias}}]})
         fill(self.admin, self.primary, OLD)
         self.put(self.objects)
