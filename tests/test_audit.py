@@ -366,11 +366,6 @@ def test_an_object_whose_place_a_keyword_has_taken(pair, switch):
     assert outcome.result["fields_fallen"] == {"o": "object -> keyword", "o.x": "100.0 % -> 0.0 %"}
 
 
-def test_a_field_that_the_target_only_stores_is_lost_to_readers(pair, switch):
-    outcome = switch(*pair(FLIGHT, FLIGHTS, None, {**FLIGHT, "carrier": {**WORD, **NOT_INDEXED}}))
-    assert outcome.result["fields_fallen"] == {"carrier": "doc_values True -> False, index True -> False"}
-
-
 # --- a count of the audit that fails ----------------------------------------------------------------------------------
 
 
@@ -427,25 +422,6 @@ def test_at_most_eight_counts_are_under_way(pair, switch, proxy):
     names = [f"f{number}" for number in range(30)]
     assert switch(*pair(dict.fromkeys(names, WORD), [dict.fromkeys(names, 1)])).code == 0
     assert 2 < max(most) <= 8
-
-
-@pytest.mark.parametrize(("fields", "limit"), [(19, 0.3), (1000, 2.0)])
-def test_what_the_audit_costs(fields, limit, pair, switch, make_index, capsys):
-    """Figures for the report; the bound is ten times that, since the machine that runs this is shared."""
-    names = [f"field_{number}" for number in range(fields)]
-    wide = {"index.mapping.total_fields.limit": 2000}
-    properties = dict.fromkeys(names, WORD)
-    docs = [dict.fromkeys(names, "x")] * 3
-    old = make_index("old", properties, docs=docs, alias=ALIAS, settings=wide)
-    new = make_index("new", properties, docs=docs, settings=wide)
-    seconds = []
-    for more in [], ["--field-threshold", "100"]:
-        began = time.monotonic()
-        assert switch(old, new, "--dry-run", *more).code == 0
-        seconds.append(time.monotonic() - began)
-    with capsys.disabled():
-        print(f"\n{fields} fields: {seconds[0] - seconds[1]:.2f} s")
-    assert seconds[0] - seconds[1] < limit * 10
 
 
 # --- a floor ----------------------------------------------------------------------------------------------------------
@@ -550,24 +526,6 @@ def test_a_line_that_is_no_json_object_is_a_configuration_error_and_nothing_is_s
     assert outcome.code == 2, outcome.err
     assert f"{file}{'' if line == bytes([255]) else ', line 3'}: " in outcome.last
     assert proxy.requests == []
-
-
-def test_a_query_that_the_source_does_not_understand_is_a_configuration_error(pair, switch, queries, owners):
-    old, new = pair(FLIGHT, FLIGHTS)
-    file = queries(UA, {"query": {"no_such": {}}})
-    outcome = switch(old, new, "--queries", file)
-    assert outcome.code == 2, outcome.err
-    assert f"{file}, line 2: both indices answer 400 parsing_exception; change that line" in outcome.last
-    assert owners() == [old]
-
-
-def test_a_query_that_only_the_target_refuses(pair, switch, queries, owners):
-    old, new = pair(FLIGHT, FLIGHTS, None, {**FLIGHT, "n": {"type": "keyword"}})
-    file = queries({"aggs": {"sum": {"sum": {"field": "n"}}}})
-    outcome = switch(old, new, "--queries", file, "--accept-fields", "n")
-    assert outcome.code == 4, outcome.err
-    assert f"{file}, line 1: hits in {old}: 10, in {new}: 400 illegal_argument_exception" in outcome.last
-    assert owners() == [old]
 
 
 def slow(found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gzip
+import fcntl
 import re
 import shlex
 import time
@@ -15,7 +15,7 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import OWN, TEST_PATTERNS, fill, secured, state_of
+from conftest import OWN, TEST_PATTERNS, fill, load_arguments, secured, state_of
 from fault_proxy import FaultProxy, after, answer
 
 pytestmark = pytest.mark.quick
@@ -55,7 +55,7 @@ class Pair:
         self.empty = (index_cleanup, "--index", new, "--no-force-merge")
 
     def load(self, prefix, *more):
-        return bulkupdate, "--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", self.new, *more
+        return bulkupdate, *load_arguments(prefix, self.new, *more)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,10 @@ LOAD = "--bucket b --prefix p/ --index t-a"
         (bulkupdate, f"{LOAD} --workers 0", "--workers: must be at least 1"),
         (bulkupdate, f"{LOAD} --max-rejects=-1", "--max-rejects: '-1'"),
         (bulkupdate, f"{LOAD} --delimiter ;;", "--delimiter: ';;'"),
+        (bulkupdate, f'{LOAD} --delimiter "', "--delimiter: "),
+        (bulkupdate, f"{LOAD} --delimiter=", "--delimiter: "),
+        *[(bulkupdate, f"--bucket {wrong} --prefix p/ --index t-a", "give the bucket's name alone")
+          for wrong in ("s3://your-bucket", "your-bucket/", "arn:aws:s3:::your-bucket", "a/b")],
         (bulkupdate, "--bucket b --prefix p/", "required: --index"),
         (index_cleanup, "--index t-*", r"--index: 't-\*' is not the name"),
         (index_cleanup, "--index t-a,t-b", "--index: 't-a,t-b' is not the name"),
@@ -140,13 +144,16 @@ def test_a_wrong_flag_is_a_usage_error_and_nothing_is_sent(script, argv, says, r
             ({"OPENSEARCH_ENDPOINT": "ftp://host"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://host:port"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://[::1"}, "endpoint is not a URL such as"),
-            ({"OPENSEARCH_AUTH": "kerberos"}, "OPENSEARCH_AUTH: "),
+            ({"OPENSEARCH_AUTH": "kerberos"}, "OPENSEARCH_AUTH: 'kerberos' is neither basic nor sigv4"),
             ({"VERIFY_SSL": "maybe"}, "VERIFY_SSL: 'maybe'"),
             ({"CA_BUNDLE": "/nowhere/ca.pem"}, "CA_BUNDLE: /nowhere/ca.pem"),
             ({"RETRY_SECONDS": "soon"}, "RETRY_SECONDS: 'soon'"),
             ({"RETRY_SECONDS": "-1"}, "RETRY_SECONDS: '-1'"),
             ({"WAIT_SECONDS": "nan"}, "WAIT_SECONDS: 'nan'"),
             ({"LOG_LEVEL": "LOUD"}, "LOG_LEVEL: 'LOUD'"),
+        ]],
+        *[(script, argv, {"CLEANUP_METHOD": "burn"}, "'burn' is neither delete nor recreate") for script, argv in [
+            (index_cleanup, "--index t-a"), (reindex, "--source t-a --target t-b"), (bulkupdate, LOAD),
         ]],
         (switch_alias, SWITCH, {"DOCUMENT_COUNT_THRESHOLD": "nan"}, "'nan' is not a number"),
         (reindex, "--source t-a --target t-b", {"REQUESTS_PER_SECOND": "fast"}, "'fast'"),
@@ -302,22 +309,23 @@ def test_a_missing_index_is_named(missing, script, pair, run, name):
 
 def test_a_missing_index_of_a_load_or_cleanup_is_named(run, name, put_csv):
     prefix = put_csv({"a.csv": "n\n1\n"})
-    load = ["--bucket", sandbox.BUCKET, "--prefix", prefix]
-    for outcome in (run(bulkupdate, *load, "--index", name("none")), run(index_cleanup, "--index", name("none"))):
+    load = load_arguments(prefix, name("none"))
+    for outcome in (run(bulkupdate, *load), run(index_cleanup, "--index", name("none"))):
         assert_says(outcome, 1, f"index {name('none')} does not exist; create it first")
 
 
-def test_an_alias_in_the_place_of_an_index_is_not_followed(pair, run):
-    for command in [(reindex, "--source", pair.alias, "--target", pair.new), (index_cleanup, "--index", pair.alias)]:
+def test_an_alias_in_the_place_of_an_index_is_not_followed(pair, run, put_csv):
+    load = (bulkupdate, *load_arguments(put_csv({"a.csv": "n\n1\n"}), pair.alias))
+    copy = (reindex, "--source", pair.alias, "--target", pair.new)
+    for command in copy, (index_cleanup, "--index", pair.alias), load:
         assert_says(run(*command), 1, f"{pair.alias} is an alias of {pair.old}")
 
 
-def test_a_live_index_is_neither_emptied_nor_loaded_nor_copied_into(pair, run, put_csv):
+def test_a_live_index_is_neither_emptied_nor_loaded_nor_copied_into(pair, run, put_csv, may_recreate):
     prefix = put_csv({"a.csv": "n\n1\n"})
-    for command in [
-        (reindex, "--source", pair.new, "--target", pair.old), (index_cleanup, "--index", pair.old),
-        (bulkupdate, "--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", pair.old),
-    ]:  # fmt: skip
+    copy, empty = (reindex, "--source", pair.new, "--target", pair.old), (index_cleanup, "--index", pair.old)
+    load = (bulkupdate, *load_arguments(prefix, pair.old))
+    for command in copy, (*copy, "--copy-method", "clone"), empty, (*empty, "--method", "recreate"), load:
         assert_says(run(*command), 4, f"{pair.old} is live: alias {pair.alias} points at it")
 
 
@@ -395,40 +403,6 @@ def test_a_missing_bucket_is_named(pair, run):
     assert_says(outcome, 1, "s3://t-no-bucket/p/: NoSuchBucket")
 
 
-@pytest.mark.parametrize("objects", [{}, {"readme.txt": "n\n1\n", "a.csv.bak": "n\n1\n"}])
-def test_a_prefix_without_csv_objects_is_refused(objects, pair, run, put_csv):
-    prefix = put_csv(objects)
-    assert_says(run(*pair.load(prefix)), 4, f"s3://{sandbox.BUCKET}/{prefix}: no .csv or .csv.gz object")
-
-
-@pytest.mark.parametrize(
-    "objects",
-    [
-        {"a.csv": "n\n", "b.csv": "n,m"}, {"a.csv": ""}, {"a.csv": "n\n\n\n"}, {"a.csv.gz": gzip.compress(b"n\n")},
-    ],
-)  # fmt: skip
-def test_files_without_a_single_row_are_refused_before_the_index_is_emptied(objects, pair, run, put_csv):
-    prefix = put_csv(objects)
-    assert_says(run(*pair.load(prefix)), 4, f"{prefix}: not one data row")
-
-
-def test_semicolons_instead_of_commas_are_noticed(pair, fresh, run, put_csv):
-    prefix = put_csv({"a.csv": "n;m\n1;2\n"})
-    outcome = run(*pair.load(prefix))
-    advice = r"is the delimiter ',' \(DELIMITER, --delimiter\)"
-    assert_says(outcome, 4, f"{prefix}a.csv", "none of the columns n;m", advice)
-    assert run(*fresh.load(prefix, "--delimiter", ";")).code == 0
-
-
-@pytest.mark.parametrize("cut", [40, -1], ids=["in the middle", "in the checksum"])
-def test_gzip_that_breaks_off_fails_and_leaves_the_index_marked_as_unfinished(cut, fresh, run, put_csv, admin):
-    rows = "n\n" + "".join(f"{n * 7919 % 10007}\n" for n in range(100))
-    outcome = run(*fresh.load(put_csv({"a.csv.gz": gzip.compress(rows.encode())[:cut]})))
-    assert_says(outcome, 1, r"a\.csv\.gz: broken gzip", "write the object again")
-    assert base.SUITE in admin("GET", f"/{fresh.new}/_mapping")[fresh.new]["mappings"]["_meta"]
-    assert_says(run(*fresh.switch), 4, f"{fresh.new} is unfinished")
-
-
 @pytest.mark.parametrize(("change", "says"), [("delete", "was deleted since"), ("replace", "was replaced since")])
 def test_an_object_that_changes_between_list_and_read_fails(
     change, says, pair, run, put_csv, s3, environment, monkeypatch
@@ -452,6 +426,19 @@ def test_a_lock_folder_that_cannot_be_used_is_named_before_any_change(pair, run,
     monkeypatch.setenv("LOCK_DIR", str(tmp_path / "file"))
     for command in (pair.copy, pair.switch, pair.empty, pair.load(prefix)):
         assert_says(run(*command), 1, f"{tmp_path}/file", "set LOCK_DIR")
+
+
+@pytest.mark.parametrize("kind", [fcntl.LOCK_EX, fcntl.LOCK_SH], ids=["exclusive", "shared"])
+@pytest.mark.parametrize("command", ["copy", "switch", "empty", "load", "add"])
+def test_a_locked_index_ends_with_75_and_is_left_alone(command, kind, pair, run, put_csv, tmp_path):
+    load = pair.load(put_csv({"a.csv": "n\n1\n"}))
+    words = {"load": load, "add": (*load, "--no-cleanup")}.get(command) or getattr(pair, command)
+    (tmp_path / "locks").mkdir()
+    for index in [pair.new, pair.old] if command in ("copy", "switch") else [pair.new]:
+        with open(tmp_path / "locks" / f"{index}.lock", "w") as lock:
+            fcntl.flock(lock, kind)
+            if (command, kind) != ("add", fcntl.LOCK_SH):  # test_two_loads_that_add_may_run_side_by_side
+                assert_says(run(*words), 75, f"another run on this host works on index {index}; wait")
 
 
 def test_a_log_folder_that_cannot_be_used_is_named_before_any_change(pair, run, put_csv, tmp_path, monkeypatch):

@@ -166,13 +166,13 @@ def test_a_file_that_is_not_utf_8_ends_with_one_line(variables, look, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["String", "SecureString"])
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_the_prefix_says_where_in_the_store_the_credentials_are(kind, slash, look, box, name, monkeypatch):
+@pytest.mark.parametrize(("slash", "newline"), [("", ""), ("/", ""), ("", "\n")])
+def test_the_prefix_says_where_in_the_store_the_credentials_are(kind, slash, newline, look, box, name, monkeypatch):
     prefix = f"/{name('deep')}/er"
     ssm = sandbox.aws_client("ssm", box.environment)
     for key, value in (("endpoint", box.server.endpoint + slash), ("username", sandbox.USER),
                        ("password", sandbox.PASSWORD)):  # fmt: skip
-        ssm.put_parameter(Name=f"{prefix}/{key}", Value=value, Type=kind)
+        ssm.put_parameter(Name=f"{prefix}/{key}", Value=value + newline, Type=kind)
     monkeypatch.setenv("OPENSEARCH_PARAMETER_PREFIX", prefix + slash)
     outcome = look()
     assert outcome.code == 0, outcome.err

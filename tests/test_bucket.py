@@ -585,27 +585,6 @@ def test_a_wrong_endpoint_shows_within_ten_seconds_at_the_start(make_index, put_
 # --- prefixes as the producers leave them -----------------------------------------------------------------------------
 
 
-def test_spark(make_index, put_csv, load, admin):
-    """A job that was aborted and run again: header in each part, an empty one, checksums, partitions, the marker."""
-    index = make_index("index", COLUMNS)
-    prefix = put_csv({
-        "_temporary/0/_temporary/attempt_1/part-00000-1.csv": "k,n\na,1\n",
-        "_date=2024-01-01/part-00000-2-c000.csv.gz": gzip.compress(b"k,n\na,1\n"),
-        "_date=2024-01-01/.part-00000-2-c000.csv.gz.crc": "crc", "_date=2024-01-02/part-00001-2-c000.csv": "k,n\nb,2\n",
-        "_date=2024-01-02/part-00002-2-c000.csv": "k,n\n", "._SUCCESS.crc": "crc", "_SUCCESS": "",
-        "_started_42": "", "_committed_42": '{"added":[]}',
-    })  # fmt: skip
-    outcome = load(prefix, index, "--ready-object", "_SUCCESS")
-    assert cells(admin, index, "k", "n") == [("a", 1), ("b", 2)]
-    assert re.search(r"1 object \(8 bytes\)", warnings(outcome, "not loaded")[0])
-
-
-def test_spark_without_headers_is_refused(make_index, put_csv, load):
-    files = {"part-00000.csv": "a,1\n", "part-00001.csv": "b,2\n", "_SUCCESS": ""}
-    outcome = load(put_csv(files), make_index("index", COLUMNS), "--ready-object", "_SUCCESS", code=4)
-    assert "this part has no header" in outcome.last
-
-
 def test_redshift(make_index, put_csv, s3, load, admin):
     """UNLOAD ... FORMAT CSV HEADER GZIP MANIFEST VERBOSE, beside the parts of a former and larger one."""
     index = make_index("index", COLUMNS)
@@ -628,11 +607,6 @@ def test_athena(make_index, put_csv, load, admin):
     assert "other suffix" in outcome.err
 
 
-def test_athena_without_a_suffix_is_refused(make_index, put_csv, load):
-    prefix = put_csv({"20240115_010203_00001_abcde_0f6e.gz": gzip.compress(b"a\x011\n")})
-    assert f"{prefix}2024" in load(prefix, make_index("index", COLUMNS), code=4).last
-
-
 def test_snowflake(make_index, put_csv, load, admin):
     r"""COPY INTO with HEADER and quotes; without HEADER it is refused."""
     index = make_index("index", {"K": {"type": "keyword"}, "N": {"type": "long"}})
@@ -641,11 +615,3 @@ def test_snowflake(make_index, put_csv, load, admin):
     assert cells(admin, index, "K", "N") == [("a", 1), ("b", None)]
     files = {"data_0_0_0.csv.gz": gzip.compress(b"a,1\n"), "data_0_1_0.csv.gz": gzip.compress(b"b,\\N\n")}
     assert "this part has no header" in load(put_csv(files), index, code=4).last
-
-
-def test_excel(make_index, put_csv, load, admin, monkeypatch):
-    index = make_index("index", COLUMNS)
-    monkeypatch.setenv("DELIMITER", ";")
-    outcome = load(put_csv({"Mappe1.csv": EXCEL, "~$Mappe1.xlsx": b"\5owner"}), index)
-    assert cells(admin, index, "k", "n") == [("a", 1), ("b", 2)]
-    assert outcome.result["skipped"] == 4

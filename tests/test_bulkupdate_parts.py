@@ -198,7 +198,7 @@ def store(cluster, rejects):
     return BulkStore(cluster, "index", rejects, ConcurrencyLimit(4), retry_seconds=5)
 
 
-def edited(cluster, change):
+def edited_response(cluster, change):
     """Let the request through, and change the items of its response."""
 
     def answer(body):
@@ -209,10 +209,11 @@ def edited(cluster, change):
     return answer
 
 
-def busy(count, *refused):
+def busy(count, *refused, status=429):
     """Answer without the cluster that it was too busy for those of `count` documents that stand at these places."""
     error = {"type": "rejected_execution_exception", "reason": "full"}
-    items = [{"create": {"status": 429, "error": error} if at in refused else {"status": 201}} for at in range(count)]
+    results = [{"status": status, "error": error} if at in refused else {"status": 201} for at in range(count)]
+    items = [{"create": result} for result in results]
     return Response(200, json.dumps({"errors": True, "items": items}).encode(), sent=time.monotonic())
 
 
@@ -229,7 +230,8 @@ def test_what_the_mapping_refuses_is_a_reject_with_its_column_and_line(store, cl
     assert store.stored == 2
 
 
-def test_only_documents_answered_429_are_sent_again_and_the_limit_is_halved(cluster, rejects):
+@pytest.mark.parametrize("status", [429, 503])
+def test_only_documents_answered_429_are_sent_again_and_the_limit_is_halved(status, cluster, rejects):
     limit = ConcurrencyLimit(4)
     limit.in_flight = 4
     store = BulkStore(cluster, "index", rejects, limit, retry_seconds=5)
@@ -238,7 +240,7 @@ def test_only_documents_answered_429_are_sent_again_and_the_limit_is_halved(clus
 
     def without_the_middle(body):
         cluster.real(first.body + second.body)
-        return busy(3, 1)
+        return busy(3, 1, status=status)
 
     cluster.answers = [without_the_middle]
     store.store(batch)
@@ -289,7 +291,7 @@ def test_progress_gives_documents_that_are_refused_their_time_anew(cluster, reje
 
 
 def test_a_response_with_too_few_results_is_no_response(store, cluster):
-    cluster.answers = [edited(cluster, lambda items: items[:-1])]
+    cluster.answers = [edited_response(cluster, lambda items: items[:-1])]
     store.store(documents(4))
     assert cluster.sent == [documents(4).body] * 2
     assert (store.stored, cluster.numbers()) == (4, [0, 1, 2, 3])  # the second time they were all there: 409
@@ -336,12 +338,16 @@ def test_a_request_that_is_too_large_is_halved_and_the_size_is_remembered(store,
     big = Batch(b'{"create":{"_id":"big"}}\n{"n":1,"t":"' + b"x" * limit + b'"}\n', [("c.csv", [9])])
     store.store(big)
     assert [(key, line) for key, line, _, _ in rejects] == [("c.csv", 9)]
+    assert "larger than the cluster accepts" in rejects[0][3]
 
 
-@pytest.mark.parametrize(("status", "kind"), [(403, "security_exception"), (429, "cluster_block_exception")])
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(403, "security_exception"), (403, "cluster_block_exception"), (429, "cluster_block_exception")],
+)
 def test_a_refusal_that_all_would_meet_ends_the_store(status, kind, store, cluster, rejects):
-    error = {"type": kind, "reason": "no"}
-    cluster.answers = [edited(cluster, lambda items: [{"create": {"status": status, "error": error}}] * len(items))]
+    refusal = {"create": {"status": status, "error": {"type": kind, "reason": "no"}}}
+    cluster.answers = [edited_response(cluster, lambda items: [refusal] * len(items))]
     with pytest.raises(base.RequestFailed, match=f"{status}: no"):
         store.store(documents(2))
     assert (len(cluster.sent), store.stored, rejects) == (1, 0, [])

@@ -207,13 +207,6 @@ def test_a_long_keyword_is_stored_where_the_mapping_ignores_it(make_index, put_c
     assert stored(index) == {1: {"v": "x" * 40_000}}
 
 
-def test_a_row_of_empty_cells_is_skipped_and_one_of_empty_words_is_a_document(make_index, put_csv, load, stored):
-    index = make_index("index", {"a": {"type": "integer"}, "b": {"type": "keyword"}, "c": {"type": "date"}})
-    outcome = load(put_csv({"a.csv": 'a,b,c\n,,\n"","",""\nNA,"", null \n'}), index)
-    assert stored(index) == {3: {}}
-    assert (outcome.result["stored"], outcome.result["skipped"]) == (1, 2)
-
-
 # --- columns that the mapping does not know ---
 
 NEW_COLUMNS = {  # name: its values, its type
@@ -327,11 +320,3 @@ def test_an_object_under_a_strict_mapping_may_itself_be_open(make_index, put_csv
     index = make_index("index", {"n": {"type": "long"}, "o": {"properties": {}, "dynamic": True}}, dynamic="strict")
     load(put_csv({"a.csv": "n,o.b\n1,2\n"}), index)
     assert definition_in(admin("GET", f"/{index}/_mapping")[index]["mappings"], "o.b") == {"type": "long"}
-
-
-def test_more_columns_than_the_index_allows_fail_before_anything_is_deleted(make_index, put_csv, load, admin):
-    index = make_index("index", docs=[{"n": 1}])
-    names = [f"c{number}" for number in range(501)]  # text and keyword: two fields each, and 1,000 is the limit
-    outcome = load(put_csv({"a.csv": csv_of(["n", *names], ["1", *names])}), index, code=4)
-    assert "index.mapping.total_fields.limit" in outcome.last
-    assert admin("GET", f"/{index}/_count")["count"] == 1

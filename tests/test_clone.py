@@ -104,12 +104,6 @@ def test_a_deletion_that_is_refused_leads_to_a_copy(pair, clone, look, may_recre
     assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
 
 
-def test_a_live_target_is_refused(pair, clone, look, admin, name):
-    admin("POST", "/_aliases", {"actions": [{"add": {"index": pair[1], "alias": name("alias")}}]})
-    assert clone(*pair).code == 4
-    assert look(pair[1])[3] == [99]
-
-
 @pytest.mark.parametrize(
     ("method", "path", "skip"),
     [("POST", "_clone", 1), ("DELETE", "target", 0), ("PUT", "_settings", 0), ("PUT", "_mapping", 0)],

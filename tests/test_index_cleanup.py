@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 
@@ -118,15 +117,6 @@ def test_documents_that_no_search_sees_yet_go_too(make_index, cleanup, admin):
     assert count(admin, index) == 0
 
 
-def test_a_live_index_is_refused_untouched(make_index, name, cleanup, admin):
-    index = make_index("live", NUMBER, docs=2, alias=name("alias"))
-    before = state_of(admin, index)
-    outcome = cleanup(index)
-    assert outcome.code == 4, outcome.err
-    assert f"index {index} is live: alias {name('alias')} points at it" in outcome.last
-    assert state_of(admin, index) == before
-
-
 def test_an_alias_that_comes_between_the_check_and_the_first_change_is_seen(index, name, cleanup, admin, proxy):
     proxy.on("GET", f"/{index}/_alias", after(lambda: admin("PUT", f"/{index}/_alias/{name('alias')}")))
     before = state_of(admin, index)
@@ -186,16 +176,6 @@ def test_a_write_block_is_said_with_what_to_do_about_it(index, cleanup, admin):
     assert count(admin, index) == 3
 
 
-def test_settings_that_a_killed_load_left_are_put_back(index, cleanup, admin, note_of):
-    note = {"started": "x", "host": "y", "found": {"index.refresh_interval": None},
-            "set": {"index.refresh_interval": "-1"}}  # fmt: skip
-    admin("PUT", f"/{index}/_mapping", {"_meta": {base.SUITE: note}})
-    admin("PUT", f"/{index}/_settings", {"refresh_interval": "-1"})
-    assert cleanup(index, "--no-force-merge").code == 0
-    assert note_of(index) is None
-    assert "refresh_interval" not in admin("GET", f"/{index}")[index]["settings"]["index"]
-
-
 def test_an_index_that_is_replaced_meanwhile_is_a_failure(index, cleanup, admin, proxy):
     def replace():
         admin("DELETE", f"/{index}")
@@ -213,15 +193,6 @@ def test_a_dry_run_counts_and_deletes_nothing(index, cleanup, admin):
     outcome = cleanup(index, "--dry-run")
     assert (outcome.code, outcome.result) == (0, {"index": index, "would_delete": 3, "dry_run": True})
     assert state_of(admin, index) == before
-
-
-def test_a_locked_index_ends_with_75_and_is_left_alone(index, cleanup, admin, tmp_path):
-    (tmp_path / "locks").mkdir()
-    with open(tmp_path / "locks" / f"{index}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        outcome = cleanup(index)
-    assert outcome.code == 75, outcome.err
-    assert count(admin, index) == 3
 
 
 def test_space_that_a_stopped_run_left_is_freed_by_the_next_one(index, cleanup, admin, proxy, monkeypatch):

@@ -210,6 +210,7 @@ def test_a_variable_accepts_settings_too(pair, switch, monkeypatch):
 
 OTHERWISE = {
     "no doc values": ({"type": "long"}, {"type": "long", "doc_values": False}),
+    "only stored": ({"type": "keyword"}, {"type": "keyword", "index": False, "doc_values": False}),
     "another analyzer": ({"type": "text"}, {"type": "text", "analyzer": "whitespace"}),
     "another normalizer": ({"type": "keyword", "normalizer": "lowercase"}, {"type": "keyword"}),
     "shorter words": ({"type": "keyword"}, {"type": "keyword", "ignore_above": 1}),
@@ -280,21 +281,25 @@ def test_source_that_is_not_kept_is_refused(make_index, name, switch, owners):
 # --- readers' queries -------------------------------------------------------------------------------------------------
 
 
-def test_a_query_that_both_refuse_is_a_usage_error_without_its_values(pair, switch, queries):
+def test_a_query_that_both_refuse_is_a_usage_error_without_its_values(pair, switch, queries, owners):
     old, new = pair({"day": {"type": "date"}, **NUMBER}, [{"day": "2013-01-01", "n": 1}])
     outcome = switch(old, new, "--queries", queries({"query": {"range": {"day": {"gte": "secret-of-a-reader"}}}}))
     assert outcome.code == 2, outcome.err
-    assert "line 1" in outcome.last
+    assert "line 1: both indices answer 400 " in outcome.last
+    assert "; change that line" in outcome.last
     assert "secret-of-a-reader" not in outcome.err
+    assert owners() == [old]
 
 
-def test_a_query_that_only_the_target_refuses_is_refused_without_its_values(pair, switch, queries):
+def test_a_query_that_only_the_target_refuses_is_refused_without_its_values(pair, switch, queries, owners):
     old, new = pair({"x": {"type": "keyword"}, **NUMBER}, [{"x": "2013", "n": 1}] * 3,
                     other_properties={"x": {"type": "date", "format": "yyyy"}, **NUMBER})  # fmt: skip
     query = queries({"query": {"term": {"x": "secret-of-a-reader"}}})
     outcome = switch(old, new, "--queries", query, "--accept-fields", "x")
     assert outcome.code == 4, outcome.err
+    assert re.search(rf"line 1: hits in {old}: 0, in {new}: 400 \w+_exception", outcome.last)
     assert "secret-of-a-reader" not in outcome.err
+    assert owners() == [old]
 
 
 def test_a_query_that_only_the_source_refuses_is_no_obstacle(pair, switch, queries):

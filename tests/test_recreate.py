@@ -89,26 +89,6 @@ def test_the_variable_makes_loads_and_copies_recreate_the_index(
     assert proxy.seen("POST", "_delete_by_query") == []
 
 
-@pytest.mark.parametrize("script", [index_cleanup, bulkupdate, reindex])
-def test_an_unknown_method_ends_with_2(script, run, monkeypatch, put_csv, make_index, name):
-    monkeypatch.setenv("CLEANUP_METHOD", "burn")
-    arguments = {
-        index_cleanup: ["--index", name()], reindex: ["--source", name("a"), "--target", name("b")],
-        bulkupdate: ["--bucket", sandbox.BUCKET, "--prefix", "x", "--index", name()],
-    }[script]  # fmt: skip
-    outcome = run(script, *arguments)
-    assert outcome.code == 2
-    assert "'burn' is neither delete nor recreate" in outcome.err
-
-
-def test_a_live_index_is_refused_untouched(index, name, recreate, admin):
-    admin("POST", "/_aliases", {"actions": [{"add": {"index": index, "alias": name("alias")}}]})
-    before = state_of(admin, index)
-    outcome = recreate(index)
-    assert outcome.code == 4
-    assert state_of(admin, index) == before
-
-
 def test_an_alias_that_comes_right_before_the_deletion_is_seen(index, name, recreate, admin, proxy):
     add = {"actions": [{"add": {"index": index, "alias": name("alias")}}]}
     proxy.on("PUT", f"^/{index}-recreate", after(lambda: admin("POST", "/_aliases", add)))

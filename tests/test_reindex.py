@@ -204,14 +204,6 @@ def test_settings_are_changed_for_the_copy_and_put_back_as_they_were_found(
     assert note_of(target) is None
 
 
-def test_replicas_that_the_cluster_manages_itself_are_left_alone(make_index, copy, own_settings, proxy, monkeypatch):
-    source = make_index("source", NUMBER, docs=1)
-    target = make_index("target", NUMBER, settings={"auto_expand_replicas": "0-1"})
-    monkeypatch.setenv("LOAD_WITHOUT_REPLICAS", "true")
-    assert copy(source, target).code == 0
-    assert all(b"replicas" not in body for body in proxy.seen("PUT", "_settings"))
-
-
 def test_a_setting_that_somebody_changes_meanwhile_is_left_to_them(pair, copy, admin, proxy, own_settings):
     change = after(lambda: admin("PUT", f"/{pair[1]}/_settings", {"index": {"refresh_interval": "30s"}}))
     proxy.on("POST", START, change)
@@ -238,16 +230,6 @@ def test_where_no_note_can_be_written_the_settings_stay_untouched(pair, copy, ad
     assert "lacks indices:admin/mapping/put" in outcome.err
     assert proxy.seen("PUT", "_settings") == []
     assert numbers(admin, pair[1]) == [0, 1, 2]
-
-
-def test_what_others_keep_in_the_mapping_stays_there(pair, copy, admin, proxy, note_of):
-    meta = {"owner": {"team": "search", "since": None}}
-    admin("PUT", f"/{pair[1]}/_mapping", {"_meta": meta})
-    proxy.on("POST", START, after(lambda: seen.append(admin("GET", f"/{pair[1]}/_mapping"))))
-    seen = []
-    assert copy(*pair).code == 0
-    assert seen[0][pair[1]]["mappings"]["_meta"]["owner"] == meta["owner"]
-    assert admin("GET", f"/{pair[1]}/_mapping")[pair[1]]["mappings"]["_meta"] == meta
 
 
 def unfinished(admin, index, **changed):

@@ -147,18 +147,3 @@ def test_documents_that_are_too_large_for_one_batch_are_copied_in_smaller_ones(m
         fill(admin, old, [{"text": random.randbytes(15_000).hex()} for _ in range(100)])
     outcome = run(reindex, "--source", old, "--target", new)
     assert (outcome.code, outcome.result["total"]) == (0, 2000), outcome.err
-
-
-@pytest.fixture
-def nameless(box: sandbox.Sandbox) -> Iterator[None]:
-    setting = "compatibility.override_main_response_version"
-    box.server.request("PUT", "/_cluster/settings", {"persistent": {setting: True}})
-    yield
-    box.server.request("PUT", "/_cluster/settings", {"persistent": {setting: None}})
-
-
-@pytest.mark.skipif(sandbox.MAJOR > 2, reason="3.x has no such mode")
-def test_a_cluster_that_calls_itself_7_10_is_asked_as_the_oldest(nameless, make, name, switch):
-    old, new = make("old", 3, alias=name("alias")), make("new", 3)
-    outcome = switch(old, new)
-    assert outcome.code == 0, outcome.err

@@ -150,12 +150,6 @@ def test_a_block_of_the_cluster_is_not_taken_for_bad_credentials(verifier, run, 
     admin("PUT", f"/{index}/_settings", {"index.blocks.metadata": None})
 
 
-def test_an_unknown_kind_of_authentication_ends_with_2(run, monkeypatch, name):
-    monkeypatch.setenv("OPENSEARCH_AUTH", "kerberos")
-    outcome = run(index_cleanup, "--index", name())
-    assert (outcome.code, "'kerberos' is neither basic nor sigv4" in outcome.last) == (2, True)
-
-
 @pytest.fixture
 def role(monkeypatch, verifier):
     """Hand out credentials as a container's role does: new ones whenever they are asked for, soon to expire."""

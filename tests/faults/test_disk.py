@@ -146,12 +146,14 @@ def test_a_log_folder_that_somebody_deletes_ends_the_run_after_the_step(world, a
 # --- nobody listens ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
+LONG_OUTPUTS = ['"$0" | head -n 1', '"$0" | true', '"$0" >/dev/full', '"$0" >/dev/full 2>&1', '"$0" 2>&1 | head -n 1',
+                '"$0" 2>&1 >/dev/null | true']  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "command",
-    ['"$0" | head -n 1', '"$0" | true', '"$0" >/dev/full', '"$0" >/dev/full 2>&1', '"$0" >&-', '"$0" >&- 2>&-',
-     '"$0" 2>&1 | head -n 1', '"$0" 2>&1 >/dev/null | true'],
-)  # fmt: skip
+    ['"$0" >&-', '"$0" >&- 2>&-', *(pytest.param(command, marks=pytest.mark.long) for command in LONG_OUTPUTS)],
+)
 def test_an_output_that_nobody_takes_stops_no_refresh(world, command):
     run = through_shell(world, f"set -o pipefail; {command}")
     world.expect(run, code=0)
