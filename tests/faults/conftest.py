@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sandbox
 
-from .driver import OWN_PASSWORD, Account, World, add_roles
+from .driver import OWN_PASSWORD, Account, World
 
 
 @pytest.fixture
@@ -31,18 +31,3 @@ def account(world, name):
     yield made
     made.delete()
     assert OWN_PASSWORD not in "".join(run.out + run.err + run.log for run in world.runs)
-
-
-@pytest.fixture(scope="session")
-def alone(box: sandbox.Sandbox) -> Iterator[sandbox.OpenSearch]:
-    with sandbox.cluster(1) as [node]:
-        add_roles(node)
-        yield node
-
-
-@pytest.fixture
-def world_alone(alone: sandbox.OpenSearch, world_on: Callable[[sandbox.Server], World]) -> Iterator[World]:
-    """A world on a node of its own, for what changes a whole node: others share that of the session."""
-    with world_on(alone) as made:
-        yield made
-    alone.request("DELETE", f"/{made.primary},{made.secondary}")

@@ -91,6 +91,13 @@ class Witness(Reader):
         super().outage(text)
 
 
+@pytest.fixture(scope="module")
+def alone(box: sandbox.Sandbox) -> Iterator[sandbox.OpenSearch]:
+    with sandbox.cluster(1) as [node]:
+        add_roles(node)
+        yield node
+
+
 @pytest.fixture
 def node(alone: sandbox.OpenSearch) -> sandbox.OpenSearch:
     revive([alone])

@@ -1,4 +1,4 @@
-"""Others at work during a whole refresh: second runs, scripts by hand, copies, writes, moved aliases, new indices."""
+"""Other clients at work during a whole refresh: a run on another host, writes, a rollback by hand, a deleted index."""
 
 from __future__ import annotations
 
@@ -9,26 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import fill
 from fault_proxy import after, answer, before
 
 from .driver import MAPPING, OLD, SETTINGS, TOP, Run, World, expected_documents
 
 STRANGER = {"n": 7, "word": "of somebody else"}
-
-# The requests for the owners of the alias, in this order: step 0, three of step 2, three of step 4.
-CHECKED, READ_BACK = 1, 3  # of step 2
-CHECKED_AGAIN = 4  # the first of step 4
-
-
-def owners(world: World) -> str:
-    return f"/{world.alias}/_alias/"
-
-
-def settings_back(index: str) -> tuple[str, str]:
-    """The second of these requests ends a copy or load: all is written then, and nothing counted yet."""
-    return "PUT", f"/{index}/_settings"
-
 
 def move(world: World, source: str, target: str) -> None:
     """Move the alias past the scripts, as an operator would by hand."""
@@ -36,24 +21,9 @@ def move(world: World, source: str, target: str) -> None:
     world.admin("POST", "/_aliases", {"actions": [{"remove": remove}, {"add": add}]})
 
 
-def by_hand(world: World, script: str, *arguments: str) -> Run:
-    return world.finish(world.start(sys.executable, script, *arguments))
-
-
 def switch_by_hand(world: World, source: str, target: str) -> Run:
-    return by_hand(world, "switch_alias.py", "--alias", world.alias, "--source", source, "--target", target)
-
-
-def replace(world: World, index: str, docs: list[dict[str, Any]] | None = None) -> None:
-    """Delete an index and create it anew with the same definition, as somebody else would."""
-    world.admin("DELETE", f"/{index}")
-    create(world, index, docs)
-
-
-def create(world: World, index: str, docs: list[dict[str, Any]] | None = None) -> None:
-    world.admin("PUT", f"/{index}", {"settings": SETTINGS, "mappings": MAPPING})
-    fill(world.admin, index, docs or [])
-    world.before[index] = world.state(index)  # it has another UUID: what stands from here on is what has to stay
+    arguments = ["--alias", world.alias, "--source", source, "--target", target]
+    return world.finish(world.start(sys.executable, "switch_alias.py", *arguments))
 
 
 def write(world: World, index: str) -> Callable[[], Any]:
@@ -76,9 +46,6 @@ def assert_fresh(world: World) -> None:
 def undisturbed(world: World, **variables: str) -> Run:
     world.proxy.rules.clear()
     return world.refresh(**variables)
-
-
-# --- a second run -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
@@ -104,15 +71,10 @@ def test_a_refresh_of_another_host_at_the_same_time_costs_no_data(world, at):
     world.heal()
 
 
-# --- a copy of somebody else ------------------------------------------------------------------------------------------
-
-
-# --- documents of somebody else ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.long
 def test_a_document_written_to_the_source_after_the_copy_refuses_the_switch(world):
-    world.proxy.on("GET", owners(world), after(write(world, world.alias)), skip=CHECKED)
+    alias_read = f"/{world.alias}/_alias/"
+    world.proxy.on("GET", alias_read, after(write(world, world.alias)), skip=1)  # the first one is of step 0
     run = world.refresh()
     world.expect(run, code=4, message=f"{world.primary} holds 41 documents, {world.secondary} 40: -2.44 % is more than")
     assert world.owners() == [world.primary]
@@ -127,9 +89,6 @@ def test_what_an_application_writes_through_the_alias_during_the_load_is_replace
     world.expect(run, code=0)
     assert f"{world.secondary} holds 41 documents, {world.primary} 43" in run.log
     assert_fresh(world)
-
-
-# --- the alias moves --------------------------------------------------------------------------------------------------
 
 
 # --- the operator goes back by hand -----------------------------------------------------------------------------------
@@ -194,5 +153,6 @@ def test_an_index_that_is_deleted_while_it_is_filled_fails_until_it_is_there_aga
     assert world.owners() == [world.primary if step == "1 copy" else world.secondary]
     again = undisturbed(world)
     world.expect(again, code=1, message=f"index {index} does not exist; create it first")
-    create(world, index)
+    world.admin("PUT", f"/{index}", {"settings": SETTINGS, "mappings": MAPPING})
+    world.before[index] = world.state(index)  # the UUID is another
     world.heal()

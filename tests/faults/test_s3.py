@@ -76,11 +76,6 @@ def replace_by(world: World, key: str, body: bytes) -> None:
     world.put({key: body})
 
 
-def delete(world: World, key: str) -> None:
-    world.objects.pop(key)
-    world.s3.delete_object(Bucket=sandbox.BUCKET, Key=world.prefix + key)
-
-
 # --- a connection that breaks -----------------------------------------------------------------------------------------
 
 
