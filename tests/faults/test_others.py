@@ -15,6 +15,7 @@ from .driver import MAPPING, OLD, SETTINGS, TOP, Run, World, expected_documents
 
 STRANGER = {"n": 7, "word": "of somebody else"}
 
+
 def move(world: World, source: str, target: str) -> None:
     """Move the alias past the scripts, as an operator would by hand."""
     remove, add = ({"index": index, "alias": world.alias} for index in (source, target))
