@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -252,6 +253,17 @@ def sources(admin: Callable[..., Any], index: str) -> list[dict[str, Any]]:
     return [hit["_source"] for hit in hits]
 
 
+def by_id(admin: Callable[..., Any], index: str) -> dict[str, dict[str, Any]]:
+    """Return `_source` of all documents (at most 10,000) by their ids."""
+    admin("POST", f"/{index}/_refresh")
+    return {hit["_id"]: hit["_source"] for hit in admin("POST", f"/{index}/_search", {"size": 10_000})["hits"]["hits"]}
+
+
+def digest_of(key: str) -> str:
+    """Return what the ids of the rows of an object begin with."""
+    return hashlib.sha256(f"{sandbox.BUCKET}/{key}".encode()).hexdigest()[:16]
+
+
 def count(admin: Callable[..., Any], index: str) -> int:
     admin("POST", f"/{index}/_refresh")
     return int(admin("GET", f"/{index}/_count")["count"])
@@ -267,6 +279,41 @@ def state_of(admin: Callable[..., Any], *indices: str) -> dict[str, Any]:
         docs = sorted((hit["_id"], hit["_version"], json.dumps(hit["_source"])) for hit in hits)
         state[index] = {**found, "docs": docs}
     return state
+
+
+def meta_of(admin: Callable[..., Any], index: str) -> dict[str, Any]:
+    found: dict[str, Any] = admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {})
+    return found
+
+
+def marker_of(admin: Callable[..., Any], index: str) -> Any:
+    """Return what says that an index is unfinished, None where nothing does."""
+    return meta_of(admin, index).get(base.SUITE)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Return the first result of `condition` that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"did not happen within {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let retries begin with a pause of 50 ms; for `usefixtures`."""
+    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
+
+
+@pytest.fixture
+def rejected(tmp_path: Path) -> Callable[..., list[Any]]:
+    """Return the entries of all rejects files."""
+
+    def read(parse: Callable[[str], Any] = json.loads) -> list[Any]:
+        return [parse(line) for file in sorted((tmp_path / "logs").glob("rejects-*")) for line in file.open()]
+
+    return read
 
 
 @pytest.fixture
@@ -344,6 +391,15 @@ def may_recreate(box: sandbox.Sandbox) -> Callable[..., None]:
 @pytest.fixture
 def s3(box: sandbox.Sandbox) -> Any:
     return sandbox.aws_client("s3", box.environment)
+
+
+@pytest.fixture
+def s3_proxy(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A scripted proxy in front of S3; the scripts talk to it instead."""
+    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as running:
+        environment["AWS_ENDPOINT_URL"] = running.endpoint  # of processes that the test starts
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
+        yield running
 
 
 @pytest.fixture

@@ -110,8 +110,10 @@ LOAD = "--bucket b --prefix p/ --index t-a"
         (bulkupdate, f"{LOAD} --delimiter ;;", "--delimiter: ';;'"),
         (bulkupdate, f'{LOAD} --delimiter "', "--delimiter: "),
         (bulkupdate, f"{LOAD} --delimiter=", "--delimiter: "),
-        *[(bulkupdate, f"--bucket {wrong} --prefix p/ --index t-a", "give the bucket's name alone")
-          for wrong in ("s3://your-bucket", "your-bucket/", "arn:aws:s3:::your-bucket", "a/b")],
+        *[
+            (bulkupdate, f"--bucket {wrong} --prefix p/ --index t-a", "give the bucket's name alone")
+            for wrong in ("s3://your-bucket", "your-bucket/", "arn:aws:s3:::your-bucket", "a/b")
+        ],
         (bulkupdate, "--bucket b --prefix p/", "required: --index"),
         (index_cleanup, "--index t-*", r"--index: 't-\*' is not the name"),
         (index_cleanup, "--index t-a,t-b", "--index: 't-a,t-b' is not the name"),
@@ -404,16 +406,12 @@ def test_a_missing_bucket_is_named(pair, run):
 
 
 @pytest.mark.parametrize(("change", "says"), [("delete", "was deleted since"), ("replace", "was replaced since")])
-def test_an_object_that_changes_between_list_and_read_fails(
-    change, says, pair, run, put_csv, s3, environment, monkeypatch
-):
+def test_an_object_that_changes_between_list_and_read_fails(change, says, pair, run, put_csv, s3, s3_proxy):
     prefix = put_csv({"a.csv": "n\n1\n"})
     where = {"Bucket": sandbox.BUCKET, "Key": f"{prefix}a.csv"}
     act = {"delete": lambda: s3.delete_object(**where), "replace": lambda: s3.put_object(**where, Body=b"n\n2\n")}
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as aws:
-        aws.on("GET", "list-type=2", after(act[change]))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", aws.endpoint)
-        outcome = run(*pair.load(prefix))
+    s3_proxy.on("GET", "list-type=2", after(act[change]))
+    outcome = run(*pair.load(prefix))
     assert_says(outcome, 1, rf"{prefix}a\.csv {says} it was listed; run again")
 
 

@@ -54,11 +54,6 @@ def look(run, lasting_index):
 
 
 @pytest.fixture
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
-
-
-@pytest.fixture
 def variables(monkeypatch, tmp_path):
     """Set variables: `variables({"in .env": ...}, {"in the environment": ...})`; nothing of them outlives the test."""
 

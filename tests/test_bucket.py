@@ -11,12 +11,14 @@ import bulkupdate
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from conftest import count, load_arguments, sources
-from fault_proxy import FaultProxy, after, refused
-from test_bulkupdate import NUMBERS, WORDS, meta_of, rejected, short_pauses  # noqa: F401  # fixtures
+from conftest import count, load_arguments, marker_of, sources
+from fault_proxy import after, refused
 from test_run_refresh import finish, pair, refresh  # noqa: F401  # fixtures
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 COLUMNS = {"k": {"type": "keyword"}, "n": {"type": "long"}, "d": {"type": "date"}}
+WORDS = {"k": {"type": "keyword"}, "t": {"type": "keyword"}}
 ROWS = "k,n\na,1\nb,2\n"
 BOM = "\ufeff"
 
@@ -380,7 +382,7 @@ def test_the_rows_are_compared_before_readers_see_them(
         prefix, more = put_csv(files), ["--expected-rows", str(rows)]
     outcome = run(bulkupdate, *load_arguments(prefix, index, "--max-rejects", "1", *more))
     assert outcome.code == code, outcome.err
-    assert ("opensearch-refresh" in meta_of(admin, index)) == bool(code)  # unfinished: no switch goes there
+    assert bool(marker_of(admin, index)) == bool(code)  # unfinished: no switch goes there
     if code:
         assert re.search(rf"\b3 rows\b.*\b{rows}\b", outcome.last)
         assert " done: " not in outcome.err
@@ -424,7 +426,7 @@ def test_a_manifest_without_rows_compares_names_and_sizes_alone(unload, make_ind
 
 
 @pytest.mark.parametrize("kind", ["keyword", "text", "long", "date"])
-def test_a_cell_without_a_value_is_no_id(kind, make_index, put_csv, load, admin, rejected):  # noqa: F811
+def test_a_cell_without_a_value_is_no_id(kind, make_index, put_csv, load, admin, rejected):
     good = {"keyword": ["x", "y"], "text": ["x", "y"], "long": ["1", "2"], "date": ["2024-01-15", "2024-01-16"]}[kind]
     words = ["NULL", "NaN", "NA", "null", "None", "N/A", "#N/A", "nan"]
     blank = ["", "  ", r"\N"]
@@ -547,18 +549,11 @@ def test_ten_reasons_at_most_are_said_also_where_the_load_goes_on(make_index, pu
 
 def test_a_load_that_stops_for_too_many_rejects_sums_them_up(make_index, put_csv, load, monkeypatch):
     monkeypatch.setattr(bulkupdate, "REJECTS_TOLERATED", 20)
-    outcome = load(put_csv({"a.csv": "n\n1\n" + "x\n" * 50}), make_index("index", NUMBERS), code=1)
+    outcome = load(put_csv({"a.csv": "n\n1\n" + "x\n" * 50}), make_index("index", {"n": {"type": "long"}}), code=1)
     assert re.search(r"2\d x n: not a number", outcome.err)
 
 
 # --- S3 that is away for a minute -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def s3_proxy(environment, monkeypatch):
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", running.endpoint)
-        yield running
 
 
 def test_a_listing_after_the_load_outlasts_a_closed_port(s3_proxy, proxy, make_index, put_csv, load, admin):

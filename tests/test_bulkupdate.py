@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -21,8 +20,12 @@ import bulkupdate
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from conftest import count, load_arguments, sources, state_of
-from fault_proxy import FaultProxy, after, answer, delayed, edited_items, gateway, lost_answer, refused
+from conftest import (
+    by_id, count, digest_of, load_arguments, marker_of, meta_of, sources, state_of, wait_until,
+)  # fmt: skip
+from fault_proxy import after, answer, delayed, edited_items, gateway, lost_answer, refused
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 SCRIPT = Path(bulkupdate.__file__)
 WORDS = {"k": {"type": "keyword"}, "t": {"type": "keyword"}}
@@ -56,14 +59,6 @@ def start(environment):
 
 
 @pytest.fixture
-def rejected(tmp_path):
-    def do():
-        return [json.loads(line) for file in sorted((tmp_path / "logs").glob("rejects-*")) for line in file.open()]
-
-    return do
-
-
-@pytest.fixture
 def by_object(admin):
     """Return `_source` of each document by the key of its object less the prefix, in the order of the records."""
 
@@ -79,10 +74,6 @@ def by_object(admin):
     return do
 
 
-def digest_of(key):
-    return hashlib.sha256(f"{sandbox.BUCKET}/{key}".encode()).hexdigest()[:16]
-
-
 def ids_of(body):
     """Return the ids of a bulk request."""
     lines = (json.loads(line) for line in body.decode().split("\n")[::2] if line)
@@ -91,18 +82,6 @@ def ids_of(body):
 
 def settings_of(admin, index):
     return admin("GET", f"/{index}/_settings?flat_settings=true")[index]["settings"]
-
-
-def meta_of(admin, index):
-    return admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {})
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
-
-
-NOTE = "opensearch-refresh"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -238,7 +217,7 @@ def test_a_file_that_hides_how_many_rows_it_has_fails_the_load(content, line, wo
     if line:
         assert re.search(rf"\bline {line}\b", outcome.last)
     seen_beforehand = content.endswith(b"12345678")  # small enough to be unpacked whole by the first look
-    assert (NOTE not in meta_of(admin, index)) == seen_beforehand
+    assert (marker_of(admin, index) is None) == seen_beforehand
 
 
 UNLOADABLE = {
@@ -387,7 +366,7 @@ def test_a_document_of_another_client_with_the_id_of_a_row_is_decided_by_the_cou
         assert (outcome.result["stored"], outcome.result["rejected"], count(admin, index)) == (3, 0, 3)
     else:
         assert f"{index} holds 2 documents, 3 were stored" in outcome.last
-        assert NOTE in meta_of(admin, index)
+        assert marker_of(admin, index)
 
 
 def test_a_missing_permission_ends_the_load_and_is_named_with_the_user(make_index, put_csv, load, proxy):
@@ -404,12 +383,6 @@ def test_a_missing_permission_ends_the_load_and_is_named_with_the_user(make_inde
 # --- ids from a column ------------------------------------------------------------------------------------------------
 
 KEYED = {"id": {"type": "keyword"}, "n": {"type": "long"}}
-
-
-def by_id(admin, index):
-    admin("POST", f"/{index}/_refresh")
-    hits = admin("POST", f"/{index}/_search", {"size": 10_000})["hits"]["hits"]
-    return {hit["_id"]: hit["_source"] for hit in hits}
 
 
 def test_a_later_row_replaces_an_earlier_one_of_the_same_id_in_whatever_order_they_arrive(
@@ -481,9 +454,7 @@ def test_a_newer_document_in_the_way_of_a_row_is_a_reject_and_not_taken_for_a_la
 # --- adding to what is there ------------------------------------------------------------------------------------------
 
 
-def test_no_cleanup_adds_to_a_live_index_and_leaves_its_settings_alone(
-    make_index, put_csv, load, proxy, admin, name
-):
+def test_no_cleanup_adds_to_a_live_index_and_leaves_its_settings_alone(make_index, put_csv, load, proxy, admin, name):
     index = make_index("index", NUMBERS, docs=[{"n": -1}], alias=name("alias"), settings={"refresh_interval": "7s"})
     before = admin("GET", f"/{index}")
     outcome = load(put_csv({"a.csv": numbers(1, 5)}), index, "--no-cleanup", "--no-replicas")
@@ -556,7 +527,7 @@ def test_rejects_are_accepted_up_to_max_rejects(words, variable, code, make_inde
     sums = [outcome.result[name] for name in ("read", "stored", "rejected", "skipped", "documents")]
     assert sums == [5, 2, 2, 1, 2]
     assert count(admin, index) == 2
-    assert NOTE not in meta_of(admin, index)  # it holds all that it can hold
+    assert not marker_of(admin, index)  # it holds all that it can hold
 
 
 def test_the_rejects_file_is_named_in_the_result_and_private_and_old_ones_go(make_index, put_csv, load, tmp_path):
@@ -581,10 +552,10 @@ def test_more_than_10_000_rejects_end_the_load_unless_more_are_accepted(make_ind
     prefix = put_csv({"a.csv": "n\n1\n" + "x\n" * 10_001})
     outcome = load(prefix, index, code=1)
     assert "10,000" in outcome.last
-    assert NOTE in meta_of(admin, index)
+    assert marker_of(admin, index)
     time.sleep(1)  # the file's name holds the second
     assert load(prefix, index, "--max-rejects", "10001").result["rejected"] == 10_001
-    assert NOTE not in meta_of(admin, index)
+    assert not marker_of(admin, index)
 
 
 CHANGES = {
@@ -610,7 +581,7 @@ def test_a_producer_that_is_still_writing_fails_the_load(
     proxy.on(method, path, after(lambda: CHANGES[change](s3, prefix)))
     outcome = load(prefix, index, *words, code=1)
     assert prefix + key in outcome.last
-    assert (NOTE in meta_of(admin, index)) == (not words)
+    assert bool(marker_of(admin, index)) == (not words)
 
 
 def test_somebody_else_who_writes_meanwhile_fails_the_load(make_index, put_csv, load, proxy, admin):
@@ -618,7 +589,7 @@ def test_somebody_else_who_writes_meanwhile_fails_the_load(make_index, put_csv, 
     proxy.on("POST", "/_bulk", after(lambda: admin("POST", f"/{index}/_doc", {"n": 0})))
     outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, code=1)
     assert "4" in outcome.last
-    assert NOTE in meta_of(admin, index)
+    assert marker_of(admin, index)
     assert "index.refresh_interval" not in settings_of(admin, index)
 
 
@@ -667,8 +638,8 @@ def test_settings_and_meta_change_for_the_time_of_the_load_only(
     assert seen["settings"]["index.refresh_interval"] == "-1"
     assert seen["settings"]["index.number_of_replicas"] == "0"
     assert {name: seen["meta"][name] for name in foreign} == foreign
-    assert set(seen["meta"][NOTE]) == {"started", "host", "found", "set"}
-    assert seen["meta"][NOTE]["found"]["index.number_of_replicas"] == "1"
+    assert set(seen["meta"][base.SUITE]) == {"started", "host", "found", "set"}
+    assert seen["meta"][base.SUITE]["found"]["index.number_of_replicas"] == "1"
 
 
 @pytest.mark.parametrize(("words", "replicas"), [([], "1"), (["--no-replicas"], "0-1")])
@@ -693,15 +664,13 @@ def test_a_failed_load_keeps_its_note_and_puts_settings_back(make_index, put_csv
     assert "odd_exception" in outcome.last
     assert settings_of(admin, index) == before
     assert meta_of(admin, index)["a"] == 1
-    assert set(meta_of(admin, index)[NOTE]) == {"started", "host", "found", "set"}
+    assert set(marker_of(admin, index)) == {"started", "host", "found", "set"}
     load(put_csv({"a.csv": numbers(1, 3)}), index)
     assert meta_of(admin, index) == {"a": 1}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_next_run_puts_right_what_a_stopped_one_left(
-    number, make_index, put_csv, load, start, proxy, admin
-):
+def test_the_next_run_puts_right_what_a_stopped_one_left(number, make_index, put_csv, load, start, proxy, admin):
     index = make_index("index", NUMBERS, docs=2, settings={"refresh_interval": "7s", "number_of_replicas": 1})
     before = settings_of(admin, index)
     prefix = put_csv({"a.csv": numbers(1, 40)})
@@ -713,9 +682,7 @@ def test_the_next_run_puts_right_what_a_stopped_one_left(
 
     proxy.on("POST", "/_bulk", hang, skip=2, times=None)
     process = start(prefix, index, "--no-replicas", "--batch-size", "10", proxy=proxy)
-    deadline = time.monotonic() + 30
-    while len(proxy.seen("POST", "/_bulk")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: len(proxy.seen("POST", "/_bulk")) >= 3)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     released.set()
@@ -725,7 +692,7 @@ def test_the_next_run_puts_right_what_a_stopped_one_left(
     left = settings_of(admin, index)
     changed = {"index.refresh_interval": "-1", "index.number_of_replicas": "0"} if number == signal.SIGKILL else {}
     assert {name: value for name, value in left.items() if value != before.get(name)} == changed, err
-    assert NOTE in meta_of(admin, index)
+    assert marker_of(admin, index)
     outcome = load(prefix, index)
     assert "unfinished" in outcome.err
     assert settings_of(admin, index) == before
@@ -803,41 +770,35 @@ def test_a_signal_while_settings_are_put_back_after_a_failure_does_not_break_tha
     proxy.on("POST", "/_bulk", answer(400, {"error": {"type": "x", "reason": "y"}}), times=None)
     proxy.on("PUT", "/_settings", answer(503), skip=1, times=None)  # the first one sets the refresh interval to -1
     process = start(put_csv({"a.csv": numbers(1, 5)}), index, proxy=proxy)
-    deadline = time.monotonic() + 20
-    while len(proxy.seen("PUT", "/_settings")) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(proxy.seen("PUT", "/_settings")) >= 3)
     proxy.rules.clear()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143, err
     assert "refresh_interval" not in admin("GET", f"/{index}/_settings")[index]["settings"]["index"]
-    assert NOTE in meta_of(admin, index)
+    assert marker_of(admin, index)
 
 
 # --- is the producer done, are the files new? -------------------------------------------------------------------------
 
 
 @pytest.fixture
-def aged(box, monkeypatch):
+def aged(s3_proxy):
     """Let S3 say that objects of a prefix were written so many hours ago: `aged(prefix, {"a.csv": 30})`."""
-    started = FaultProxy(box.environment["AWS_ENDPOINT_URL"])
-    with started as s3_proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
 
-        def age(prefix, hours):
-            def change(exchange):
-                response = exchange.forward()
-                text = re.sub(r">\s+<", "><", response.text)
-                for key, old in hours.items():
-                    written = datetime.now(timezone.utc) - timedelta(hours=old)
-                    place = rf"(<Key>{prefix}{key}</Key><LastModified>)[^<]*"
-                    text = re.sub(place, rf"\g<1>{written:%Y-%m-%dT%H:%M:%S}.000Z", text)
-                exchange.reply(response.status_code, text, {"Content-Type": "application/xml"})
+    def age(prefix, hours):
+        def change(exchange):
+            response = exchange.forward()
+            text = re.sub(r">\s+<", "><", response.text)
+            for key, old in hours.items():
+                written = datetime.now(timezone.utc) - timedelta(hours=old)
+                place = rf"(<Key>{prefix}{key}</Key><LastModified>)[^<]*"
+                text = re.sub(place, rf"\g<1>{written:%Y-%m-%dT%H:%M:%S}.000Z", text)
+            exchange.reply(response.status_code, text, {"Content-Type": "application/xml"})
 
-            s3_proxy.on("GET", "list-type=2", change, times=None)
+        s3_proxy.on("GET", "list-type=2", change, times=None)
 
-        yield age
+    return age
 
 
 @pytest.fixture
@@ -946,21 +907,17 @@ def test_the_number_of_requests_follows_a_distant_cluster_and_is_reported(make_i
 
 
 @pytest.mark.parametrize("part", ["head", "body"])
-def test_a_read_that_hangs_does_not_keep_the_process(part, make_index, put_csv, start, environment, monkeypatch):
+def test_a_read_that_hangs_does_not_keep_the_process(part, make_index, put_csv, start, s3_proxy):
     """Whatever a thread waits for, after a signal the process ends within its clean-up time."""
     released = threading.Event()
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as s3_proxy:
-        environment["AWS_ENDPOINT_URL"] = s3_proxy.endpoint
-        skip = 2 if part == "body" else 0
-        files = {"a.csv": numbers(1, 30_000), "b.csv": numbers(1, 30_000)}
-        rule = s3_proxy.on("GET", r"\.csv", lambda exchange: released.wait(60), skip=skip, times=None)
-        process = start(put_csv(files), make_index("index", NUMBERS))
-        deadline = time.monotonic() + 20
-        while rule.seen <= skip and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert process.wait(30) == 143
-        assert time.monotonic() - began < 10
-        released.set()
+    skip = 2 if part == "body" else 0
+    files = {"a.csv": numbers(1, 30_000), "b.csv": numbers(1, 30_000)}
+    rule = s3_proxy.on("GET", r"\.csv", lambda exchange: released.wait(60), skip=skip, times=None)
+    process = start(put_csv(files), make_index("index", NUMBERS))
+    wait_until(lambda: rule.seen > skip)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert process.wait(30) == 143
+    assert time.monotonic() - began < 10
+    released.set()

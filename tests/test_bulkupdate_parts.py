@@ -17,17 +17,15 @@ import opensearch_base_manager as base
 import pytest
 import sandbox
 from bulkupdate import Batch, Bucket, BulkStore, BulkWorkers, ConcurrencyLimit, Renderer, S3Body, S3Object
-from fault_proxy import FaultProxy, answer, delayed, reset_in_answer
+from conftest import wait_until
+from fault_proxy import answer, delayed, reset_in_answer
 from opensearch_base_manager import Response
 from opensearch_base_manager import Aws, Retry
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 TYPES = {"n": "long", "k": "keyword", "day": "date"}
 DIGEST = hashlib.sha256(b"bucket/a.csv").hexdigest()[:16]
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.02)
 
 
 @pytest.fixture(params=[bulkupdate.CHUNK_BYTES, 8], ids=["one block", "blocks of a line or two"])
@@ -571,13 +569,6 @@ def test_a_fixed_number_is_not_exceeded_and_reached_again_after_429(monkeypatch)
 SLOW_DOWN = answer(503, "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>")
 
 
-@pytest.fixture
-def s3_proxy(environment, monkeypatch):
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        yield running
-
-
 def test_a_listing_that_breaks_off_goes_on_behind_the_last_key(put_csv, s3_proxy):
     prefix = put_csv({f"{at}.csv": f"n\n{at}\n" for at in range(7)} | {"x.txt": ""})
 
@@ -636,9 +627,7 @@ def test_the_next_objects_are_read_while_one_is_loaded_within_a_number_of_reques
     bucket, objects = listed(put_csv, files)
     coming = bulkupdate.read_ahead(bucket, objects, bulkupdate.AHEAD_BYTES)
     assert next(coming) == (objects[0], b"n\n0\n")
-    deadline = time.monotonic() + 10
-    while len(reads(s3_proxy)) < 32 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(reads(s3_proxy)) >= 32)
     time.sleep(0.2)
     assert sorted(reads(s3_proxy)) == sorted(files)[:32]  # not one more
     rest = list(coming)

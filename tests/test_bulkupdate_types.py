@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import re
-from pathlib import Path
 
 import pytest
 import requests
@@ -53,18 +52,6 @@ def stored(box):
             json={"size": 10_000}, timeout=60,
         )  # fmt: skip
         return {int(hit["_id"].split("-")[1]): hit["_source"] for hit in exactly(answer.text)["hits"]["hits"]}
-
-    return do
-
-
-@pytest.fixture
-def rejected(tmp_path: Path):
-    """Return the entries of the one rejects file."""
-
-    def do():
-        files = list((tmp_path / "logs").glob("rejects-*.ndjson"))
-        assert len(files) <= 1
-        return [exactly(line) for file in files for line in file.read_text().splitlines()]
 
     return do
 
@@ -151,7 +138,6 @@ JSON_CELLS = {
 }  # fmt: skip
 
 
-
 def test_each_cell_becomes_what_its_type_says_or_a_reject_with_its_line(make_index, put_csv, load, stored, rejected):
     kinds = {**CELLS, **{kind: {**cells, **EMPTY} for kind, cells in JSON_CELLS.items()}}
     wanted = {(kind, cell): want for kind, cells in kinds.items() for cell, want in cells.items()}
@@ -172,7 +158,7 @@ def test_each_cell_becomes_what_its_type_says_or_a_reject_with_its_line(make_ind
         if wanted[kind, cell] is REJECT:
             lines[at] = line
         line += 1 + cell.count("\n")
-    entries = {int(entry["row"]["at"]): entry for entry in rejected()}
+    entries = {int(entry["row"]["at"]): entry for entry in rejected(exactly)}
     assert {at: int(entry["line"]) for at, entry in entries.items()} == lines
     assert {entry["object"] for entry in entries.values()} == {f"{prefix}a.csv"}
     assert all(entry["reason"] for entry in entries.values())
@@ -187,17 +173,16 @@ def test_a_reject_names_the_column_whoever_refused_it(make_index, put_csv, load,
     index = make_index("index", {name: {"type": kind} for name, (kind, _) in columns.items()})
     rows = [[cell if other == name else "" for other in columns] for name, (_, cell) in columns.items()]
     load(put_csv({"a.csv": csv_of(list(columns), *rows)}), index, "--max-rejects", "9")
-    assert {entry["line"]: entry["column"] for entry in rejected()} == {
+    assert {entry["line"]: entry["column"] for entry in rejected(exactly)} == {
         n(line): name for line, name in enumerate(columns, 2)
     }
 
 
-def test_the_rejects_file_is_json_and_holds_each_row_as_it_was(make_index, put_csv, load, tmp_path):
+def test_the_rejects_file_is_json_and_holds_each_row_as_it_was(make_index, put_csv, load, rejected):
     index = make_index("index", {"v": {"type": "double"}, "day": {"type": "date"}, "k": {"type": "keyword"}})
     rows = [["1e400", "2024", "007"], ["x", "2024", "NA"], ["0.1000000000000000055", "soon", "007"]]
     load(put_csv({"a.csv": csv_of(["v", "day", "k"], *rows)}), index, "--max-rejects", "3")
-    (file,) = (tmp_path / "logs").glob("rejects-*.ndjson")
-    entries = sorted((exactly(line) for line in file.read_text().splitlines()), key=lambda entry: int(entry["line"]))
+    entries = sorted(rejected(exactly), key=lambda entry: int(entry["line"]))
     assert [[str(entry["row"][name]) for name in ("v", "day", "k")] for entry in entries] == rows
 
 
@@ -274,7 +259,7 @@ def test_a_value_behind_the_head_that_does_not_fit_its_new_type_is_a_reject(make
     text = "n,pad\n" + "1,xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\n" * 3000 + "abc,x\n2.5,x\n"
     load(put_csv({"a.csv": text}), index, "--max-rejects", "2")
     assert definition_in(admin("GET", f"/{index}/_mapping")[index]["mappings"], "n") == {"type": "long"}
-    assert [(entry["line"], entry["column"]) for entry in rejected()] == [(n("3002"), "n"), (n("3003"), "n")]
+    assert [(entry["line"], entry["column"]) for entry in rejected(exactly)] == [(n("3002"), "n"), (n("3003"), "n")]
 
 
 def test_new_columns_inside_a_known_object_leave_its_fields_alone(make_index, put_csv, load, admin):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
-from conftest import count, fill, sources
+from conftest import count, fill, marker_of, secured, sources
 from fault_proxy import answer, lost_answer
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 NUMBER = {"n": {"type": "long"}}
 RESIZE = "indices:admin/resize"
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
 
 
 @pytest.fixture
@@ -40,7 +36,7 @@ def look(admin):
         found = admin("GET", f"/{index}?flat_settings=true")[index]
         count(admin, index)
         return (
-            found["mappings"].get("_meta", {}).get(base.SUITE), found["settings"].get("index.blocks.write"),
+            marker_of(admin, index), found["settings"].get("index.blocks.write"),
             found["settings"]["index.number_of_replicas"], sorted(doc["n"] for doc in sources(admin, index)),
         )  # fmt: skip
 
@@ -84,7 +80,7 @@ def test_a_dry_run_says_how_and_changes_nothing(pair, clone, look):
     assert (look(pair[0]), look(pair[1])) == (CLEAN, (None, None, "2", [99]))
 
 
-@pytest.mark.skipif(not sandbox.SECURE, reason="no roles")
+@secured
 def test_without_the_permission_documents_are_copied(pair, clone, look, may_recreate):
     may_recreate(*[name for name in sandbox.RECREATE_PERMISSIONS if name != RESIZE])
     outcome = clone(*pair)
@@ -94,7 +90,7 @@ def test_without_the_permission_documents_are_copied(pair, clone, look, may_recr
     assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
 
 
-@pytest.mark.skipif(not sandbox.SECURE, reason="no roles")
+@secured
 def test_a_deletion_that_is_refused_leads_to_a_copy(pair, clone, look, may_recreate):
     may_recreate(RESIZE)
     outcome = clone(*pair)

@@ -6,9 +6,8 @@ import json
 import re
 
 import index_cleanup
-import opensearch_base_manager as base
 import pytest
-from conftest import count, state_of
+from conftest import count, marker_of, state_of
 from fault_proxy import after, answer, at_the_end, edited
 
 NUMBER = {"n": {"type": "long"}}
@@ -30,11 +29,6 @@ def no_wait(monkeypatch):
     """The server moves its leases every 30 s; whoever is not here for the disk space does not wait for that."""
     monkeypatch.setattr(index_cleanup, "LEASES_WAIT_S", 0)
     monkeypatch.setattr(index_cleanup, "STATS_AGE_S", 0)
-
-
-@pytest.fixture
-def note_of(admin):
-    return lambda index: admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {}).get(base.SUITE)
 
 
 def definition(admin, index):
@@ -135,13 +129,13 @@ def test_documents_that_come_during_the_first_round_go_in_the_second(index, clea
     assert count(admin, index) == 0
 
 
-def test_documents_that_keep_coming_are_not_chased_for_ever(index, cleanup, admin, proxy, note_of):
+def test_documents_that_keep_coming_are_not_chased_for_ever(index, cleanup, admin, proxy):
     proxy.on("GET", TASK, after(lambda: admin("POST", f"/{index}/_doc", {"n": 7})), times=None)
     outcome = cleanup(index)
     assert outcome.code == 1, outcome.err
     assert re.search(rf"index {index}: \d+ documents are left after 3 rounds: somebody writes to it", outcome.last)
     assert len(proxy.seen("POST", "_delete_by_query")) == 3
-    assert note_of(index)
+    assert marker_of(admin, index)
 
 
 def test_documents_that_change_meanwhile_are_no_failure(make_index, cleanup, admin, proxy):
@@ -156,16 +150,16 @@ def test_documents_that_change_meanwhile_are_no_failure(make_index, cleanup, adm
     assert "conflicts=proceed" in next(path for _, path, _ in proxy.requests if "_delete_by_query" in path)
 
 
-def test_a_failed_round_leaves_the_index_marked_until_the_next_one_succeeds(index, cleanup, admin, proxy, note_of):
+def test_a_failed_round_leaves_the_index_marked_until_the_next_one_succeeds(index, cleanup, admin, proxy):
     failure = {"cause": {"type": "cluster_block_exception", "reason": "index read-only"}}
     proxy.on("GET", TASK, edited(lambda document: document.get("response", {}).update(failures=[failure])), times=None)
     outcome = cleanup(index)
     assert outcome.code == 1, outcome.err
     assert f"emptying {index}: 1 failure(s), the first: cluster_block_exception: index read-only" in outcome.last
-    assert note_of(index)
+    assert marker_of(admin, index)
     proxy.rules.clear()
     assert cleanup(index, "--no-force-merge").code == 0
-    assert note_of(index) is None
+    assert marker_of(admin, index) is None
 
 
 def test_a_write_block_is_said_with_what_to_do_about_it(index, cleanup, admin):

@@ -13,7 +13,7 @@ import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
-from conftest import Reader, count, secured, sources, state_of
+from conftest import Reader, count, marker_of, meta_of, secured, sources, state_of
 from fault_proxy import Exchange, after, answer, before, lost_answer
 
 NUMBER = {"n": {"type": "long"}}
@@ -379,9 +379,8 @@ def test_the_marker_of_an_unfinished_load_comes_along(index, recreate, admin, ru
     load = ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index]
     wanted = definition(admin, index)
     assert run(bulkupdate, *load).code == 1
-    kept = admin("GET", f"/{index}-recreate")[f"{index}-recreate"]
-    assert base.SUITE in kept["mappings"]["_meta"]
-    assert kept["settings"]["index"]["refresh_interval"] == "-1"
+    assert marker_of(admin, f"{index}-recreate")
+    assert definition(admin, f"{index}-recreate")["settings"]["refresh_interval"] == "-1"
     proxy.rules.remove(dead)
     assert run(bulkupdate, *load).code == 0
     assert definition(admin, index) == wanted
@@ -538,7 +537,7 @@ def test_an_index_made_live_after_a_part_was_deleted_stays_marked(index, recreat
     proxy.on("POST", "_delete_by_query", stray)
     outcome = recreate(index, "--method", "delete", "--no-force-merge")
     assert outcome.code == 4, outcome.err
-    assert base.SUITE in admin("GET", f"/{index}/_mapping")[index]["mappings"]["_meta"]
+    assert marker_of(admin, index)
 
 
 def test_the_marker_of_another_run_is_not_taken_out(index, recreate, admin, proxy):
@@ -547,4 +546,4 @@ def test_the_marker_of_another_run_is_not_taken_out(index, recreate, admin, prox
     outcome = recreate(index, "--method", "delete", "--no-force-merge")
     assert outcome.code == 1, outcome.err
     assert "another run has started to fill it" in outcome.last
-    assert admin("GET", f"/{index}/_mapping")[index]["mappings"]["_meta"] == theirs["_meta"]
+    assert meta_of(admin, index) == theirs["_meta"]

@@ -13,17 +13,14 @@ import time
 import opensearch_base_manager as base
 import pytest
 import reindex
-from conftest import OWN, count, fill, sources, state_of
+from conftest import OWN, count, fill, marker_of, sources, state_of, wait_until
 from fault_proxy import after, answer, edited, lost_answer, refused
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 NUMBER = {"n": {"type": "long"}}
 TASK = "/_tasks/[^/?]+$"
 START = "/_reindex"
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +51,6 @@ def copy(run):
 
 
 @pytest.fixture
-def note_of(admin):
-    return lambda index: admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {}).get(base.SUITE)
-
-
-@pytest.fixture
 def own_settings(admin):
     """What is set on an index, less what the server itself writes there."""
 
@@ -81,24 +73,16 @@ def copies_under_way(admin, target):
             and not task["headers"].get("X-Opaque-Id", "").endswith("/permissions")]  # fmt: skip
 
 
-def wait_for(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-    return found
-
-
 # --- what arrives -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.quick
-def test_the_target_holds_the_documents_of_the_source_and_nothing_else(pair, copy, admin, note_of, own_settings):
+def test_the_target_holds_the_documents_of_the_source_and_nothing_else(pair, copy, admin, own_settings):
     source, target = pair
     outcome = copy(source, target)
     assert outcome.code == 0, outcome.err
     assert numbers(admin, target) == numbers(admin, source) == [0, 1, 2]
-    assert note_of(target) is None
+    assert marker_of(admin, target) is None
     assert own_settings(target) == {"refresh_interval": None, "number_of_replicas": "1"}
     result = outcome.result
     assert {name: result[name] for name in ("source", "target", "total", "documents", "batches", "retries")} == {
@@ -188,20 +172,20 @@ def test_the_copy_can_be_throttled(by, pair, copy, monkeypatch, proxy):
     ("interval", "replicas"), [("7s", "--no-replicas"), ("-1", ""), (None, ""), (None, "--no-replicas")]
 )
 def test_settings_are_changed_for_the_copy_and_put_back_as_they_were_found(
-    interval, replicas, lasting_source, make_index, copy, admin, proxy, own_settings, note_of
+    interval, replicas, lasting_source, make_index, copy, admin, proxy, own_settings
 ):
     source = lasting_source
     found = {"refresh_interval": interval, "number_of_replicas": "2"}
     target = make_index("target", NUMBER, settings={key: value for key, value in found.items() if value})
     seen = []
-    proxy.on("POST", START, after(lambda: seen.append((own_settings(target), note_of(target)))))
+    proxy.on("POST", START, after(lambda: seen.append((own_settings(target), marker_of(admin, target)))))
     assert copy(source, target, *filter(None, [replicas])).code == 0
     during, note = seen[0]
     assert during == {"refresh_interval": "-1", "number_of_replicas": "0" if replicas else "2"}
     assert set(note) == {"started", "host", "found", "set"}
     assert note["host"] == base.HOST
     assert own_settings(target) == found
-    assert note_of(target) is None
+    assert marker_of(admin, target) is None
 
 
 def test_a_setting_that_somebody_changes_meanwhile_is_left_to_them(pair, copy, admin, proxy, own_settings):
@@ -240,13 +224,13 @@ def unfinished(admin, index, **changed):
     admin("PUT", f"/{index}/_settings", {"refresh_interval": "-1", **changed})
 
 
-def test_the_next_run_puts_right_what_a_killed_one_left(pair, copy, admin, own_settings, note_of):
+def test_the_next_run_puts_right_what_a_killed_one_left(pair, copy, admin, own_settings):
     unfinished(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
     assert f"{pair[1]} is unfinished: a run on elsewhere, started 2026-01-31T02:00:00Z, did not succeed" in outcome.err
     assert own_settings(pair[1])["refresh_interval"] == "9s"
-    assert note_of(pair[1]) is None
+    assert marker_of(admin, pair[1]) is None
 
 
 def test_the_next_run_leaves_a_setting_that_somebody_has_changed_since(pair, copy, admin, own_settings):
@@ -255,11 +239,11 @@ def test_the_next_run_leaves_a_setting_that_somebody_has_changed_since(pair, cop
     assert own_settings(pair[1])["refresh_interval"] == "33s"
 
 
-def test_an_index_stays_marked_as_unfinished_when_the_next_run_is_refused(make_index, copy, admin, note_of):
+def test_an_index_stays_marked_as_unfinished_when_the_next_run_is_refused(make_index, copy, admin):
     source, target = make_index("source", NUMBER, docs=1), make_index("target", {"n": {"type": "ip"}})
     unfinished(admin, target)
     assert copy(source, target).code == 4
-    assert note_of(target)
+    assert marker_of(admin, target)
 
 
 def test_a_dry_run_puts_nothing_right(pair, copy, admin):
@@ -299,34 +283,34 @@ def ended(response):
         ({"error": {"type": "index_not_found", "reason": "no such index"}}, "index_not_found: no such index"),
     ],
 )  # fmt: skip
-def test_a_task_that_did_not_do_all_of_its_work_is_a_failure(response, says, pair, copy, proxy, note_of, own_settings):
+def test_a_task_that_did_not_do_all_of_its_work_is_a_failure(response, says, pair, copy, proxy, own_settings, admin):
     proxy.on("GET", TASK, ended(response), times=None)
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
     assert re.search(says, outcome.last), outcome.last
     assert f"copying {pair[0]} to {pair[1]}" in outcome.last
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
     assert own_settings(pair[1])["refresh_interval"] is None
     assert outcome.out == ""
 
 
-def test_a_vanished_task_is_a_failure(pair, copy, admin, proxy, note_of):
+def test_a_vanished_task_is_a_failure(pair, copy, admin, proxy):
     missing = {"error": {"type": "resource_not_found_exception", "reason": "node is gone"}, "status": 404}
     proxy.on("GET", TASK, answer(404, missing), skip=1)  # the first is of the task that empties the target
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
     assert "vanished with its node, its outcome is unknown; run it again" in outcome.last
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
 
 
-def test_a_task_that_somebody_cancels_is_a_failure(pair, copy, admin, proxy, own_settings, note_of):
+def test_a_task_that_somebody_cancels_is_a_failure(pair, copy, admin, proxy, own_settings):
     proxy.on("GET", TASK, after(lambda: [admin("POST", f"/_tasks/{task}/_cancel") for task in
                                          copies_under_way(admin, pair[1])]), skip=1, times=None)  # fmt: skip
     outcome = copy(*pair, "--requests-per-second", "0.2")
     assert outcome.code == 1, outcome.err
     assert "cancelled (by user request); run it again" in outcome.last
     assert own_settings(pair[1])["refresh_interval"] is None
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
 
 
 @pytest.mark.parametrize("fault", [refused, lost_answer, answer(502), answer(503)], ids=["reset", "lost", "502", "503"])
@@ -356,22 +340,22 @@ def test_a_copy_that_was_not_started_is_started_again(fault, pair, copy, admin, 
     assert numbers(admin, pair[1]) == [0, 1, 2]
 
 
-def test_a_source_that_changes_during_the_copy_is_a_failure_that_says_so(own_pair, copy, admin, proxy, note_of):
-    proxy.on("POST", START, after(lambda: wait_for(lambda: count(admin, own_pair[1]) == 3) and
+def test_a_source_that_changes_during_the_copy_is_a_failure_that_says_so(own_pair, copy, admin, proxy):
+    proxy.on("POST", START, after(lambda: wait_until(lambda: count(admin, own_pair[1]) == 3) and
                                   fill(admin, own_pair[0], [{"n": 5}])))  # fmt: skip
     admin("PUT", f"/{own_pair[0]}/_settings", {"refresh_interval": "-1"})
     outcome = copy(*own_pair)
     assert outcome.code == 1, outcome.err
     assert f"the source changed meanwhile: {own_pair[0]} holds 4 documents, 3 were copied" in outcome.last
-    assert note_of(own_pair[1])
+    assert marker_of(admin, own_pair[1])
 
 
-def test_a_target_that_somebody_else_writes_to_is_a_failure(pair, copy, admin, proxy, note_of):
+def test_a_target_that_somebody_else_writes_to_is_a_failure(pair, copy, admin, proxy):
     proxy.on("POST", START, after(lambda: fill(admin, pair[1], [{"n": 5}])))
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
     assert f"{pair[1]} holds 4 documents, 3 were copied: somebody else writes to it" in outcome.last
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
 
 
 def test_a_target_that_somebody_replaces_meanwhile_is_a_failure(pair, copy, admin, proxy):
@@ -387,16 +371,16 @@ def test_a_target_that_somebody_replaces_meanwhile_is_a_failure(pair, copy, admi
     assert f"{pair[1]} was deleted and created anew by somebody else" in outcome.last
 
 
-def test_settings_that_cannot_be_put_back_now_are_left_to_the_next_run(pair, copy, admin, proxy, note_of, monkeypatch):
+def test_settings_that_cannot_be_put_back_now_are_left_to_the_next_run(pair, copy, admin, proxy, monkeypatch):
     monkeypatch.setenv("RETRY_SECONDS", "0")
     proxy.on("PUT", "_settings", answer(503), skip=1, times=None)
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
     assert "not restored yet, the next run restores them" in outcome.err
-    assert note_of(pair[1])["set"] == {"index.refresh_interval": "-1"}
+    assert marker_of(admin, pair[1])["set"] == {"index.refresh_interval": "-1"}
     proxy.rules.clear()
     assert copy(*pair).code == 0
-    assert note_of(pair[1]) is None
+    assert marker_of(admin, pair[1]) is None
 
 
 # --- signals, and runs that died --------------------------------------------------------------------------------------
@@ -414,7 +398,7 @@ def start(environment, pair, admin):
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         started.append(process)
-        wait_for(lambda: copies_under_way(admin, pair[1]))
+        wait_until(lambda: copies_under_way(admin, pair[1]))
         return process
 
     yield do
@@ -426,7 +410,7 @@ def start(environment, pair, admin):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_cancels_the_copy_and_puts_settings_back(number, start, pair, copy, admin, note_of, own_settings):
+def test_a_signal_cancels_the_copy_and_puts_settings_back(number, start, pair, copy, admin, own_settings):
     process = start()
     assert own_settings(pair[1])["refresh_interval"] == "-1"
     process.send_signal(number)
@@ -436,26 +420,26 @@ def test_a_signal_cancels_the_copy_and_puts_settings_back(number, start, pair, c
     assert out == ""
     assert copies_under_way(admin, pair[1]) == []
     assert own_settings(pair[1])["refresh_interval"] is None
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
     if number == signal.SIGTERM:
         assert copy(*pair).code == 0
         assert numbers(admin, pair[1]) == [0, 1, 2]
-        assert note_of(pair[1]) is None
+        assert marker_of(admin, pair[1]) is None
 
 
-def test_after_a_kill_the_next_run_cancels_the_orphan_and_copies_anew(start, pair, copy, admin, note_of, own_settings):
+def test_after_a_kill_the_next_run_cancels_the_orphan_and_copies_anew(start, pair, copy, admin, own_settings):
     process = start()
     process.kill()
     process.communicate()
     orphans = copies_under_way(admin, pair[1])
     assert len(orphans) == 1
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
     assert f"cancelling task {orphans[0]} on index {pair[1]}, left by a run that died" in outcome.err
     assert copies_under_way(admin, pair[1]) == []
     assert numbers(admin, pair[1]) == [0, 1, 2]
-    assert note_of(pair[1]) is None
+    assert marker_of(admin, pair[1]) is None
     assert own_settings(pair[1])["refresh_interval"] is None
 
 
@@ -484,13 +468,13 @@ def foreign_copy(pair, admin):
 
 
 @pytest.mark.parametrize("opaque_id", ["", "somebody", f"{base.SUITE}-2/{base.HOST}/x"])
-def test_a_copy_of_a_stranger_refuses_ours(opaque_id, foreign_copy, pair, copy, admin, note_of):
+def test_a_copy_of_a_stranger_refuses_ours(opaque_id, foreign_copy, pair, copy, admin):
     task = foreign_copy(opaque_id)
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
     assert f"task {task} of somebody else works on index {pair[1]}; wait for it or cancel it" in outcome.last
     assert copies_under_way(admin, pair[1]) == [task]
-    assert note_of(pair[1]) is None
+    assert marker_of(admin, pair[1]) is None
 
 
 def test_a_copy_of_ours_from_another_host_is_awaited_and_then_refuses(foreign_copy, pair, copy, admin, monkeypatch):
@@ -536,10 +520,10 @@ def test_an_orphan_of_another_host_name_is_ours_where_run_host_is_the_same(forei
     assert f"cancelling task {task} on index {pair[1]}, left by a run that died" in outcome.err
 
 
-def test_run_host_is_in_the_note_and_has_to_be_a_name(pair, copy, proxy, note_of, monkeypatch):
+def test_run_host_is_in_the_note_and_has_to_be_a_name(pair, copy, proxy, monkeypatch, admin):
     monkeypatch.setenv("RUN_HOST", "nightly")
     seen = []
-    proxy.on("POST", START, after(lambda: seen.append(note_of(pair[1])["host"])))
+    proxy.on("POST", START, after(lambda: seen.append(marker_of(admin, pair[1])["host"])))
     assert copy(*pair).code == 0
     assert seen == ["nightly"]
     for wrong in ("a/b", "a b", "a\nb", "x" * 101):

@@ -21,7 +21,7 @@ from pathlib import Path
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from conftest import Reader, count, on_terminal, sources, state_of
+from conftest import Reader, count, on_terminal, sources, state_of, wait_until
 from fault_proxy import answer
 
 TOP = Path(__file__).resolve().parent.parent
@@ -67,13 +67,6 @@ def finish(process, timeout=120):
 
 def live(admin, alias):
     return list(admin("GET", f"/_alias/{alias}"))
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def copy_task(admin, index):
@@ -355,9 +348,7 @@ def test_a_dry_run_changes_nothing(pair, refresh, put_csv, admin):
     assert (live(admin, alias), count(admin, primary), count(admin, secondary)) == ([primary], 3, 0)
 
 
-def test_it_works_under_crons_bare_environment_from_another_directory(
-    pair, put_csv, admin, box, tmp_path, environment
-):
+def test_it_works_under_crons_bare_environment_from_another_directory(pair, put_csv, admin, box, tmp_path, environment):
     primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
     home = tmp_path / "a folder with spaces"
     home.mkdir()

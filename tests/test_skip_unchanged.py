@@ -12,7 +12,7 @@ import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
-from conftest import count
+from conftest import count, meta_of
 from fault_proxy import after, edited
 from test_run_refresh import finish, live, pair, refresh  # noqa: F401  # fixtures
 
@@ -41,7 +41,7 @@ def loaded(skip, make_index, put_csv, load):
 
 
 def record_of(admin, index):
-    return admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {}).get(bulkupdate.RECORD)
+    return meta_of(admin, index).get(bulkupdate.RECORD)
 
 
 def add(admin, index, name="stray", n=9):
@@ -193,7 +193,7 @@ def test_without_the_setting_nothing_is_read(loaded, load, monkeypatch, proxy):
 def test_an_unfinished_index_is_changed(loaded, admin):
     """A run was killed after the record, before it took its marker out."""
     index, _, unchanged = loaded
-    meta = admin("GET", f"/{index}/_mapping")[index]["mappings"]["_meta"]
+    meta = meta_of(admin, index)
     marker = {"started": "2026-01-01T00:00:00Z", "host": "h", "found": {}, "set": {}}
     admin("PUT", f"/{index}/_mapping", {"_meta": {**meta, base.SUITE: marker}})
     assert not unchanged()

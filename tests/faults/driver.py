@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import csv
 import gzip
-import hashlib
 import io
 import os
 import re
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import sandbox
-from conftest import TEST_PATTERNS, Reader, fill
+from conftest import TEST_PATTERNS, Reader, by_id, digest_of, fill
 from fault_proxy import FaultProxy
 
 TOP = Path(__file__).resolve().parents[2]
@@ -55,10 +54,10 @@ def expected_documents(prefix: str, objects: dict[str, bytes]) -> dict[str, dict
     found = {}
     for key, body in objects.items():
         text = (gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body).decode()
-        digest = hashlib.sha256(f"{sandbox.BUCKET}/{prefix}{key}".encode()).hexdigest()[:16]
         for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
             convert = {"n": int, "half": float, "word": str}
-            found[f"{digest}-{number:09d}"] = {name: convert[name](cell) for name, cell in row.items() if cell}
+            document = {name: convert[name](cell) for name, cell in row.items() if cell}
+            found[f"{digest_of(prefix + key)}-{number:09d}"] = document
     return found
 
 
@@ -194,9 +193,7 @@ class World:
         return list(self.admin("GET", f"/_alias/{self.alias}"))
 
     def documents(self, index: str) -> dict[str, dict[str, Any]]:
-        self.admin("POST", f"/{index}/_refresh")
-        hits = self.admin("POST", f"/{index}/_search", {"size": 10_000})["hits"]["hits"]
-        return {hit["_id"]: hit["_source"] for hit in hits}
+        return by_id(self.admin, index)
 
     def state(self, index: str) -> dict[str, Any]:
         """Settings and mapping, `_meta` included; a default that was spelled out is still the default."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import pytest
 import sandbox
+from conftest import wait_until
 from fault_proxy import (
     Exchange, Fault, Rule, after, answer, delayed, edited_items, gateway, lost_answer, reset_before_answer,
     reset_in_answer, reset_in_request,
@@ -69,13 +69,6 @@ def disturb(world: World, point: str, fault: str | Fault, *, times: int | None =
 
 def took_place(rule: Rule) -> bool:
     return rule.seen > rule.skip
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def listens(world: World) -> bool:

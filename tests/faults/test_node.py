@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import requests
 import sandbox
-from conftest import Reader
+from conftest import Reader, wait_until
 from fault_proxy import Exchange, Fault
 
 from .driver import OLD, Run, World, add_roles
@@ -24,15 +23,6 @@ PATIENCE = {"RETRY_SECONDS": "150", "WAIT_SECONDS": "150"}  # a node is back in 
 FEW_AT_A_TIME = {"REQUESTS_PER_SECOND": "3"}  # copies 30 documents, then waits 10 s for the other ten
 Nodes = list[sandbox.OpenSearch]
 pytestmark = pytest.mark.nodes
-
-
-def eventually(look: Callable[[], Any], seconds: float = 90) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := look():
-            return found
-        time.sleep(0.1)
-    raise AssertionError("it did not come about")
 
 
 def revive(nodes: Nodes) -> None:
@@ -71,7 +61,7 @@ def half_done(world: World, action: str, kind: str) -> int:
         tasks = [task for node in nodes for task in node["tasks"].values() if world.primary in task["description"]]
         return sum(task["status"][kind] for task in tasks)
 
-    done: int = eventually(look)
+    done: int = wait_until(look, 90)
     assert done < len(OLD)
     return done
 
@@ -203,7 +193,7 @@ def test_goes_on_when_the_node_is_back(world, node, point, when):
 )
 def test_node_away_between_steps(world, node, step, following):
     process = world.start(STEP_DELAY_SECONDS="8", OPENSEARCH_ENDPOINT=node.endpoint)
-    eventually(lambda: f"<== {step}" in log_of(world))
+    wait_until(lambda: f"<== {step}" in log_of(world), 90)
     node.kill()
     assert f"==> {following}" not in log_of(world)
     run = finish(world, process)
@@ -228,7 +218,7 @@ def test_a_standby_that_has_lost_its_data_is_recreated(world, node):
     node.kill()
     shutil.rmtree(node.run / "data" / "nodes" / "0" / "indices" / uuid / "0")
     node.start()
-    eventually(lambda: is_whole(world, world.primary))
+    wait_until(lambda: is_whole(world, world.primary), 90)
     assert not is_whole(world, world.secondary)
     run = finish(world, world.start(**PATIENCE))
     world.expect(run, code=0)
@@ -322,7 +312,7 @@ class Wide(World):
                 return bool(self.admin("GET", "/_cluster/health")["number_of_nodes"] == len(self.nodes) - 1)
             return False
 
-        eventually(noticed)
+        wait_until(noticed, 90)
 
     def scrolled(self) -> str:
         """Return the node whose copy the running task reads from."""
@@ -416,7 +406,7 @@ def test_a_switch_waits_for_the_copies_of_a_node_that_restarts(wide, nth):
 
     rule = wide.proxy.on("GET", "/_cluster/health", fault, skip=nth)
     process = wide.start(**PATIENCE)
-    eventually(lambda: rule.seen >= nth + 3, 240)
+    wait_until(lambda: rule.seen >= nth + 3, 240)
     assert len(wide.moves) == nth
     wide.nodes[victim].start()
     run = finish(wide, process)

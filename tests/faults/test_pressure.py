@@ -22,6 +22,8 @@ BUSY = {
 MIB = 1024 * 1024
 LARGE = 30_000  # characters; a keyword holds 32,766 bytes
 BLOCK = "index.blocks.read_only_allow_delete"  # what the server sets at the flood stage
+
+
 def pairs(body: bytes) -> list[bytes]:
     """Return action line and document of each document of a bulk request."""
     lines = body.splitlines(keepends=True)

@@ -24,6 +24,7 @@ long = pytest.mark.long
 
 # --- the role ---------------------------------------------------------------------------------------------------------
 
+
 @secured
 def test_a_refresh_without_a_permission_names_it_in_step_0_and_the_next_run_with_it_heals(world, account):
     permission = "indices:data/write/delete"  # would be missed only inside a task on the server
