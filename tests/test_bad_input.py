@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import re
 import shlex
@@ -15,12 +14,10 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import OWN, TEST_PATTERNS, fill, load_arguments, secured, state_of
+from conftest import OWN, OWN_PASSWORD, fill, load_arguments, secured, state_of
 from fault_proxy import FaultProxy, after, answer
 
 pytestmark = pytest.mark.quick
-
-OWN_PASSWORD = "of-the-Test-only-2026!"
 
 
 def assert_says(outcome, code, *patterns):
@@ -242,17 +239,10 @@ def test_a_wrong_password_names_the_user(pair, run, connect):
         ("empty", "cluster:monitor/tasks/lists"),
     ],
 )  # fmt: skip
-def test_a_missing_permission_is_named_with_the_user(command, permission, pair, run, connect, box, name):
-    user = name("user")
-    role = copy.deepcopy(sandbox.refresh_role(TEST_PATTERNS))
-    for actions in (role["cluster_permissions"], role["index_permissions"][0]["allowed_actions"]):
-        if permission in actions:
-            actions.remove(permission)
-    box.server.add_user(user, OWN_PASSWORD)
-    box.server.grant(user, role, user)
-    connect(user=user, password=OWN_PASSWORD)
+def test_a_missing_permission_is_named_with_the_user(command, permission, pair, run, account):
+    account.grant(permission)
     asked = permission.replace("*", ".*")
-    assert_says(run(*getattr(pair, command)), 1, "permissions are missing", f'role of user {user}: .*"{asked}"')
+    assert_says(run(*getattr(pair, command)), 1, "permissions are missing", f'role of user {account.user}: .*"{asked}"')
 
 
 @pytest.mark.parametrize(

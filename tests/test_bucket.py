@@ -11,9 +11,8 @@ import bulkupdate
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from conftest import count, load_arguments, marker_of, sources
+from conftest import count, finish, load_arguments, marker_of, sources
 from fault_proxy import after, refused
-from test_run_refresh import finish, pair, refresh  # noqa: F401  # fixtures
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -270,8 +269,8 @@ def test_advice_names_the_variable_that_the_nightly_run_reads(make_index, put_cs
 
 
 @pytest.mark.parametrize(("delimiter", "variable"), [(";", ";"), ("\t", r"\t")])
-def test_the_runner_loads_semicolons_tabs_and_an_id_column(delimiter, variable, pair, refresh, put_csv, admin):  # noqa: F811
-    primary, _, _ = pair(WORDS)
+def test_the_runner_loads_semicolons_tabs_and_an_id_column(delimiter, variable, make_pair, refresh, put_csv, admin):
+    primary, _ = make_pair(WORDS, 0)
     prefix = put_csv({"a.csv": "k,t\na,b\na,c\n".replace(",", delimiter)})
     code, _, err = finish(refresh(prefix, DELIMITER=variable, ID_COLUMN="k"))
     assert code == 0, err
@@ -367,7 +366,7 @@ def test_leftovers_beside_a_manifest_are_no_difference(unload, make_index, load,
 @pytest.mark.parametrize("said", ["manifest", "plain", "variable", "flag"])
 @pytest.mark.parametrize(("rows", "code"), [(3, 0), (4, 1), (2, 1)])
 def test_the_rows_are_compared_before_readers_see_them(
-    said, rows, code, unload, make_index, put_csv, load, run, admin, monkeypatch
+    said, rows, code, unload, make_index, put_csv, run, admin, monkeypatch
 ):
     index, more = make_index("index", COLUMNS), []
     files = {"a.csv": "k,n\na,1\n\nb,2\n\nk,n\n", "b.csv": "k,n\nc,x\n"}  # 3 rows, one of them a reject
@@ -388,7 +387,7 @@ def test_the_rows_are_compared_before_readers_see_them(
         assert " done: " not in outcome.err
 
 
-def test_the_number_given_by_hand_counts_and_0_compares_nothing(unload, make_index, load, monkeypatch):
+def test_the_number_given_by_hand_counts_and_0_compares_nothing(unload, make_index, load):
     prefix = unload(UNLOADED, {"0000_part_00": 2, "0001_part_00": 9})
     load(prefix, make_index("a", COLUMNS), *READY, code=1)
     load(prefix, make_index("b", COLUMNS), *READY, "--expected-rows", "3")

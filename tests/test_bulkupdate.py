@@ -547,7 +547,7 @@ def test_the_rejects_file_is_named_in_the_result_and_private_and_old_ones_go(mak
     assert sorted(path.name for path in logs.iterdir()) == sorted([file.name, "rejects-x-29.ndjson"])
 
 
-def test_more_than_10_000_rejects_end_the_load_unless_more_are_accepted(make_index, put_csv, load, admin, rejected):
+def test_more_than_10_000_rejects_end_the_load_unless_more_are_accepted(make_index, put_csv, load, admin):
     index = make_index("index", NUMBERS)
     prefix = put_csv({"a.csv": "n\n1\n" + "x\n" * 10_001})
     outcome = load(prefix, index, code=1)

@@ -245,7 +245,7 @@ def test_new_columns_get_the_type_that_all_their_values_have(make_index, put_csv
     assert hits["total"]["value"] == 1
 
 
-def test_what_the_heads_of_all_objects_show_is_combined(make_index, put_csv, load, stored, admin):
+def test_what_the_heads_of_all_objects_show_is_combined(make_index, put_csv, load, admin):
     index = make_index()
     prefix = put_csv({"a.csv": "n,m,f,only_a\n1,1,true,1\n", "b.csv": "f,n,m,only_b\nNA,1.5,x,2\n", "c.csv": "n\nNA\n"})
     load(prefix, index)
@@ -274,7 +274,7 @@ def test_new_columns_inside_a_known_object_leave_its_fields_alone(make_index, pu
     {"properties": {"n": {"type": "long"}}, "dynamic": False},
     {"properties": {"n": {"type": "long"}, "o": {"properties": {}, "dynamic": False}}},
 ])  # fmt: skip
-def test_dynamic_false_takes_unknown_columns_as_text_and_warns_once(mapping, make_index, put_csv, load, stored, admin):
+def test_dynamic_false_takes_unknown_columns_as_text_and_warns_once(mapping, make_index, put_csv, load, admin):
     index = make_index("index", **mapping)
     before = admin("GET", f"/{index}/_mapping")[index]["mappings"]["properties"]
     columns = ["n", "o.x", "o.y"]

@@ -112,7 +112,7 @@ def test_a_lost_response_is_looked_up(method, path, skip, pair, clone, look, pro
 
 
 def test_a_clone_that_fails_leaves_no_block_and_the_next_run_clones_with_the_replicas_of_the_target(
-    pair, clone, look, proxy, admin
+    pair, clone, look, proxy
 ):
     refusal = answer(400, {"error": {"type": "illegal_argument_exception", "reason": "of a test"}})
     proxy.on("POST", "_clone", refusal, skip=1)

@@ -219,7 +219,7 @@ def test_no_response_is_got_over_and_no_deletion_is_sent_twice(
     assert not exists(admin, f"{index}-recreate")
 
 
-def test_a_deletion_that_arrives_late_costs_nothing(index, recreate, admin, proxy, run):
+def test_a_deletion_that_arrives_late_costs_nothing(index, recreate, admin, proxy):
     """The answer is lost and the index is still there: nobody goes on, and the backup keeps the definition."""
     wanted = definition(admin, index)
     proxy.on("DELETE", f"^/{index}$", Exchange.drop)
@@ -293,9 +293,7 @@ def test_the_next_run_on_whatever_machine_restores_the_index(
 
 @pytest.mark.quick
 @pytest.mark.parametrize("script", ["cleanup", "copy", "load"])
-def test_a_dry_run_meets_a_missing_index_and_changes_nothing(
-    script, deleted, index, make_index, put_csv, run, admin, proxy
-):
+def test_a_dry_run_meets_a_missing_index_and_changes_nothing(script, deleted, index, make_index, put_csv, run, proxy):
     command = commands(index, make_index, put_csv, PROPERTIES)[script]
     proxy.requests.clear()
     outcome = run(*command, "--dry-run")
@@ -370,7 +368,7 @@ def test_a_stop_before_the_deletion_leaves_no_backup(index, recreate, admin, pro
     assert (definition(admin, index)["settings"], count(admin, index)) == (wanted["settings"], 3)
 
 
-def test_the_marker_of_an_unfinished_load_comes_along(index, recreate, admin, run, put_csv, proxy, monkeypatch):
+def test_the_marker_of_an_unfinished_load_comes_along(index, admin, run, put_csv, proxy, monkeypatch):
     """A load that dies between deletion and creation leaves the mark of an unfinished index in what is restored."""
     monkeypatch.setenv("CLEANUP_METHOD", "recreate")
     prefix = put_csv({"a.csv": "n\n7\n"})

@@ -13,7 +13,7 @@ import time
 import opensearch_base_manager as base
 import pytest
 import reindex
-from conftest import OWN, count, fill, marker_of, sources, state_of, wait_until
+from conftest import OWN, count, fill, marker_of, running_copies, sources, state_of, wait_until
 from fault_proxy import after, answer, edited, lost_answer, refused
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -46,11 +46,6 @@ def own_pair(make_index):
 
 
 @pytest.fixture
-def copy(run):
-    return lambda source, target, *more: run(reindex, "--source", source, "--target", target, *more)
-
-
-@pytest.fixture
 def own_settings(admin):
     """What is set on an index, less what the server itself writes there."""
 
@@ -64,13 +59,6 @@ def own_settings(admin):
 def numbers(admin, index):
     admin("POST", f"/{index}/_refresh")
     return sorted(doc["n"] for doc in sources(admin, index))
-
-
-def copies_under_way(admin, target):
-    tasks = [task for node in admin("GET", "/_tasks?actions=*reindex&detailed=true")["nodes"].values()
-             for task in node["tasks"].items()]  # fmt: skip
-    return [name for name, task in tasks if f"to [{target}]" in task["description"] and "parent_task_id" not in task
-            and not task["headers"].get("X-Opaque-Id", "").endswith("/permissions")]  # fmt: skip
 
 
 # --- what arrives -----------------------------------------------------------------------------------------------------
@@ -305,7 +293,7 @@ def test_a_vanished_task_is_a_failure(pair, copy, admin, proxy):
 
 def test_a_task_that_somebody_cancels_is_a_failure(pair, copy, admin, proxy, own_settings):
     proxy.on("GET", TASK, after(lambda: [admin("POST", f"/_tasks/{task}/_cancel") for task in
-                                         copies_under_way(admin, pair[1])]), skip=1, times=None)  # fmt: skip
+                                         running_copies(admin, pair[1])]), skip=1, times=None)  # fmt: skip
     outcome = copy(*pair, "--requests-per-second", "0.2")
     assert outcome.code == 1, outcome.err
     assert "cancelled (by user request); run it again" in outcome.last
@@ -314,7 +302,7 @@ def test_a_task_that_somebody_cancels_is_a_failure(pair, copy, admin, proxy, own
 
 
 @pytest.mark.parametrize("fault", [refused, lost_answer, answer(502), answer(503)], ids=["reset", "lost", "502", "503"])
-def test_a_failed_poll_is_tried_again(fault, pair, copy, admin, proxy):
+def test_a_failed_poll_is_tried_again(fault, pair, copy, proxy):
     proxy.on("GET", TASK, fault, skip=1, times=2)
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
@@ -398,14 +386,14 @@ def start(environment, pair, admin):
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         started.append(process)
-        wait_until(lambda: copies_under_way(admin, pair[1]))
+        wait_until(lambda: running_copies(admin, pair[1]))
         return process
 
     yield do
     for process in started:
         process.kill()
         process.communicate()
-    for task in copies_under_way(admin, pair[1]):
+    for task in running_copies(admin, pair[1]):
         admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
 
 
@@ -418,7 +406,7 @@ def test_a_signal_cancels_the_copy_and_puts_settings_back(number, start, pair, c
     assert process.returncode == 128 + number, err
     assert f"stopped by {number.name}" in err.splitlines()[-1]
     assert out == ""
-    assert copies_under_way(admin, pair[1]) == []
+    assert running_copies(admin, pair[1]) == []
     assert own_settings(pair[1])["refresh_interval"] is None
     assert marker_of(admin, pair[1])
     if number == signal.SIGTERM:
@@ -431,13 +419,13 @@ def test_after_a_kill_the_next_run_cancels_the_orphan_and_copies_anew(start, pai
     process = start()
     process.kill()
     process.communicate()
-    orphans = copies_under_way(admin, pair[1])
+    orphans = running_copies(admin, pair[1])
     assert len(orphans) == 1
     assert marker_of(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
     assert f"cancelling task {orphans[0]} on index {pair[1]}, left by a run that died" in outcome.err
-    assert copies_under_way(admin, pair[1]) == []
+    assert running_copies(admin, pair[1]) == []
     assert numbers(admin, pair[1]) == [0, 1, 2]
     assert marker_of(admin, pair[1]) is None
     assert own_settings(pair[1])["refresh_interval"] is None
@@ -449,60 +437,42 @@ def test_a_second_run_finds_the_lock_held_and_leaves_the_first_alone(start, pair
         outcome = copy(source, target)
         assert outcome.code == 75, outcome.err
         assert "another run on this host works on index" in outcome.last
-    assert len(copies_under_way(admin, pair[1])) == 1
+    assert len(running_copies(admin, pair[1])) == 1
     assert process.poll() is None
-
-
-@pytest.fixture
-def foreign_copy(pair, admin):
-    """Start a copy into the target that this host has not started, and end it with the test."""
-
-    def do(opaque_id, rate="0.5"):
-        body = {"source": {"index": pair[0]}, "dest": {"index": pair[1]}}
-        path = f"/_reindex?wait_for_completion=false&requests_per_second={rate}"
-        return admin("POST", path, body, headers={"X-Opaque-Id": opaque_id})["task"]
-
-    yield do
-    for task in copies_under_way(admin, pair[1]):
-        admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
 
 
 @pytest.mark.parametrize("opaque_id", ["", "somebody", f"{base.SUITE}-2/{base.HOST}/x"])
 def test_a_copy_of_a_stranger_refuses_ours(opaque_id, foreign_copy, pair, copy, admin):
-    task = foreign_copy(opaque_id)
+    task = foreign_copy(pair[1], opaque_id)
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
     assert f"task {task} of somebody else works on index {pair[1]}; wait for it or cancel it" in outcome.last
-    assert copies_under_way(admin, pair[1]) == [task]
+    assert running_copies(admin, pair[1]) == [task]
     assert marker_of(admin, pair[1]) is None
 
 
 def test_a_copy_of_ours_from_another_host_is_awaited_and_then_refuses(foreign_copy, pair, copy, admin, monkeypatch):
     monkeypatch.setenv("WAIT_SECONDS", "1")
-    task = foreign_copy(f"{base.SUITE}/otherhost/x")
+    task = foreign_copy(pair[1], f"{base.SUITE}/otherhost/x")
     began = time.monotonic()
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
     assert time.monotonic() - began > 1
     assert outcome.err.count(f"waiting for task {task} of another run on index {pair[1]}") == 1
     assert f"task {task} of another run still works on index {pair[1]}" in outcome.last
-    assert copies_under_way(admin, pair[1]) == [task]
+    assert running_copies(admin, pair[1]) == [task]
 
 
 def test_a_copy_of_ours_from_another_host_that_ends_in_time_is_followed_by_ours(foreign_copy, pair, copy, admin):
-    foreign_copy(f"{base.SUITE}/otherhost/x", rate="2")
+    foreign_copy(pair[1], f"{base.SUITE}/otherhost/x", rate=2)
     assert copy(*pair).code == 0
     assert numbers(admin, pair[1]) == [0, 1, 2]
 
 
-def test_a_copy_into_an_index_with_a_longer_name_is_no_obstacle(pair, make_index, copy, admin):
+def test_a_copy_into_an_index_with_a_longer_name_is_no_obstacle(pair, make_index, foreign_copy, copy):
     longer = make_index("target-2", NUMBER)
-    body = {"source": {"index": make_index("third", NUMBER, docs=3)}, "dest": {"index": longer}}
-    task = admin("POST", "/_reindex?wait_for_completion=false&requests_per_second=0.5", body)["task"]
-    try:
-        assert copy(*pair).code == 0
-    finally:
-        admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
+    foreign_copy(longer)
+    assert copy(*pair).code == 0
 
 
 def test_a_copy_that_runs_long_shows_how_far_it_is(pair, copy, monkeypatch):
@@ -514,7 +484,7 @@ def test_a_copy_that_runs_long_shows_how_far_it_is(pair, copy, monkeypatch):
 
 def test_an_orphan_of_another_host_name_is_ours_where_run_host_is_the_same(foreign_copy, pair, copy, monkeypatch):
     monkeypatch.setenv("RUN_HOST", "nightly.refresh-1")
-    task = foreign_copy(f"{base.SUITE}/nightly.refresh-1/x")
+    task = foreign_copy(pair[1], f"{base.SUITE}/nightly.refresh-1/x")
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
     assert f"cancelling task {task} on index {pair[1]}, left by a run that died" in outcome.err

@@ -10,8 +10,7 @@ import index_cleanup
 import pytest
 import reindex
 import sandbox
-import switch_alias
-from conftest import TEST_PATTERNS, Outcome, Reader, fill
+from conftest import TEST_PATTERNS, Reader, fill
 
 pytestmark = [pytest.mark.nodes, pytest.mark.timeout(600)]
 PROPERTIES = {"n": {"type": "long"}, "word": {"type": "keyword"}}
@@ -59,14 +58,6 @@ def make(make_index: Callable[..., str], admin: Callable[..., Any]) -> Callable[
 
 def documents(number: int) -> list[dict[str, Any]]:
     return [{"n": 1, "word": random.randbytes(30).hex()} for _ in range(number)]
-
-
-@pytest.fixture
-def switch(run: Callable[..., Outcome], name: Callable[[str], str]) -> Callable[..., Outcome]:
-    def move(source: str, target: str, *more: str) -> Outcome:
-        return run(switch_alias, "--alias", name("alias"), "--source", source, "--target", target, *more)
-
-    return move
 
 
 def lags(admin: Callable[..., Any], index: str) -> bool:

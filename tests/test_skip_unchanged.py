@@ -12,9 +12,8 @@ import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
-from conftest import count, meta_of
+from conftest import count, finish, meta_of
 from fault_proxy import after, edited
-from test_run_refresh import finish, live, pair, refresh  # noqa: F401  # fixtures
 
 NUMBER = {"n": {"type": "long"}, "k": {"type": "keyword"}}
 FILES = {"a.csv": "n,k\n1,a\n2,b\n", "b.csv": "n,k\n3,c\n"}
@@ -205,8 +204,10 @@ def test_an_unfinished_index_is_changed(loaded, admin):
 
 
 @pytest.mark.parametrize("strategy", ["copy-back", "alternate"])
-def test_a_night_with_nothing_new_is_over_at_once(strategy, pair, refresh, put_csv, admin, s3, proxy, tmp_path):  # noqa: F811
-    _, _, alias = pair(NUMBER, docs=3)
+def test_a_night_with_nothing_new_is_over_at_once(
+    strategy, make_pair, refresh, put_csv, admin, s3, proxy, tmp_path, alias, behind_alias
+):
+    make_pair(NUMBER, 3, 0)
     prefix = put_csv(FILES)
     night = {
         "SKIP_UNCHANGED": "true", "REFRESH_STRATEGY": strategy, "OPENSEARCH_ENDPOINT": proxy.endpoint,
@@ -214,7 +215,7 @@ def test_a_night_with_nothing_new_is_over_at_once(strategy, pair, refresh, put_c
     }  # fmt: skip
     code, _, err = finish(refresh(prefix, **night))
     assert (code, "nothing to do" in err) == (0, False), err
-    readers_on = live(admin, alias)
+    readers_on = behind_alias()
     proxy.requests.clear()
     code, _, err = finish(refresh(prefix, **night))
     assert code == 0, err
@@ -226,6 +227,6 @@ def test_a_night_with_nothing_new_is_over_at_once(strategy, pair, refresh, put_c
     s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}c.csv", Body=b"n,k\n4,d\n")
     code, _, err = finish(refresh(prefix, **night, DOCUMENT_COUNT_THRESHOLD="50"))
     assert (code, "nothing to do" in err) == (0, False), err
-    assert count(admin, live(admin, alias)[0]) == 4
+    assert count(admin, behind_alias()[0]) == 4
     checks = 1 if strategy == "copy-back" else 2  # there, the index to be loaded is the live one
     assert len(re.findall("<== check (what has changed|the load): exit 0", err)) == checks

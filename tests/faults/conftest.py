@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import sandbox
+from conftest import OWN_PASSWORD, Account
 
-from .driver import OWN_PASSWORD, Account, World
+from .driver import World
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def world(box: sandbox.Sandbox, world_on: Callable[[sandbox.Server], World]) -> 
 
 @pytest.fixture
 def account(world, name):
-    made = Account(world, name("user"))
+    made = Account(world.box.server, name("user"), [world.primary, world.secondary, world.alias])
     yield made
     made.delete()
     assert OWN_PASSWORD not in "".join(run.out + run.err + run.log for run in world.runs)

@@ -8,7 +8,6 @@ def test_something(world):
 
 from __future__ import annotations
 
-import copy
 import csv
 import gzip
 import io
@@ -33,7 +32,6 @@ MAPPING = {"properties": {name: {"type": kind} for name, kind in TYPES.items()},
 SETTINGS = {"number_of_replicas": 1, "refresh_interval": "7s"}
 OLD = [{"n": n, "half": n / 2, "word": "old"} for n in range(40)]
 NEW_ROWS = 43  # within the threshold of 10 %
-OWN_PASSWORD = "of-the-Test-only-2026!"
 BATCH_SIZE = 10  # so that a load takes several requests
 SECRETS = [sandbox.PASSWORD, b64encode(f"{sandbox.USER}:{sandbox.PASSWORD}".encode()).decode()]
 # by the server, to each index that is created or cloned
@@ -161,7 +159,7 @@ class World:
 
     def assert_done(self) -> None:
         """Readers are on an index that holds S3 row by row; nobody noticed, nothing is left behind."""
-        [live] = self.owners()
+        [live] = self.behind_alias()
         assert live == self.primary or self.alternate
         assert self.documents(live) == expected_documents(self.prefix, self.objects)
         assert set(self.admin("GET", f"/{self.secondary}*,{self.primary}*")) == {self.primary, self.secondary}
@@ -173,7 +171,7 @@ class World:
         self.assert_no_secret()
 
     def assert_on_one_index(self) -> None:
-        assert self.owners() in ([self.primary], [self.secondary])
+        assert self.behind_alias() in ([self.primary], [self.secondary])
 
     def assert_reader_saw_nothing_odd(self) -> None:
         seen = self.reader.finish()
@@ -188,7 +186,7 @@ class World:
         assert not [secret for secret in SECRETS for text in texts if secret in text]
         assert {path.stat().st_mode & 0o077 for path in files} <= {0}, files
 
-    def owners(self) -> list[str]:
+    def behind_alias(self) -> list[str]:
         """Return the indices that the alias points at."""
         return list(self.admin("GET", f"/_alias/{self.alias}"))
 
@@ -211,35 +209,6 @@ class World:
 
 def changes_state(method: str, path: str) -> bool:
     return method in ("PUT", "DELETE") or (method == "POST" and not READ_ONLY.search(path.split("?")[0]))
-
-
-class Account:
-    """A user of one's own with the role of the README on the indices of one world, less what is taken away."""
-
-    def __init__(self, world: World, user: str) -> None:
-        self.server, self.user = world.box.server, user
-        self.whole = sandbox.refresh_role([world.primary, world.secondary, world.alias])
-        self.login = {"OPENSEARCH_USERNAME": user, "OPENSEARCH_PASSWORD": OWN_PASSWORD}
-        self.server.add_user(user, OWN_PASSWORD)
-        self.allow_all()
-
-    def allow_all(self) -> None:
-        self.server.grant(self.user, self.whole, self.user)
-
-    def take_away(self, kind: str, permission: str) -> None:
-        role = copy.deepcopy(self.whole)
-        actions = role["cluster_permissions"] if kind == "cluster" else role["index_permissions"][0]["allowed_actions"]
-        actions.remove(permission)
-        self.server.grant(self.user, role, self.user)
-
-    def lacks(self, permission: str) -> str:
-        """Return what one line has to say: the user, and the action, where the role has a pattern."""
-        action = re.escape(permission).replace(r"\*", r"[\w/*]*(\[\w+\])?")
-        return rf"(?m)^(?=.*\b{self.user}\b).*[ \[\"]{action}($|[\],; \"])"
-
-    def delete(self) -> None:
-        self.server.take_back(self.user)
-        self.server.change_security("DELETE", f"internalusers/{self.user}")
 
 
 def add_roles(node: sandbox.OpenSearch) -> None:

@@ -143,7 +143,7 @@ def cheap(world, may_recreate):
 def test_the_list_of_cheap_changes_is_complete(cheap):
     counter = Counter(cheap)
     cheap.expect(cheap.refresh(), code=0)
-    assert cheap.owners() == [cheap.secondary]
+    assert cheap.behind_alias() == [cheap.secondary]
     cheap.assert_done()
     assert counter.seen == CHEAP_CHANGES
 

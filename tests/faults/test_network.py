@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 import pytest
 import sandbox
-from conftest import wait_until
+from conftest import OWN_PASSWORD, wait_until
 from fault_proxy import (
     Exchange, Fault, Rule, after, answer, delayed, edited_items, gateway, lost_answer, reset_before_answer,
     reset_in_answer, reset_in_request,
 )  # fmt: skip
 
-from .driver import OWN_PASSWORD, World
+from .driver import World
 
 # What is disturbed, in the order of a refresh: method, path, how many like it come before, the step it belongs to.
 POINTS = {

@@ -157,7 +157,7 @@ def test_an_emptying_that_vanished_with_its_node_fails_and_the_next_run_heals(wo
     world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 3 load")
     assert_outage_seen(world, run)
     assert len(world.documents(world.primary)) == len(OLD) - deleted
-    assert world.owners() == [world.secondary]
+    assert world.behind_alias() == [world.secondary]
     world.heal()
 
 
@@ -223,7 +223,7 @@ def test_a_standby_that_has_lost_its_data_is_recreated(world, node):
     run = finish(world, world.start(**PATIENCE))
     world.expect(run, code=0)
     assert f"deleting all documents from {world.secondary}" in run.log
-    assert (world.owners(), is_whole(world, world.secondary)) == ([world.secondary], True)
+    assert (world.behind_alias(), is_whole(world, world.secondary)) == ([world.secondary], True)
     world.assert_done()
 
 

@@ -34,7 +34,7 @@ def write(world: World, index: str) -> Callable[[], Any]:
 
 def assert_fresh(world: World) -> None:
     """What has to hold where somebody else changed what readers see meanwhile: no error, and S3 row by row."""
-    assert world.owners() == [world.primary]
+    assert world.behind_alias() == [world.primary]
     assert world.documents(world.primary) == expected_documents(world.prefix, world.objects)
     assert {index: world.state(index) for index in world.before} == world.before
     time.sleep(0.5)  # so that the reader sees the end
@@ -78,7 +78,7 @@ def test_a_document_written_to_the_source_after_the_copy_refuses_the_switch(worl
     world.proxy.on("GET", alias_read, after(write(world, world.alias)), skip=1)  # the first one is of step 0
     run = world.refresh()
     world.expect(run, code=4, message=f"{world.primary} holds 41 documents, {world.secondary} 40: -2.44 % is more than")
-    assert world.owners() == [world.primary]
+    assert world.behind_alias() == [world.primary]
     assert undisturbed(world).code == 0
     assert_fresh(world)
 
@@ -151,7 +151,7 @@ def test_an_index_that_is_deleted_while_it_is_filled_fails_until_it_is_there_aga
     reasons = [rf"no such index \[{index}\]", f"index {index} does not exist", r"no permissions for \[\S+create\]"]
     world.expect(run, code=1, message="|".join(reasons))
     assert f"FAILED at: {step}" in run.err
-    assert world.owners() == [world.primary if step == "1 copy" else world.secondary]
+    assert world.behind_alias() == [world.primary if step == "1 copy" else world.secondary]
     again = undisturbed(world)
     world.expect(again, code=1, message=f"index {index} does not exist; create it first")
     world.admin("PUT", f"/{index}", {"settings": SETTINGS, "mappings": MAPPING})
