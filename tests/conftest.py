@@ -38,7 +38,7 @@ from fault_proxy import FaultProxy
 # under nohup and `&` they are ignored, and would be by all that is started here
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# the names that tests may use, but for the siblings of recreate, by the role that the scripts need
+# the names that tests may use, except the backup indices of recreate, with the role that the scripts need
 TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
 # tests run side by side on one server: what each process names begins with this
 RUNNER = Path(base.__file__).parent / "run_refresh.sh"

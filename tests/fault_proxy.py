@@ -3,7 +3,7 @@
     proxy.on("POST", r"/_bulk", lost_answer, times=1)      # the first bulk request is carried out, its answer is lost
     proxy.on("POST", r"/_bulk", answer(429, retry_after=2), skip=3, times=2)
     proxy.on("POST", r"/_bulk", edited(first_item_429))    # the real answer, changed on its way back
-    proxy.refuse_connections(seconds=2)                    # nobody listens for a while
+    proxy.refuse_connections(seconds=2)                    # the port is closed for a while
 
 A fault is a function of the exchange; it answers through `exchange.forward`, `exchange.reply` and `exchange.drop`.
 """

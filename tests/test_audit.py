@@ -173,7 +173,7 @@ def test_an_empty_source_is_not_audited(make_pair, switch, proxy):
     assert counted(proxy) == []
 
 
-def test_a_threshold_of_100_looks_at_no_field(make_pair, switch, proxy):
+def test_a_threshold_of_100_compares_no_field(make_pair, switch, proxy):
     old, new = make_pair(FLIGHT, FLIGHTS, [{"m": 1}] * 10, {"carrier": {"type": "long"}})
     outcome = switch(old, new, "--field-threshold", "100")
     assert (outcome.code, outcome.result["fields_checked"]) == (0, 0)
@@ -274,7 +274,7 @@ def test_whatever_type_it_has_a_field_that_is_gone_is_found(make_pair, switch):
     assert set(outcome.result["fields_fallen"]) == {name for _, _, names in TYPES.values() for name in names}
 
 
-def test_what_the_server_cannot_tell_is_not_looked_at(make_pair, switch, proxy):
+def test_what_the_server_cannot_count_is_not_compared(make_pair, switch, proxy):
     left_out = ["text_unindexed", "text_stored", "word_neither", "long_neither", "binary", "disabled", "alias_of_none"]
     properties = {name: PROPERTIES[name] for name in left_out}
     document = {name: value for name, value in DOCUMENT.items() if name in left_out}
@@ -377,14 +377,14 @@ def test_a_count_that_fails_is_a_failure_and_never_a_pass(
     assert behind_alias() == [both[0]]
 
 
-def test_at_most_eight_counts_are_under_way(make_pair, switch, proxy):
-    under_way, most = [], []
+def test_at_most_eight_counts_are_in_flight(make_pair, switch, proxy):
+    in_flight, most = [], []
 
     def slow(exchange):
-        under_way.append(exchange)
-        most.append(len(under_way))
+        in_flight.append(exchange)
+        most.append(len(in_flight))
         time.sleep(0.3)
-        under_way.remove(exchange)
+        in_flight.remove(exchange)
         exchange.pass_on()
 
     proxy.on("POST", "/_count", slow, times=None)
@@ -599,8 +599,8 @@ def test_an_undo_to_an_empty_or_unfinished_index_is_refused(make_pair, switch, b
     assert outcome.code == 4, outcome.err
     assert f"{old} holds 10 documents, {new} 0: an empty index is never switched to" in outcome.last
     admin("POST", f"/{new}/_doc?refresh=true", {"n": 1})
-    note = {"started": "now", "host": "elsewhere", "found": {}, "set": {}}
-    admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: note}})
+    marker = {"started": "now", "host": "elsewhere", "found": {}, "set": {}}
+    admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: marker}})
     outcome = switch(old, new, "--undo")
     assert outcome.code == 4
     assert "unfinished" in outcome.last
@@ -610,7 +610,7 @@ def test_an_undo_to_an_empty_or_unfinished_index_is_refused(make_pair, switch, b
     assert switch(old, new, "--undo").code == 0
 
 
-def test_an_undo_does_not_wait_for_the_task_of_a_stranger(make_pair, foreign_copy, switch, behind_alias):
+def test_an_undo_does_not_wait_for_the_task_of_another_client(make_pair, foreign_copy, switch, behind_alias):
     old, new = make_pair(FLIGHT, FLIGHTS)
     foreign_copy(new)
     assert switch(old, new).code == 4
@@ -702,7 +702,7 @@ def test_what_readers_have_today_is_no_reason_to_refuse_the_copy(
     assert behind_alias() == [old]
 
 
-def test_a_column_of_another_name_stops_each_night_until_somebody_accepts(
+def test_a_column_of_another_name_stops_each_night_until_it_is_accepted(
     make_pair, refresh, put_csv, behind_alias, admin, run
 ):
     old, new = make_pair(FLIGHT, FLIGHTS, [])
@@ -762,7 +762,7 @@ def test_a_mapping_is_changed_without_a_reader_noticing(
         assert outcome.code == 0, outcome.err
         assert behind_alias() == [index]
         undo = command_in(outcome.err, "undo: ")
-    if strategy == "copy-back":  # nobody has thought of the other index yet: readers do not go back to the old mapping
+    if strategy == "copy-back":  # the other index still has the old mapping: readers must not go back to it
         code, _, err = finish(refresh(prefix))
         assert code == 4, err
         assert "carrier text -> keyword" in err

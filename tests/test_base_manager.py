@@ -314,7 +314,7 @@ def test_a_signal_ends_the_wait_for_a_cluster_that_is_away(number, look, proxy):
 
 
 def test_neither_netrc_nor_a_proxy_of_the_environment_decides_where_we_log_in(look, proxy, tmp_path, monkeypatch):
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login another password else\n")
     (tmp_path / ".netrc").chmod(0o600)
     with monkeypatch.context() as patch:
         for variable in ("HOME", "NETRC"):
@@ -328,11 +328,11 @@ def test_neither_netrc_nor_a_proxy_of_the_environment_decides_where_we_log_in(lo
 def test_every_request_says_which_run_it_is_of(look, proxy):
     seen = set()
 
-    def note(exchange):
+    def record(exchange):
         seen.add(exchange.handler.headers["X-Opaque-Id"])
         exchange.pass_on()
 
-    proxy.on("GET", "", note, times=None)
+    proxy.on("GET", "", record, times=None)
     assert look().code == 0
     assert len(seen) == 1
     assert seen.pop().startswith(f"{base.SUITE}/{base.HOST}/")
@@ -543,10 +543,10 @@ def test_a_log_file_that_cannot_be_written_stops_nothing(environment, tmp_path, 
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("stdout", ["closed", "full", "a pipe that nobody reads"])
+@pytest.mark.parametrize("stdout", ["closed", "full", "a pipe without a reader"])
 def test_a_result_that_cannot_be_written_does_not_undo_what_was_done(stdout, index, environment, admin):
     command = f'exec "$0" index_cleanup.py --index {index} --no-force-merge'
-    redirect = {"closed": " >&-", "full": " >/dev/full", "a pipe that nobody reads": ""}[stdout]
+    redirect = {"closed": " >&-", "full": " >/dev/full", "a pipe without a reader": ""}[stdout]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(

@@ -310,7 +310,7 @@ def test_ids_are_made_of_the_place_of_a_row_alone(make_index, put_csv, load, adm
     ids=["answer-lost", "never-carried-out", "503", "502", "504, carried out", "429", "items-short", "items-long",
          "items-missing"],
 )  # fmt: skip
-def test_a_request_without_a_whole_answer_is_sent_again_and_each_row_is_stored_once(
+def test_a_request_without_a_complete_answer_is_sent_again_and_each_row_is_stored_once(
     fault, make_index, put_csv, load, proxy, admin
 ):
     index = make_index("index", NUMBERS)
@@ -337,7 +337,7 @@ def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, 
     outcome = load(put_csv({"a.csv": numbers(1, 30)}), index, "--batch-size", "1", "--workers", "4")
     bodies = proxy.seen("POST", "/_bulk")
     assert re.search(r"busy \(429\): at most 2 requests", outcome.err)
-    # the refused one has been stored, its worker knows, and what was under way then has ended
+    # the refused one has been stored, its worker knows, and what was in flight then has ended
     since = ended[2 + bodies[1:].index(bodies[0])] + 0.1
     late = [moment for moment in began.values() if moment > since]
     at_once = [sum(start <= moment < ended[nth] for nth, start in began.items()) for moment in late]
@@ -440,9 +440,7 @@ def test_the_later_row_wins_wherever_the_blocks_of_a_large_object_end(make_index
     assert outcome.result["replaced"] == 14_000 - 280
 
 
-def test_a_newer_document_in_the_way_of_a_row_is_a_reject_and_not_taken_for_a_later_row(
-    make_index, put_csv, load, admin, rejected
-):
+def test_a_newer_document_in_the_way_of_a_row_is_a_reject_and_no_later_row(make_index, put_csv, load, admin, rejected):
     index = make_index("index", KEYED)
     admin("PUT", f"/{index}/_doc/a?version={9 * 10**18}&version_type=external&refresh=true", {"id": "a", "n": -1})
     outcome = load(put_csv({"a.csv": "id,n\na,1\nb,2\n"}), index, "--id-column", "id", "--no-cleanup", code=3)
@@ -584,7 +582,7 @@ def test_a_producer_that_is_still_writing_fails_the_load(
     assert bool(marker_of(admin, index)) == (not words)
 
 
-def test_somebody_else_who_writes_meanwhile_fails_the_load(make_index, put_csv, load, proxy, admin):
+def test_another_client_that_writes_meanwhile_fails_the_load(make_index, put_csv, load, proxy, admin):
     index = make_index("index", NUMBERS)
     proxy.on("POST", "/_bulk", after(lambda: admin("POST", f"/{index}/_doc", {"n": 0})))
     outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, code=1)
@@ -594,7 +592,7 @@ def test_somebody_else_who_writes_meanwhile_fails_the_load(make_index, put_csv, 
 
 
 @pytest.mark.parametrize("words", [[], ["--no-cleanup"]])
-def test_an_index_that_somebody_replaced_meanwhile_fails_the_load(words, make_index, put_csv, load, proxy, admin):
+def test_an_index_that_another_client_replaced_meanwhile_fails_the_load(words, make_index, put_csv, load, proxy, admin):
     index = make_index("index", NUMBERS)
 
     def replace():
@@ -656,7 +654,7 @@ def test_replicas_stay_as_they_are_unless_asked_and_never_where_they_expand_by_t
     assert not any(b"replicas" in body for body in sent)
 
 
-def test_a_failed_load_keeps_its_note_and_puts_settings_back(make_index, put_csv, load, proxy, admin):
+def test_a_failed_load_keeps_its_marker_and_restores_settings(make_index, put_csv, load, proxy, admin):
     index = make_index("index", NUMBERS, settings={"refresh_interval": "7s", "number_of_replicas": 1}, _meta={"a": 1})
     before = settings_of(admin, index)
     proxy.on("POST", "/_bulk", answer(400, {"error": {"type": "odd_exception", "reason": "no"}, "status": 400}))
@@ -670,7 +668,7 @@ def test_a_failed_load_keeps_its_note_and_puts_settings_back(make_index, put_csv
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_next_run_puts_right_what_a_stopped_one_left(number, make_index, put_csv, load, start, proxy, admin):
+def test_the_next_run_restores_the_settings_of_a_stopped_one(number, make_index, put_csv, load, start, proxy, admin):
     index = make_index("index", NUMBERS, docs=2, settings={"refresh_interval": "7s", "number_of_replicas": 1})
     before = settings_of(admin, index)
     prefix = put_csv({"a.csv": numbers(1, 40)})
@@ -705,7 +703,7 @@ def test_the_next_run_puts_right_what_a_stopped_one_left(number, make_index, put
 
 @pytest.mark.quick
 @pytest.mark.parametrize("words", [[], ["--no-cleanup"]])
-def test_a_dry_run_changes_nothing_and_only_notes_that_an_index_is_live(
+def test_a_dry_run_changes_nothing_and_only_logs_that_an_index_is_live(
     words, make_index, put_csv, load, proxy, admin, name, tmp_path
 ):
     index = make_index("index", NUMBERS, docs=3, alias=name("alias"))
@@ -763,7 +761,7 @@ def test_a_record_may_be_larger_than_one_cell_may_be(make_index, put_csv, load, 
     assert len(sources(admin, index)[0]["b"]) == 4 * MIB
 
 
-def test_a_signal_while_settings_are_put_back_after_a_failure_does_not_break_that_off(
+def test_a_signal_while_settings_are_restored_after_a_failure_does_not_stop_that(
     make_index, put_csv, start, proxy, admin
 ):
     index = make_index("index", NUMBERS)
@@ -881,7 +879,7 @@ def test_an_object_that_is_written_again_as_it_was_is_no_change(load_of, put_csv
 
 
 @pytest.mark.parametrize("by", ["flag", "variable"])
-def test_a_load_and_its_deletion_are_held_back_evenly(by, make_index, put_csv, load, proxy, monkeypatch):
+def test_a_load_and_its_deletion_are_throttled_evenly(by, make_index, put_csv, load, proxy, monkeypatch):
     index = make_index("index", NUMBERS, docs=30)
     if by == "variable":
         monkeypatch.setenv("REQUESTS_PER_SECOND", "100")

@@ -274,15 +274,15 @@ def test_documents_that_stay_refused_fail_the_store_with_the_reason(cluster, rej
     assert len(cluster.sent) > 1
 
 
-def test_progress_gives_documents_that_are_refused_their_time_anew(cluster, rejects):
+def test_progress_restarts_the_time_of_documents_that_are_refused(cluster, rejects):
     store = BulkStore(cluster, "index", rejects, ConcurrencyLimit(1), retry_seconds=0.3)
 
-    def slowly_taken(body):
+    def slowly_accepted(body):
         time.sleep(0.2)
         count = body.count(b"\n") // 2
         return busy(count, *range(1, count))  # but for the first
 
-    cluster.answers = [slowly_taken] * 4
+    cluster.answers = [slowly_accepted] * 4
     store.store(documents(4))  # 0.8 s in all
     assert [body.count(b"\n") // 2 for body in cluster.sent] == [4, 3, 2, 1]
     assert store.stored == 4
@@ -319,7 +319,7 @@ def test_a_conflict_of_versions_counts_as_replaced_if_the_other_one_is_of_this_l
     for version in (7, 5):
         store.store(keyed(version))
     assert (store.stored, store.replaced, rejects) == (2, 1, [])
-    cluster.real(keyed(9).body)  # somebody else's
+    cluster.real(keyed(9).body)  # another client's
     store.store(keyed(8))
     assert (store.stored, [line for _, line, _, _ in rejects]) == (2, [8])
     assert cluster.numbers() == [9]
@@ -371,19 +371,19 @@ def test_the_first_error_of_a_worker_is_raised_where_batches_are_put():
 
 
 class Busy:
-    """Takes a while for each batch; notes how many documents and bytes are under way, and the most so far."""
+    """Takes a while for each batch; records the batches in flight, and the most documents and bytes so far."""
 
     def __init__(self, seconds):
-        self.seconds, self.lock, self.under_way, self.most, self.most_bytes = seconds, threading.Lock(), [], 0, 0
+        self.seconds, self.lock, self.in_flight, self.most, self.most_bytes = seconds, threading.Lock(), [], 0, 0
 
     def __call__(self, batch):
         with self.lock:
-            self.under_way.append(batch)
-            self.most = max(self.most, len(self.under_way))
-            self.most_bytes = max(self.most_bytes, sum(len(batch.body) for batch in self.under_way))
+            self.in_flight.append(batch)
+            self.most = max(self.most, len(self.in_flight))
+            self.most_bytes = max(self.most_bytes, sum(len(batch.body) for batch in self.in_flight))
         time.sleep(self.seconds)
         with self.lock:
-            self.under_way.remove(batch)
+            self.in_flight.remove(batch)
 
 
 def put_all(workers, batches):

@@ -26,7 +26,7 @@ def index(make_index):
 
 @pytest.fixture
 def no_wait(monkeypatch):
-    """The server moves its leases every 30 s; whoever is not here for the disk space does not wait for that."""
+    """The server moves its leases every 30 s; only tests of the disk space wait for that."""
     monkeypatch.setattr(index_cleanup, "LEASES_WAIT_S", 0)
     monkeypatch.setattr(index_cleanup, "STATS_AGE_S", 0)
 
@@ -58,7 +58,7 @@ def test_all_documents_go_and_their_disk_space_comes_back(make_index, cleanup, a
 
 
 @pytest.mark.quick
-def test_without_the_merge_nobody_waits_for_the_disk_space(index, cleanup, proxy):
+def test_without_the_merge_there_is_no_wait_for_the_disk_space(index, cleanup, proxy):
     outcome = cleanup(index, "--no-force-merge")
     assert (outcome.code, outcome.result["documents"]) == (0, 0)
     assert not [path for _, path, _ in proxy.requests if "_forcemerge" in path or "_flush" in path]
@@ -73,14 +73,14 @@ def test_the_merge_comes_after_the_flush_and_before_a_refresh(index, cleanup, pr
     assert any("only_expunge_deletes=true" in path for _, path, _ in proxy.requests if "_forcemerge" in path)
 
 
-def test_a_server_that_keeps_what_was_deleted_is_a_note_and_no_failure(index, cleanup, no_wait):
+def test_a_server_that_keeps_deleted_documents_is_a_log_line_and_no_failure(index, cleanup, no_wait):
     outcome = cleanup(index)
     assert outcome.code == 0, outcome.err
     assert "still retains deleted documents" in outcome.err
 
 
 @pytest.mark.parametrize("status", [502, 504])
-def test_a_merge_that_times_out_behind_a_proxy_is_a_note_and_no_failure(status, index, cleanup, admin, proxy, no_wait):
+def test_a_merge_that_times_out_behind_a_proxy_is_no_failure(status, index, cleanup, admin, proxy, no_wait):
     proxy.on("POST", "_forcemerge", answer(status, "<html>Gateway Time-out</html>"))
     outcome = cleanup(index)
     assert outcome.code == 0, outcome.err
@@ -197,7 +197,7 @@ def test_space_that_a_stopped_run_left_is_freed_by_the_next_one(index, cleanup, 
     assert proxy.seen("POST", "_forcemerge")
 
 
-def test_a_deletion_is_held_back_evenly(make_index, cleanup, proxy, no_wait):
+def test_a_deletion_is_throttled_evenly(make_index, cleanup, proxy, no_wait):
     index = make_index("index", NUMBER, docs=60)
     outcome = cleanup(index, "--requests-per-second", "50", "--no-force-merge")
     assert (outcome.code, outcome.result["deleted"]) == (0, 60)

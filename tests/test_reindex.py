@@ -153,13 +153,13 @@ def test_the_copy_can_be_throttled(by, pair, copy, monkeypatch, proxy):
     assert "requests_per_second=25" in next(path for verb, path, _ in proxy.requests if START in path)
 
 
-# --- settings during the copy, and the note ---------------------------------------------------------------------------
+# --- settings during the copy, and the marker -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("interval", "replicas"), [("7s", "--no-replicas"), ("-1", ""), (None, ""), (None, "--no-replicas")]
 )
-def test_settings_are_changed_for_the_copy_and_put_back_as_they_were_found(
+def test_settings_are_changed_for_the_copy_and_restored_as_they_were_found(
     interval, replicas, lasting_source, make_index, copy, admin, proxy, own_settings
 ):
     source = lasting_source
@@ -168,15 +168,15 @@ def test_settings_are_changed_for_the_copy_and_put_back_as_they_were_found(
     seen = []
     proxy.on("POST", START, after(lambda: seen.append((own_settings(target), marker_of(admin, target)))))
     assert copy(source, target, *filter(None, [replicas])).code == 0
-    during, note = seen[0]
+    during, marker = seen[0]
     assert during == {"refresh_interval": "-1", "number_of_replicas": "0" if replicas else "2"}
-    assert set(note) == {"started", "host", "found", "set"}
-    assert note["host"] == base.HOST
+    assert set(marker) == {"started", "host", "found", "set"}
+    assert marker["host"] == base.HOST
     assert own_settings(target) == found
     assert marker_of(admin, target) is None
 
 
-def test_a_setting_that_somebody_changes_meanwhile_is_left_to_them(pair, copy, admin, proxy, own_settings):
+def test_a_setting_that_another_client_changes_meanwhile_stays_changed(pair, copy, admin, proxy, own_settings):
     change = after(lambda: admin("PUT", f"/{pair[1]}/_settings", {"index": {"refresh_interval": "30s"}}))
     proxy.on("POST", START, change)
     assert copy(*pair).code == 0
@@ -193,7 +193,7 @@ def test_a_setting_that_the_cluster_refuses_is_gone_without(pair, copy, admin, p
     assert numbers(admin, pair[1]) == [0, 1, 2]
 
 
-def test_where_no_note_can_be_written_the_settings_stay_untouched(pair, copy, admin, proxy):
+def test_where_no_marker_can_be_written_the_settings_stay_untouched(pair, copy, admin, proxy):
     denied = {"error": {"type": "security_exception", "reason": "no permissions for [indices:admin/mapping/put]"}}
     proxy.on("PUT", "_mapping", answer(403, denied), times=None)
     outcome = copy(*pair)
@@ -206,13 +206,13 @@ def test_where_no_note_can_be_written_the_settings_stay_untouched(pair, copy, ad
 
 def unfinished(admin, index, **changed):
     """Leave an index as a copy that was killed leaves it."""
-    note = {"started": "2026-01-31T02:00:00Z", "host": "elsewhere", "found": {"index.refresh_interval": "9s"},
+    marker = {"started": "2026-01-31T02:00:00Z", "host": "elsewhere", "found": {"index.refresh_interval": "9s"},
             "set": {"index.refresh_interval": "-1"}}  # fmt: skip
-    admin("PUT", f"/{index}/_mapping", {"_meta": {base.SUITE: note}})
+    admin("PUT", f"/{index}/_mapping", {"_meta": {base.SUITE: marker}})
     admin("PUT", f"/{index}/_settings", {"refresh_interval": "-1", **changed})
 
 
-def test_the_next_run_puts_right_what_a_killed_one_left(pair, copy, admin, own_settings):
+def test_the_next_run_restores_the_settings_of_a_killed_one(pair, copy, admin, own_settings):
     unfinished(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
@@ -221,7 +221,7 @@ def test_the_next_run_puts_right_what_a_killed_one_left(pair, copy, admin, own_s
     assert marker_of(admin, pair[1]) is None
 
 
-def test_the_next_run_leaves_a_setting_that_somebody_has_changed_since(pair, copy, admin, own_settings):
+def test_the_next_run_leaves_a_setting_that_another_client_has_changed_since(pair, copy, admin, own_settings):
     unfinished(admin, pair[1], refresh_interval="33s")
     assert copy(*pair).code == 0
     assert own_settings(pair[1])["refresh_interval"] == "33s"
@@ -234,7 +234,7 @@ def test_an_index_stays_marked_as_unfinished_when_the_next_run_is_refused(make_i
     assert marker_of(admin, target)
 
 
-def test_a_dry_run_puts_nothing_right(pair, copy, admin):
+def test_a_dry_run_restores_nothing(pair, copy, admin):
     unfinished(admin, pair[1])
     before = state_of(admin, *pair)
     assert copy(*pair, "--dry-run").code == 0
@@ -291,7 +291,7 @@ def test_a_vanished_task_is_a_failure(pair, copy, admin, proxy):
     assert marker_of(admin, pair[1])
 
 
-def test_a_task_that_somebody_cancels_is_a_failure(pair, copy, admin, proxy, own_settings):
+def test_a_task_that_another_client_cancels_is_a_failure(pair, copy, admin, proxy, own_settings):
     proxy.on("GET", TASK, after(lambda: [admin("POST", f"/_tasks/{task}/_cancel") for task in
                                          running_copies(admin, pair[1])]), skip=1, times=None)  # fmt: skip
     outcome = copy(*pair, "--requests-per-second", "0.2")
@@ -338,7 +338,7 @@ def test_a_source_that_changes_during_the_copy_is_a_failure_that_says_so(own_pai
     assert marker_of(admin, own_pair[1])
 
 
-def test_a_target_that_somebody_else_writes_to_is_a_failure(pair, copy, admin, proxy):
+def test_a_target_that_another_client_writes_to_is_a_failure(pair, copy, admin, proxy):
     proxy.on("POST", START, after(lambda: fill(admin, pair[1], [{"n": 5}])))
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
@@ -346,7 +346,7 @@ def test_a_target_that_somebody_else_writes_to_is_a_failure(pair, copy, admin, p
     assert marker_of(admin, pair[1])
 
 
-def test_a_target_that_somebody_replaces_meanwhile_is_a_failure(pair, copy, admin, proxy):
+def test_a_target_that_another_client_replaces_meanwhile_is_a_failure(pair, copy, admin, proxy):
     def replace():
         time.sleep(0.5)  # let the copy end
         admin("DELETE", f"/{pair[1]}")
@@ -359,7 +359,7 @@ def test_a_target_that_somebody_replaces_meanwhile_is_a_failure(pair, copy, admi
     assert f"{pair[1]} was deleted and created anew by somebody else" in outcome.last
 
 
-def test_settings_that_cannot_be_put_back_now_are_left_to_the_next_run(pair, copy, admin, proxy, monkeypatch):
+def test_settings_that_cannot_be_restored_now_are_left_to_the_next_run(pair, copy, admin, proxy, monkeypatch):
     monkeypatch.setenv("RETRY_SECONDS", "0")
     proxy.on("PUT", "_settings", answer(503), skip=1, times=None)
     outcome = copy(*pair)
@@ -371,7 +371,7 @@ def test_settings_that_cannot_be_put_back_now_are_left_to_the_next_run(pair, cop
     assert marker_of(admin, pair[1]) is None
 
 
-# --- signals, and runs that died --------------------------------------------------------------------------------------
+# --- signals, and crashed runs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -398,7 +398,7 @@ def start(environment, pair, admin):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_cancels_the_copy_and_puts_settings_back(number, start, pair, copy, admin, own_settings):
+def test_a_signal_cancels_the_copy_and_restores_settings(number, start, pair, copy, admin, own_settings):
     process = start()
     assert own_settings(pair[1])["refresh_interval"] == "-1"
     process.send_signal(number)
@@ -415,7 +415,7 @@ def test_a_signal_cancels_the_copy_and_puts_settings_back(number, start, pair, c
         assert marker_of(admin, pair[1]) is None
 
 
-def test_after_a_kill_the_next_run_cancels_the_orphan_and_copies_anew(start, pair, copy, admin, own_settings):
+def test_after_a_kill_the_next_run_cancels_the_orphan_and_copies_again(start, pair, copy, admin, own_settings):
     process = start()
     process.kill()
     process.communicate()
@@ -441,8 +441,8 @@ def test_a_second_run_finds_the_lock_held_and_leaves_the_first_alone(start, pair
     assert process.poll() is None
 
 
-@pytest.mark.parametrize("opaque_id", ["", "somebody", f"{base.SUITE}-2/{base.HOST}/x"])
-def test_a_copy_of_a_stranger_refuses_ours(opaque_id, foreign_copy, pair, copy, admin):
+@pytest.mark.parametrize("opaque_id", ["", "another", f"{base.SUITE}-2/{base.HOST}/x"])
+def test_a_copy_of_another_client_refuses_ours(opaque_id, foreign_copy, pair, copy, admin):
     task = foreign_copy(pair[1], opaque_id)
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
@@ -490,7 +490,7 @@ def test_an_orphan_of_another_host_name_is_ours_where_run_host_is_the_same(forei
     assert f"cancelling task {task} on index {pair[1]}, left by a run that died" in outcome.err
 
 
-def test_run_host_is_in_the_note_and_has_to_be_a_name(pair, copy, proxy, monkeypatch, admin):
+def test_run_host_is_in_the_marker_and_has_to_be_a_name(pair, copy, proxy, monkeypatch, admin):
     monkeypatch.setenv("RUN_HOST", "nightly")
     seen = []
     proxy.on("POST", START, after(lambda: seen.append(marker_of(admin, pair[1])["host"])))

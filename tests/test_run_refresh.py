@@ -101,9 +101,7 @@ def test_alternate_goes_on_where_a_former_run_stopped(make_pair, refresh, put_cs
     assert (behind_alias(), count(admin, primary), count(admin, secondary)) == ([secondary], 3, 2)
 
 
-def test_alternate_does_not_stumble_over_a_column_that_the_nights_have_typed_differently(
-    make_pair, refresh, put_csv, behind_alias
-):
+def test_alternate_accepts_a_column_that_the_nights_have_typed_differently(make_pair, refresh, put_csv, behind_alias):
     primary, secondary = make_pair(NUMBER, 2, 0)
     for cell, live_index in ("1", secondary), ("1.5", primary), ("2", secondary):
         prefix = put_csv({"a.csv": f"n,x\n1,{cell}\n2,{cell}\n"})
@@ -145,7 +143,7 @@ def test_a_load_that_ends_with_3_stops_before_the_switch_and_the_next_run_goes_o
     assert sources(admin, primary) == [{"n": 1}, {"n": 2}, {"n": 3}]
 
 
-def test_too_large_a_change_is_refused_at_the_last_switch_with_readers_on_whole_data(
+def test_too_large_a_change_is_refused_at_the_last_switch_with_readers_on_complete_data(
     make_pair, refresh, put_csv, admin, behind_alias
 ):
     _, secondary = make_pair(NUMBER, 10, 0)
@@ -183,7 +181,7 @@ def test_an_alias_on_a_third_index_is_refused(make_pair, refresh, put_csv, make_
     assert third in err
 
 
-def test_a_strangers_task_on_the_index_to_be_loaded_is_seen_in_step_0(
+def test_a_task_of_another_client_on_the_index_to_be_loaded_is_seen_in_step_0(
     make_pair, refresh, put_csv, behind_alias, foreign_copy
 ):
     primary, secondary = make_pair(NUMBER, 3, 0)
@@ -554,7 +552,7 @@ def test_the_live_index_is_unknown_after_a_switch_that_broke_off(make_pair, refr
     assert (last()["live_index"], last()["documents"]) == (primary, 1)
 
 
-# --- somebody watches: a terminal, a pipe -----------------------------------------------------------------------------
+# --- on a terminal, into a pipe ---------------------------------------------------------------------------------------
 
 
 class Terminal:
@@ -614,7 +612,7 @@ def test_a_terminal_that_is_closed_stops_the_run_in_good_order(
 
 
 @pytest.mark.parametrize("ending", ["2>&1 | head -n 1", "2>&-"])
-def test_nobody_has_to_read_what_a_verbose_run_says(ending, make_pair, put_csv, runner_environment, last, tmp_path):
+def test_a_verbose_run_needs_no_reader_of_its_output(ending, make_pair, put_csv, runner_environment, last, tmp_path):
     primary, _ = make_pair(NUMBER, 1, 0)
     command = f"set -o pipefail; {TOP}/run_refresh.sh --verbose {ending}"
     variables = {**runner_environment, "S3_PREFIX": put_csv({"a.csv": "n\n1\n"})}

@@ -141,7 +141,7 @@ def test_a_profile_that_does_not_exist_is_said_to_be_missing(verifier, run, monk
     assert "unexpected" not in outcome.err
 
 
-def test_a_block_of_the_cluster_is_not_taken_for_bad_credentials(verifier, run, make_index, admin):
+def test_a_block_of_the_cluster_is_not_reported_as_bad_credentials(verifier, run, make_index, admin):
     index = make_index("index", {"n": {"type": "long"}}, docs=2)
     admin("PUT", f"/{index}/_settings", {"index.blocks.metadata": True})
     outcome = run(index_cleanup, "--index", index)

@@ -68,7 +68,7 @@ def another_mapping(admin, index):
 
 
 @pytest.mark.parametrize("write", [add, delete_one, update_one, one_of_each, another_mapping])
-def test_a_write_by_anybody_is_a_change(write, loaded, admin):
+def test_any_write_is_a_change(write, loaded, admin):
     index, _, unchanged = loaded
     write(admin, index)
     assert not unchanged()
@@ -99,7 +99,7 @@ def test_the_same_objects_written_again_are_no_change_and_another_prefix_or_opti
     assert unchanged()
     assert not unchanged(prefix[:-1])
     assert not unchanged(prefix, "--id-column", "n")
-    load(prefix, index, "--dry-run", "--delimiter", ";", code=4)  # looked at, and refused for its header
+    load(prefix, index, "--dry-run", "--delimiter", ";", code=4)  # read, and refused for its header
 
 
 def test_flush_merge_and_settings_are_no_change(loaded, admin):

@@ -58,7 +58,7 @@ def test_what_belongs_to_the_alias_moves_along(pair, switch, admin, alias):
     assert admin("GET", f"/{old}/_alias")[old]["aliases"] == {}
 
 
-def test_an_alias_on_both_is_taken_off_the_source_and_stays_as_it_is_on_the_target(
+def test_an_alias_on_both_is_removed_from_the_source_and_stays_as_it_is_on_the_target(
     pair, switch, admin, behind_alias, alias
 ):
     old, new = pair
@@ -151,18 +151,20 @@ def test_a_count_that_misses_a_shard_is_no_count(pair, switch, behind_alias, pro
 
 def test_an_unfinished_target_is_refused(pair, switch, admin, behind_alias):
     old, new = pair
-    note = {"started": "2026-01-31T02:00:00Z", "host": "elsewhere", "found": {}, "set": {}}
-    admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: note}})
+    marker = {"started": "2026-01-31T02:00:00Z", "host": "elsewhere", "found": {}, "set": {}}
+    admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: marker}})
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
     assert f"{new} is unfinished: a load on elsewhere, started 2026-01-31T02:00:00Z" in outcome.last
     assert behind_alias() == [old]
 
 
-def test_a_target_that_somebody_starts_to_load_during_the_wait_is_refused(pair, switch, admin, behind_alias, proxy):
+def test_a_target_that_another_client_starts_to_load_during_the_wait_is_refused(
+    pair, switch, admin, behind_alias, proxy
+):
     old, new = pair
-    note = {"started": "now", "host": "elsewhere", "found": {}, "set": {}}
-    mark = after(lambda: admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: note}}))
+    marker = {"started": "now", "host": "elsewhere", "found": {}, "set": {}}
+    mark = after(lambda: admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: marker}}))
     proxy.on("GET", "/_cluster/health", mark)
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
@@ -289,7 +291,7 @@ def test_a_call_that_is_lost_for_good_ends_with_the_command_that_shows_the_state
 
 
 @pytest.mark.parametrize("to", ["the target", "a third index"])
-def test_an_alias_that_somebody_moves_right_before_the_call_stays_where_they_put_it(
+def test_an_alias_that_another_client_moves_right_before_the_call_stays_there(
     to, pair, make_index, switch, move_alias, behind_alias, proxy
 ):
     there = pair[1] if to == "the target" else make_index("third", NUMBER, docs=2)
@@ -300,7 +302,7 @@ def test_an_alias_that_somebody_moves_right_before_the_call_stays_where_they_put
     assert behind_alias() == [there]
 
 
-def test_an_alias_that_somebody_moves_to_a_third_index_during_the_wait_is_refused(
+def test_an_alias_that_another_client_moves_to_a_third_index_during_the_wait_is_refused(
     pair, make_index, switch, move_alias, behind_alias, proxy
 ):
     third = make_index("third", NUMBER, docs=2)
@@ -311,7 +313,7 @@ def test_an_alias_that_somebody_moves_to_a_third_index_during_the_wait_is_refuse
     assert moves(proxy) == []
 
 
-def test_an_alias_that_somebody_moves_to_the_target_during_the_wait_is_where_it_should_be(
+def test_an_alias_that_another_client_moves_to_the_target_during_the_wait_is_where_it_should_be(
     pair, switch, move_alias, behind_alias, proxy
 ):
     proxy.on("GET", "/_cluster/health", after(lambda: move_alias(*pair)))
@@ -321,7 +323,7 @@ def test_an_alias_that_somebody_moves_to_the_target_during_the_wait_is_where_it_
     assert moves(proxy) == []
 
 
-def test_an_alias_that_somebody_moves_away_right_after_the_call_is_a_failure(
+def test_an_alias_that_another_client_moves_away_right_after_the_call_is_a_failure(
     pair, make_index, switch, move_alias, proxy
 ):
     third = make_index("third", NUMBER, docs=2)
@@ -361,7 +363,7 @@ def test_a_dry_run_checks_everything_and_changes_nothing(pair, make_index, switc
     assert moves(proxy) == []
 
 
-def test_a_copy_of_a_stranger_into_the_target_refuses_the_switch(pair, foreign_copy, switch, behind_alias):
+def test_a_copy_of_another_client_into_the_target_refuses_the_switch(pair, foreign_copy, switch, behind_alias):
     task = foreign_copy(pair[1])
     outcome = switch(*pair)
     assert outcome.code == 4, outcome.err

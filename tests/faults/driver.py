@@ -28,7 +28,7 @@ from fault_proxy import FaultProxy
 
 TOP = Path(__file__).resolve().parents[2]
 TYPES = {"n": "long", "half": "double", "word": "keyword"}
-MAPPING = {"properties": {name: {"type": kind} for name, kind in TYPES.items()}, "_meta": {"owner": "somebody"}}
+MAPPING = {"properties": {name: {"type": kind} for name, kind in TYPES.items()}, "_meta": {"owner": "team a"}}
 SETTINGS = {"number_of_replicas": 1, "refresh_interval": "7s"}
 OLD = [{"n": n, "half": n / 2, "word": "old"} for n in range(40)]
 NEW_ROWS = 43  # within the threshold of 10 %
@@ -130,7 +130,7 @@ class World:
         )  # fmt: skip
 
     def finish(self, process: subprocess.Popen[str], timeout: float = 120) -> Run:
-        """Wait for a run and note what it said."""
+        """Wait for a run and record its output."""
         out, err = process.communicate(timeout=timeout)
         logs = sorted((self.folder / "logs").glob("refresh-*.log"), key=lambda path: path.stat().st_mtime)
         run = Run(process.returncode, out, err, logs[-1].read_text() if logs else "")
@@ -158,7 +158,7 @@ class World:
         self.assert_done()
 
     def assert_done(self) -> None:
-        """Readers are on an index that holds S3 row by row; nobody noticed, nothing is left behind."""
+        """Readers are on an index that holds S3 row by row; the reader saw no error, nothing is left behind."""
         [live] = self.behind_alias()
         assert live == self.primary or self.alternate
         assert self.documents(live) == expected_documents(self.prefix, self.objects)

@@ -20,12 +20,12 @@ from .driver import World
 # What is disturbed, in the order of a refresh: method, path, how many like it come before, the step it belongs to.
 POINTS = {
     "the first request": ("GET", "/alias/_alias/alias", 0, "check where readers are"),
-    "the note of the copy": ("PUT", "/secondary/_mapping", 0, "1 copy"),
+    "the marker of the copy": ("PUT", "/secondary/_mapping", 0, "1 copy"),
     "the settings of the copy": ("PUT", "/secondary/_settings", 0, "1 copy"),
     "the start of the copy": ("POST", "/_reindex", 0, "1 copy"),
     "a poll of the copy": ("GET", "/_tasks/", 0, "1 copy"),
     "the settings after the copy": ("PUT", "/secondary/_settings", 1, "1 copy"),
-    "the end of the copy's note": ("PUT", "/secondary/_mapping", 1, "1 copy"),
+    "the end of the copy's marker": ("PUT", "/secondary/_mapping", 1, "1 copy"),
     "the first switch": ("POST", "/_aliases", 0, "2 switch"),
     "the start of the emptying": ("POST", "/primary/_delete_by_query", 0, "3 load"),
     "a bulk request": ("POST", "/primary/_bulk", 2, "3 load"),
@@ -78,7 +78,7 @@ def listens(world: World) -> bool:
 
 
 def outage(world: World, seconds: float) -> Fault:
-    """Break the connection off; for a while nobody listens, and what is open already is reset when it is used."""
+    """Break the connection off; for a while the port is closed, and what is open already is reset when it is used."""
 
     def fault(exchange: Exchange) -> None:
         end = time.monotonic() + seconds
@@ -101,7 +101,7 @@ def outage(world: World, seconds: float) -> Fault:
 
 def test_a_refresh_gets_through_one_of_each_fault(world):
     rules = [
-        disturb(world, "the note of the copy", "reset in the request"),
+        disturb(world, "the marker of the copy", "reset in the request"),
         disturb(world, "the settings of the copy", "502"),
         disturb(world, "the start of the copy", "reset before the answer"),
         disturb(world, "a poll of the copy", "reset in the answer"),
@@ -162,8 +162,8 @@ def test_an_outage_during_a_step_is_waited_for(world, point):
 
 @pytest.mark.long
 def test_an_outage_at_the_start_of_a_step_is_waited_for(world):
-    """The connection of the step that runs stays open: it ends well, and the next one finds nobody listening."""
-    rule = disturb(world, "the end of the copy's note", after(lambda: world.proxy.refuse_connections(3.5)))
+    """The connection of the step that runs stays open: it ends well, and the next one finds the port closed."""
+    rule = disturb(world, "the end of the copy's marker", after(lambda: world.proxy.refuse_connections(3.5)))
     run = world.refresh()
     world.expect(run, code=0)
     assert took_place(rule)

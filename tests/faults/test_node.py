@@ -1,4 +1,4 @@
-"""A node dies (SIGKILL) and comes back during each step: alone, and as one of three."""
+"""A node crashes (SIGKILL) and comes back during each step: alone, and as one of three."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def half_done(world: World, action: str, kind: str) -> int:
 
 
 class Witness(Reader):
-    """Takes an outage for what it is, but notes it."""
+    """An outage is no error here, but it is recorded."""
 
     def __init__(self, endpoint: str, alias: str) -> None:
         super().__init__(endpoint, alias, "n", outage_is_an_error=False)
@@ -162,9 +162,9 @@ def test_an_emptying_that_vanished_with_its_node_fails_and_the_next_run_heals(wo
 
 
 POINTS = {
-    "note": ("PUT", "secondary/_mapping", 0), "settings": ("PUT", "secondary/_settings", 0),
+    "marker": ("PUT", "secondary/_mapping", 0), "settings": ("PUT", "secondary/_settings", 0),
     "copy": ("POST", "/_reindex", 0), "switch": ("POST", "/_aliases", 0), "empty": ("POST", "/_delete_by_query", 0),
-    "load": ("POST", "/_bulk", 2), "put back": ("PUT", "primary/_settings", 1), "switch back": ("POST", "/_aliases", 1),
+    "load": ("POST", "/_bulk", 2), "restore": ("PUT", "primary/_settings", 1), "switch back": ("POST", "/_aliases", 1),
 }  # fmt: skip
 
 
@@ -261,9 +261,9 @@ class Wide(World):
         super().__init__(*args)
         self.nodes = {node.name: node for node in nodes}
         self.moves: list[tuple[str, int]] = []
-        self.proxy.watch = self.note_move
+        self.proxy.watch = self.record_move
 
-    def note_move(self, exchange: Exchange) -> bool:
+    def record_move(self, exchange: Exchange) -> bool:
         if exchange.handler.command == "POST" and exchange.handler.path.startswith("/_aliases"):
             actions = json.loads(exchange.body)["actions"]
             [index] = [action["add"]["index"] for action in actions if "add" in action]
@@ -423,7 +423,7 @@ def test_the_cluster_manager_restarts_during_a_switch(wide, nth):
     wide.talk_to(next(name for name in wide.nodes if name != manager))
 
     def fault(exchange: Exchange) -> None:
-        wide.note_move(exchange)
+        wide.record_move(exchange)
         wide.nodes[manager].restart()
         exchange.pass_on()
 
@@ -432,7 +432,7 @@ def test_the_cluster_manager_restarts_during_a_switch(wide, nth):
     assert rule.seen > nth
     assert [row["node"] for row in wide.admin("GET", "/_cat/cluster_manager?format=json")] != [manager]
     assert [copies for _, copies in wide.moves[: nth + 1]] == [2] * (nth + 1)
-    if run.code:  # moved, but the manager that died was among those asked to say so
+    if run.code:  # moved, but the manager that crashed was among those that had to acknowledge it
         wide.expect(run, code=1, message="not every node acknowledged the switch")
         wide.revive()
         wide.heal()

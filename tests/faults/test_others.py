@@ -13,7 +13,7 @@ from fault_proxy import after, answer, before
 
 from .driver import MAPPING, OLD, SETTINGS, TOP, Run, World, expected_documents
 
-STRANGER = {"n": 7, "word": "of somebody else"}
+FOREIGN = {"n": 7, "word": "of another client"}
 
 
 def move(world: World, source: str, target: str) -> None:
@@ -29,11 +29,11 @@ def switch_by_hand(world: World, source: str, target: str) -> Run:
 
 def write(world: World, index: str) -> Callable[[], Any]:
     """Return what writes a document that no refresh knows of; a search sees it at once."""
-    return lambda: world.admin("POST", f"/{index}/_doc?refresh=true", STRANGER)
+    return lambda: world.admin("POST", f"/{index}/_doc?refresh=true", FOREIGN)
 
 
 def assert_fresh(world: World) -> None:
-    """What has to hold where somebody else changed what readers see meanwhile: no error, and S3 row by row."""
+    """What has to hold where another client has changed what readers see: no error, and S3 row by row."""
     assert world.behind_alias() == [world.primary]
     assert world.documents(world.primary) == expected_documents(world.prefix, world.objects)
     assert {index: world.state(index) for index in world.before} == world.before
@@ -52,7 +52,7 @@ def undisturbed(world: World, **variables: str) -> Run:
 @pytest.mark.long
 @pytest.mark.parametrize("at", ["/_reindex", "/_delete_by_query", "/_bulk"])
 def test_a_refresh_of_another_host_at_the_same_time_costs_no_data(world, at):
-    """Locks are files of one host: here only the task, the note and the sums are left to tell."""
+    """Locks are files of one host: here only the task, the marker and the counts can tell."""
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
         pytest.skip("another host name needs root")
     command = 'echo another-host >/proc/sys/kernel/hostname && exec "$0"'
@@ -98,8 +98,8 @@ def test_what_an_application_writes_through_the_alias_during_the_load_is_replace
 DENIED = answer(403, {"error": {"type": "security_exception", "reason": "no permissions for [x]"}, "status": 403})
 
 
-def test_a_roll_back_past_the_scripts_to_a_half_loaded_index_does_not_cost_the_whole_copy(world):
-    """Readers see a part by the operator's own hand; the only whole data must not be overwritten by it."""
+def test_a_rollback_past_the_scripts_to_a_half_loaded_index_does_not_cost_the_complete_copy(world):
+    """Readers see a part by the operator's own hand; the only complete data must not be overwritten with it."""
     world.proxy.on("POST", "/_bulk", DENIED, skip=2, times=None)
     world.expect(world.refresh(), code=1, message=r"_bulk: 403 security_exception")
     move(world, world.secondary, world.primary)
@@ -113,7 +113,7 @@ def test_a_roll_back_past_the_scripts_to_a_half_loaded_index_does_not_cost_the_w
 
 
 @pytest.mark.long
-def test_after_a_roll_back_to_the_old_data_the_next_refresh_loads_again(world):
+def test_after_a_rollback_to_the_old_data_the_next_refresh_loads_again(world):
     world.expect(world.refresh(), code=0)
     hand = switch_by_hand(world, world.primary, world.secondary)
     world.expect(hand, code=0)

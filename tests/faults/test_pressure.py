@@ -66,7 +66,7 @@ def test_documents_that_a_full_queue_refuses_are_sent_again(world):
 
 
 class Busy:
-    """Answers 429 to the first requests, with what `retry_after` says; notes when each body comes."""
+    """Answers 429 to the first requests, with what `retry_after` says; records when each body comes."""
 
     def __init__(self, retry_after: Callable[[], str], times: int) -> None:
         self.retry_after, self.times, self.lock = retry_after, times, threading.Lock()
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_during_the_load_ends_the_run_soon(world):
     world.expect(run, code=1, message=f"/{world.primary}/_.*flood-stage.*; free disk space on the data nodes first")
     assert "FAILED at: 3 load" in run.err
     assert_still_blocked(world, world.primary)
-    # the next night nobody has done anything about it
+    # the next night the disk is still full
     world.expect(world.refresh(), code=4, message="read_only_allow_delete.* free disk space on the data nodes")
     assert time.monotonic() - began < 60
     assert_still_blocked(world, world.primary)

@@ -14,7 +14,7 @@ from fault_proxy import Exchange, Fault, after, answer, reset_in_answer
 from .driver import NEW_ROWS, World, changes_state
 
 LISTING = "list-type=2"
-LOOKS = 2  # an object that is not whole in its head is looked at twice before it is read: in step 0, and by the load
+LOOKS = 2  # an object that is not whole in its head is read twice before it is loaded: in step 0, and by the load
 LARGE_CELL_BYTES = 22_500  # 30,000 characters: an object of 15 rows takes two reads of 256 KiB, packed too
 ONE_MORE = {"d.csv": b"n,half,word\n200,100.0,more\n"}
 
@@ -61,13 +61,13 @@ def watch_reads(world: World, key: str) -> list[tuple[int, str]]:
     """Return a list that fills up with first byte and `If-Match` of each read of an object that no rule takes."""
     reads: list[tuple[int, str]] = []
 
-    def note(exchange: Exchange) -> bool:
+    def record(exchange: Exchange) -> bool:
         if exchange.handler.path.endswith(key):
             headers = exchange.handler.headers
             reads.append((int(re.match(r"bytes=(\d+)-", headers["Range"])[1]), headers["If-Match"]))
         return False
 
-    world.s3_proxy.watch = note
+    world.s3_proxy.watch = record
     return reads
 
 

@@ -1,4 +1,4 @@
-"""The role is the smallest, nobody but the right server is talked to, no log line can be forged, files are private."""
+"""The smallest role, certificates and redirects, forged log lines, private files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_cleanup_without_a_permission_names_it_and_the_next_run_with_it_succee
 
 
 class TlsServer:
-    """Speaks TLS with a certificate of its own, notes what is said after each handshake, and answers 403."""
+    """Speaks TLS with a certificate of its own, records what it receives after each handshake, and answers 403."""
 
     def __init__(self, folder, **certificate) -> None:
         sandbox.write_certificate(folder, **certificate)
@@ -137,7 +137,7 @@ def test_a_wrong_certificate_is_refused_before_anything_is_sent(world, tls, cert
 
 @pytest.fixture
 def stranger(box):
-    """A server that nobody should talk to; it notes who does."""
+    """A server that must receive no request; it records those it gets."""
     with FaultProxy(box.server.endpoint) as running:
         yield running
 
@@ -243,7 +243,7 @@ def test_no_secret_is_in_the_list_of_processes(world):
 
 @long
 @pytest.mark.parametrize("mask", ["000", "022"])
-def test_logs_rejects_and_locks_are_their_owners_alone_whatever_the_umask(world, mask):
+def test_logs_rejects_and_locks_are_private_under_any_umask(world, mask):
     world.put({"d.csv": b"n,half,word\nx,1,a secret of the data\n"})
     folders = {"LOG_DIR": str(world.folder / "new" / "logs"), "LOCK_DIR": str(world.folder / "new" / "locks")}
     script = "umask $0; exec ./run_refresh.sh"
