@@ -15,7 +15,7 @@ import pytest
 import requests
 import sandbox
 from conftest import Reader, wait_until
-from fault_proxy import Exchange, Fault
+from fault_proxy import Exchange, Fault, before
 
 from .driver import OLD, Run, World, add_roles
 
@@ -359,12 +359,7 @@ def test_one_of_three_away_during_the_emptying(wide):
 def test_one_of_three_restarts_during_the_load(wide):
     victim = wide.holder(wide.primary)
     wide.talk_to(wide.holder(wide.secondary))
-
-    def fault(exchange: Exchange) -> None:
-        wide.nodes[victim].restart()
-        exchange.pass_on()
-
-    rule = wide.proxy.on("POST", "/_bulk", fault, skip=2)
+    rule = wide.proxy.on("POST", "/_bulk", before(wide.nodes[victim].restart), skip=2)
     run = finish(wide, wide.start(**PATIENCE))
     wide.expect(run, code=0)
     assert rule.seen > 2
@@ -378,12 +373,7 @@ def test_one_of_three_restarts_during_the_load(wide):
 def test_one_of_three_away_since_the_load(wide):
     victim = wide.holder(wide.primary)
     wide.talk_to(wide.holder(wide.secondary))
-
-    def fault(exchange: Exchange) -> None:
-        wide.nodes[victim].kill()
-        exchange.pass_on()
-
-    wide.proxy.on("POST", "/_bulk", fault, skip=2)
+    wide.proxy.on("POST", "/_bulk", before(wide.nodes[victim].kill), skip=2)
     run = finish(wide, wide.start(RETRY_SECONDS="150", WAIT_SECONDS="3"))
     message = rf"index {wide.primary}: 1 of 1 shards have fewer than 2 active copies after 3 s.*run again"
     wide.expect(run, code=4, message=rf"(?s){message}.*FAILED at: 4 switch")
@@ -399,12 +389,7 @@ def test_a_switch_waits_for_the_copies_of_a_node_that_restarts(wide, nth):
     target, other = [(wide.secondary, wide.primary), (wide.primary, wide.secondary)][nth]
     victim = wide.holder(target)
     wide.talk_to(wide.holder(other))
-
-    def fault(exchange: Exchange) -> None:
-        wide.lose(victim)
-        exchange.pass_on()
-
-    rule = wide.proxy.on("GET", "/_cluster/health", fault, skip=nth)
+    rule = wide.proxy.on("GET", "/_cluster/health", before(lambda: wide.lose(victim)), skip=nth)
     process = wide.start(**PATIENCE)
     wait_until(lambda: rule.seen >= nth + 3, 240)
     assert len(wide.moves) == nth
