@@ -901,7 +901,8 @@ def test_the_number_of_requests_follows_a_distant_cluster_and_is_reported(make_i
     assert outcome.result["requests_under_way"] == 64  # 120 batches for a cluster that seems to work on all at once
     assert "at most 64 requests in flight" in outcome.err
     assert "requests_under_way=" in outcome.last
-    assert load(prefix, index, "--batch-size", "1", "--workers", "4").result["requests_under_way"] == 4
+    few = put_csv({"b.csv": numbers(1, 12)})
+    assert load(few, index, "--batch-size", "1", "--workers", "4").result["requests_under_way"] == 4
 
 
 @pytest.mark.parametrize("part", ["head", "body"])
