@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import pty
 import re
 import signal
 import struct
+import subprocess
 import sys
 import termios
 import threading
@@ -28,15 +30,19 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import bulkupdate
 import opensearch_base_manager as base
+import reindex
 import sandbox
+import switch_alias
 from fault_proxy import FaultProxy
 
 # under nohup and `&` they are ignored, and would be by all that is started here
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# the names that tests may use, but for the siblings of recreate, by the role that the scripts need
+# the names that tests may use, except the backup indices of recreate, with the role that the scripts need
 TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
 # tests run side by side on one server: what each process names begins with this
+RUNNER = Path(base.__file__).parent / "run_refresh.sh"
+OWN_PASSWORD = "of-the-Test-only-2026!"
 OWN = f"t-{os.environ.get('PYTEST_XDIST_WORKER', 'one')}"
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 READER_PAUSE_S = 0.02  # what a reader could notice lasts a change of the cluster's state at least, 40 ms and more
@@ -195,6 +201,51 @@ def make_index(admin: Callable[..., Any], name: Callable[[str], str]) -> Callabl
     return make
 
 
+@pytest.fixture
+def alias(name: Callable[[str], str]) -> str:
+    return name("alias")
+
+
+@pytest.fixture
+def make_pair(make_index: Callable[..., str], admin: Callable[..., Any], alias: str) -> Callable[..., tuple[str, str]]:
+    """Create two indices, the alias on the first: `make_pair(properties, docs, other_docs, other_properties)`.
+
+    The second one is like the first where nothing else is said; `others` are its settings, `definition` is what the
+    alias has besides its name, and `mapping` is for the first index alone.
+    """
+
+    def make(
+        properties: dict[str, Any], docs: Any, other_docs: Any = None, other_properties: Any = None, *,
+        definition: dict[str, Any] | None = None, settings: Any = None, others: Any = None, **mapping: Any,
+    ) -> tuple[str, str]:  # fmt: skip
+        first = make_index("primary", properties, docs=docs, settings=settings, **mapping)
+        second = make_index(
+            "secondary", properties if other_properties is None else other_properties,
+            docs=docs if other_docs is None else other_docs, settings=settings if others is None else others,
+        )  # fmt: skip
+        admin("POST", "/_aliases", {"actions": [{"add": {"index": first, "alias": alias, **(definition or {})}}]})
+        return first, second
+
+    return make
+
+
+@pytest.fixture
+def behind_alias(admin: Callable[..., Any], alias: str) -> Callable[[], list[str]]:
+    """Return the indices behind the alias."""
+    return lambda: sorted(admin("GET", f"/_alias/{alias}"))
+
+
+@pytest.fixture
+def move_alias(admin: Callable[..., Any], alias: str) -> Callable[[str, str], None]:
+    """Act as another client: `move_alias("from", "to")`."""
+
+    def move(source: str, target: str) -> None:
+        remove, add = ({"index": index, "alias": alias} for index in (source, target))
+        admin("POST", "/_aliases", {"actions": [{"remove": remove}, {"add": add}]})
+
+    return move
+
+
 def fill(admin: Callable[..., Any], index: str, docs: list[dict[str, Any]]) -> None:
     """Add documents to an index, past the scripts."""
     if docs:
@@ -252,6 +303,17 @@ def sources(admin: Callable[..., Any], index: str) -> list[dict[str, Any]]:
     return [hit["_source"] for hit in hits]
 
 
+def by_id(admin: Callable[..., Any], index: str) -> dict[str, dict[str, Any]]:
+    """Return `_source` of all documents (at most 10,000) by their ids."""
+    admin("POST", f"/{index}/_refresh")
+    return {hit["_id"]: hit["_source"] for hit in admin("POST", f"/{index}/_search", {"size": 10_000})["hits"]["hits"]}
+
+
+def digest_of(key: str) -> str:
+    """Return what the ids of the rows of an object begin with."""
+    return hashlib.sha256(f"{sandbox.BUCKET}/{key}".encode()).hexdigest()[:16]
+
+
 def count(admin: Callable[..., Any], index: str) -> int:
     admin("POST", f"/{index}/_refresh")
     return int(admin("GET", f"/{index}/_count")["count"])
@@ -269,6 +331,41 @@ def state_of(admin: Callable[..., Any], *indices: str) -> dict[str, Any]:
     return state
 
 
+def meta_of(admin: Callable[..., Any], index: str) -> dict[str, Any]:
+    found: dict[str, Any] = admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {})
+    return found
+
+
+def marker_of(admin: Callable[..., Any], index: str) -> Any:
+    """Return what says that an index is unfinished, None where nothing does."""
+    return meta_of(admin, index).get(base.SUITE)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Return the first result of `condition` that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"did not happen within {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let retries begin with a pause of 50 ms; for `usefixtures`."""
+    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
+
+
+@pytest.fixture
+def rejected(tmp_path: Path) -> Callable[..., list[Any]]:
+    """Return the entries of all rejects files."""
+
+    def read(parse: Callable[[str], Any] = json.loads) -> list[Any]:
+        return [parse(line) for file in sorted((tmp_path / "logs").glob("rejects-*")) for line in file.open()]
+
+    return read
+
+
 @pytest.fixture
 def put_csv(box: sandbox.Sandbox, name: Callable[[str], str]) -> Callable[..., str]:
     """Store objects under a prefix of one's own and return the prefix: `put_csv({"a.csv": "n\\n1\\n"})`."""
@@ -282,6 +379,100 @@ def put_csv(box: sandbox.Sandbox, name: Callable[[str], str]) -> Callable[..., s
         return prefix
 
     return put
+
+
+@pytest.fixture
+def switch(run: Callable[..., Outcome], alias: str) -> Callable[..., Outcome]:
+    """Switch the alias: `switch(source, target, "--threshold", "5")`."""
+    words = ["--alias", alias]
+    return lambda source, target, *more: run(switch_alias, *words, "--source", source, "--target", target, *more)
+
+
+@pytest.fixture
+def copy(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Copy an index: `copy(source, target, "--dry-run")`."""
+    return lambda source, target, *more: run(reindex, "--source", source, "--target", target, *more)
+
+
+def command_in(text: str, before: str = "") -> list[str]:
+    """Return the arguments of the last switch_alias.py command in a text, as bash reads them."""
+    command = text.split(f"{before}python switch_alias.py ")[-1].splitlines()[0]
+    shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
+    return shown.stdout.split("\0")[:-1]
+
+
+def running_copies(admin: Callable[..., Any], index: str) -> list[str]:
+    """Return the copies from or to an index that the server is working on; requests for permissions are none."""
+    nodes = admin("GET", "/_tasks?actions=*reindex&detailed=true")["nodes"].values()
+    return [
+        name for node in nodes for name, task in node["tasks"].items()
+        if f"[{index}]" in task["description"] and "parent_task_id" not in task
+        and not task["headers"].get("X-Opaque-Id", "").endswith("/permissions")
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def foreign_copy(make_index: Callable[..., str], admin: Callable[..., Any]) -> Iterator[Callable[..., str]]:
+    """Start a copy of three documents that this host has not started, and return the task; it ends with the test."""
+    started: list[str] = []
+
+    def start(target: str, opaque_id: str = "", rate: float = 0.5) -> str:
+        body = {"source": {"index": make_index("foreign", docs=3), "size": 1}, "dest": {"index": target}}
+        path = f"/_reindex?wait_for_completion=false&requests_per_second={rate}"
+        started.append(admin("POST", path, body, headers={"X-Opaque-Id": opaque_id})["task"])
+        return started[-1]
+
+    yield start
+    for task in started:
+        with contextlib.suppress(RuntimeError):  # it has ended
+            admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> Callable[..., str]:
+    """Write a file of readers' queries, one a line, and return its name."""
+
+    def write(*lines: Any) -> str:
+        file = tmp_path / "queries.ndjson"
+        texts = [line if isinstance(line, (str, bytes)) else json.dumps(line) for line in lines]
+        file.write_bytes(b"".join((text if isinstance(text, bytes) else text.encode()) + b"\n" for text in texts))
+        return str(file)
+
+    return write
+
+
+@pytest.fixture
+def runner_environment(environment: dict[str, str], name: Callable[[str], str], alias: str) -> dict[str, str]:
+    """The environment of run_refresh.sh on the pair of this test, but for the prefix."""
+    return {
+        **os.environ, **environment, "PRIMARY_INDEX": name("primary"), "SECONDARY_INDEX": name("secondary"),
+        "INDEX_ALIAS": alias, "S3_BUCKET": sandbox.BUCKET, "PYTHON": sys.executable,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def refresh(runner_environment: dict[str, str]) -> Callable[..., subprocess.Popen[str]]:
+    """Start the runner: `finish(refresh(prefix, "--dry-run", MAX_REJECTS="1"))`."""
+
+    def start(prefix: str, *arguments: str, runner: Path = RUNNER, **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [runner, *arguments], env={**runner_environment, "S3_PREFIX": prefix, **variables},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
+    """Wait for the runner; return its exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=timeout)
+    assert sandbox.PASSWORD not in out + err
+    return process.returncode, out, err
+
+
+def log_of(folder: Path) -> str:
+    """Return the log of the newest run of the runner in this test's folder."""
+    return max((folder / "logs").glob("refresh-*.log"), key=lambda path: path.stat().st_mtime_ns).read_text()
 
 
 def load_arguments(prefix: str, index: str, *more: str) -> list[str]:
@@ -301,6 +492,41 @@ def load(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
         return outcome
 
     return do
+
+
+class Account:
+    """A user of the test's own with the role of the README on some indices, less what is left out."""
+
+    def __init__(self, server: sandbox.Server, user: str, patterns: list[str]) -> None:
+        self.server, self.user, self.patterns = server, user, patterns
+        self.login = {"OPENSEARCH_USERNAME": user, "OPENSEARCH_PASSWORD": OWN_PASSWORD}
+        server.add_user(user, OWN_PASSWORD)
+        self.grant()
+
+    def grant(self, *without: str, **view: Any) -> None:
+        """Grant the role without these actions; `view` restricts what the user sees: `dls=...`."""
+        role = sandbox.refresh_role(self.patterns)
+        [of_indices] = role["index_permissions"]
+        for actions in (role["cluster_permissions"], of_indices["allowed_actions"]):
+            actions[:] = [action for action in actions if action not in without]
+        of_indices |= view
+        self.server.grant(self.user, role, self.user)
+
+    def delete(self) -> None:
+        self.server.take_back(self.user)
+        self.server.change_security("DELETE", f"internalusers/{self.user}")
+
+
+@pytest.fixture
+def account(
+    box: sandbox.Sandbox, name: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Account]:  # fmt: skip
+    """Let the scripts run as a user of the test's own."""
+    made = Account(box.server, name("user"), TEST_PATTERNS)
+    for variable, value in {"OPENSEARCH_ENDPOINT": box.server.endpoint, **made.login}.items():
+        monkeypatch.setenv(variable, value)
+    yield made
+    made.delete()
 
 
 class Recreation:
@@ -344,6 +570,15 @@ def may_recreate(box: sandbox.Sandbox) -> Callable[..., None]:
 @pytest.fixture
 def s3(box: sandbox.Sandbox) -> Any:
     return sandbox.aws_client("s3", box.environment)
+
+
+@pytest.fixture
+def s3_proxy(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A scripted proxy in front of S3; the scripts talk to it instead."""
+    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as running:
+        environment["AWS_ENDPOINT_URL"] = running.endpoint  # of processes that the test starts
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
+        yield running
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
     proxy.on("POST", r"/_bulk", lost_answer, times=1)      # the first bulk request is carried out, its answer is lost
     proxy.on("POST", r"/_bulk", answer(429, retry_after=2), skip=3, times=2)
     proxy.on("POST", r"/_bulk", edited(first_item_429))    # the real answer, changed on its way back
-    proxy.refuse_connections(seconds=2)                    # nobody listens for a while
+    proxy.refuse_connections(seconds=2)                    # the port is closed for a while
 
 A fault is a function of the exchange; it answers through `exchange.forward`, `exchange.reply` and `exchange.drop`.
 """
@@ -133,13 +133,31 @@ def reset_in_answer(upto: int = 20) -> Fault:
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Fault:
-    """Pass the real answer on after `change` has worked on its JSON."""
+    """Pass the real answer on after `change` has worked on its JSON, which stays as compact as the server writes it."""
 
     def fault(exchange: Exchange) -> None:
         response = exchange.forward()
         parsed = response.json()
         changed = change(parsed)
-        exchange.reply(response.status_code, json.dumps(parsed if changed is None else changed))
+        text = json.dumps(parsed if changed is None else changed, separators=(",", ":"))
+        exchange.reply(response.status_code, text)
+
+    return fault
+
+
+def edited_items(change: Callable[[list[Any]], list[Any]]) -> Fault:
+    """Pass the real answer to a bulk request on with other items."""
+    return edited(lambda reply: {**reply, "items": change(reply["items"])})
+
+
+def gateway(title: str, *, carried_out: bool = False) -> Fault:
+    """Answer as a load balancer does: with a page of HTML, whether or not the cluster has had the request."""
+    page = f"<html>\r\n<head><title>{title}</title></head>\r\n<body><h1>{title}</h1></body>\r\n</html>\r\n"
+
+    def fault(exchange: Exchange) -> None:
+        if carried_out:
+            exchange.forward()
+        exchange.reply(int(title[:3]), page, {"Content-Type": "text/html"})
 
     return fault
 

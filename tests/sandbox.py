@@ -81,7 +81,7 @@ indices:data/write/delete indices:data/write/delete/byquery indices:admin/mappin
 indices:admin/flush* indices:admin/forcemerge indices:admin/aliases indices:admin/aliases/get indices:admin/get
 indices:admin/mappings/get indices:monitor/settings/get indices:admin/settings/update indices:monitor/stats
 """.split()
-# What the method recreate needs besides, on the indices and on their siblings.
+# What the method recreate needs besides, on the indices and on their backup indices.
 RECREATE_PERMISSIONS = """
 indices:admin/create indices:admin/delete indices:admin/resize indices:admin/get indices:admin/aliases/get
 indices:monitor/settings/get indices:admin/mappings/get indices:data/read/search indices:admin/refresh*
@@ -218,7 +218,7 @@ def steady_port() -> int:
         port = random.randrange(20_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
-            if port not in given_ports:  # nobody may listen there yet
+            if port not in given_ports:  # nothing may listen there yet
                 given_ports.add(port)
                 return port
 
@@ -368,7 +368,7 @@ class OpenSearch(Server):
                 "plugins.security.allow_default_init_securityindex": True,
                 "plugins.security.nodes_dn": ["CN=sandbox"],
                 "plugins.security.restapi.roles_enabled": ["all_access"],
-                # each change of a role makes the server check all passwords anew; at the usual 12 that takes 0.3 s each
+                # each change of a role makes the server check all passwords again: 0.3 s each with the usual 12
                 "plugins.security.password.hashing.bcrypt.rounds": 4,
             }
         (config / "opensearch.yml").write_text(json.dumps(settings))

@@ -28,7 +28,7 @@ make_venv() {
   }
 }
 
-# what pip says first that has a meaning for whoever set up the network, the disk or Python; and what to do about it
+# the first line of pip's output that an administrator can act on, and what to do about it
 advice() { # advice LOG
   local pattern text
   while IFS='|' read -r text pattern; do
@@ -41,7 +41,7 @@ the disk is full; free some space (1 GB is enough)|No space left|Errno 28
 a certificate is not known; give your CA in REQUESTS_CA_BUNDLE and SSL_CERT_FILE|CERTIFICATE_VERIFY_FAILED|certificate verify
 the proxy does not answer; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY|ProxyError|Cannot connect to proxy|Tunnel connection
 no connection; check the network, and behind a proxy set HTTPS_PROXY|from versions: none|NewConnectionError|ConnectionError|Connection refused|ConnectTimeout|Read timed out|name resolution|Max retries
-not for this Python; take another one and make .venv anew (rm -r .venv, PYTHON=...)|Requires-Python|No matching distribution|subprocess-exited-with-error
+not for this Python; take another one and make .venv again (rm -r .venv, PYTHON=...)|Requires-Python|No matching distribution|subprocess-exited-with-error
 END
   grep -i error "$1" | tail -n 1 | cut -c 1-200
 }

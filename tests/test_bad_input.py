@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import gzip
+import fcntl
 import re
 import shlex
 import time
@@ -15,12 +14,10 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import OWN, TEST_PATTERNS, fill, secured, state_of
+from conftest import OWN, OWN_PASSWORD, fill, load_arguments, secured, state_of
 from fault_proxy import FaultProxy, after, answer
 
 pytestmark = pytest.mark.quick
-
-OWN_PASSWORD = "of-the-Test-only-2026!"
 
 
 def assert_says(outcome, code, *patterns):
@@ -45,7 +42,7 @@ def connect(box, own_environment, monkeypatch):
     return use
 
 
-class Pair:
+class Commands:
     """A live index and a standby, and valid commands of the four scripts on them."""
 
     def __init__(self, old, new, alias):
@@ -55,34 +52,34 @@ class Pair:
         self.empty = (index_cleanup, "--index", new, "--no-force-merge")
 
     def load(self, prefix, *more):
-        return bulkupdate, "--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", self.new, *more
+        return bulkupdate, *load_arguments(prefix, self.new, *more)
 
 
 @pytest.fixture(scope="module")
-def lasting_pair(box):
-    admin, pair = box.server.request, Pair(*(f"{OWN}-pair-{part}" for part in ("old", "new", "alias")))
-    for index, aliases in ((pair.old, {pair.alias: {}}), (pair.new, {})):
+def lasting_commands(box):
+    admin, commands = box.server.request, Commands(*(f"{OWN}-commands-{part}" for part in ("old", "new", "alias")))
+    for index, aliases in ((commands.old, {commands.alias: {}}), (commands.new, {})):
         admin("PUT", f"/{index}", {"mappings": {"properties": {"n": {"type": "long"}}}, "aliases": aliases})
         fill(admin, index, [{"n": n} for n in range(10)])
-    pair.state = state_of(admin, pair.old, pair.new)
-    yield pair
-    for index in (pair.old, pair.new):
+    commands.state = state_of(admin, commands.old, commands.new)
+    yield commands
+    for index in (commands.old, commands.new):
         admin("DELETE", f"/{index}")
 
 
 @pytest.fixture
-def pair(lasting_pair, connect, admin):
-    """For whatever is refused or fails: each test that asks for this pair checks that it is untouched in the end."""
-    before = lasting_pair.state
-    yield lasting_pair
-    lasting_pair.state = state_of(admin, lasting_pair.old, lasting_pair.new)
-    assert lasting_pair.state == before
+def commands(lasting_commands, connect, admin):
+    """For commands that are refused or fail: when the test ends, both indices must be untouched."""
+    before = lasting_commands.state
+    yield lasting_commands
+    lasting_commands.state = state_of(admin, lasting_commands.old, lasting_commands.new)
+    assert lasting_commands.state == before
 
 
 @pytest.fixture
 def fresh(make_index, name, connect):
-    """A pair of one's own, for what succeeds or fails halfway."""
-    return Pair(make_index("old", docs=2, alias=name("alias")), make_index("new", docs=2), name("alias"))
+    """On indices of the test's own, for commands that succeed or fail halfway."""
+    return Commands(make_index("old", docs=2, alias=name("alias")), make_index("new", docs=2), name("alias"))
 
 
 # --- usage and configuration: nothing is sent (2) ---------------------------------------------------------------------
@@ -108,6 +105,12 @@ LOAD = "--bucket b --prefix p/ --index t-a"
         (bulkupdate, f"{LOAD} --workers 0", "--workers: must be at least 1"),
         (bulkupdate, f"{LOAD} --max-rejects=-1", "--max-rejects: '-1'"),
         (bulkupdate, f"{LOAD} --delimiter ;;", "--delimiter: ';;'"),
+        (bulkupdate, f'{LOAD} --delimiter "', "--delimiter: "),
+        (bulkupdate, f"{LOAD} --delimiter=", "--delimiter: "),
+        *[
+            (bulkupdate, f"--bucket {wrong} --prefix p/ --index t-a", "give the bucket's name alone")
+            for wrong in ("s3://your-bucket", "your-bucket/", "arn:aws:s3:::your-bucket", "a/b")
+        ],
         (bulkupdate, "--bucket b --prefix p/", "required: --index"),
         (index_cleanup, "--index t-*", r"--index: 't-\*' is not the name"),
         (index_cleanup, "--index t-a,t-b", "--index: 't-a,t-b' is not the name"),
@@ -140,13 +143,16 @@ def test_a_wrong_flag_is_a_usage_error_and_nothing_is_sent(script, argv, says, r
             ({"OPENSEARCH_ENDPOINT": "ftp://host"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://host:port"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://[::1"}, "endpoint is not a URL such as"),
-            ({"OPENSEARCH_AUTH": "kerberos"}, "OPENSEARCH_AUTH: "),
+            ({"OPENSEARCH_AUTH": "kerberos"}, "OPENSEARCH_AUTH: 'kerberos' is neither basic nor sigv4"),
             ({"VERIFY_SSL": "maybe"}, "VERIFY_SSL: 'maybe'"),
             ({"CA_BUNDLE": "/nowhere/ca.pem"}, "CA_BUNDLE: /nowhere/ca.pem"),
             ({"RETRY_SECONDS": "soon"}, "RETRY_SECONDS: 'soon'"),
             ({"RETRY_SECONDS": "-1"}, "RETRY_SECONDS: '-1'"),
             ({"WAIT_SECONDS": "nan"}, "WAIT_SECONDS: 'nan'"),
             ({"LOG_LEVEL": "LOUD"}, "LOG_LEVEL: 'LOUD'"),
+        ]],
+        *[(script, argv, {"CLEANUP_METHOD": "burn"}, "'burn' is neither delete nor recreate") for script, argv in [
+            (index_cleanup, "--index t-a"), (reindex, "--source t-a --target t-b"), (bulkupdate, LOAD),
         ]],
         (switch_alias, SWITCH, {"DOCUMENT_COUNT_THRESHOLD": "nan"}, "'nan' is not a number"),
         (reindex, "--source t-a --target t-b", {"REQUESTS_PER_SECOND": "fast"}, "'fast'"),
@@ -167,10 +173,10 @@ def test_a_wrong_variable_is_an_error_of_configuration_and_nothing_is_sent(
     assert proxy.requests == []
 
 
-def test_without_a_region_the_store_cannot_be_asked(pair, run, connect, monkeypatch):
+def test_without_a_region_the_store_cannot_be_asked(commands, run, connect, monkeypatch):
     connect("", "", "")
     monkeypatch.delenv("AWS_REGION")
-    assert_says(run(*pair.copy), 2, "no AWS region: set AWS_REGION")
+    assert_says(run(*commands.copy), 2, "no AWS region: set AWS_REGION")
 
 
 def test_no_region_is_needed_when_the_environment_holds_the_credentials(fresh, run, monkeypatch):
@@ -178,38 +184,38 @@ def test_no_region_is_needed_when_the_environment_holds_the_credentials(fresh, r
     assert run(*fresh.copy).code == 0
 
 
-def test_the_region_may_come_from_the_variable_that_boto3_reads_itself(pair, run, connect, monkeypatch):
+def test_the_region_may_come_from_the_variable_that_boto3_reads_itself(commands, run, connect, monkeypatch):
     connect("", "", "")
     monkeypatch.delenv("AWS_REGION")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    assert run(*pair.switch, "--dry-run").code == 0
+    assert run(*commands.switch, "--dry-run").code == 0
 
 
-def test_without_aws_credentials_the_message_says_where_they_may_come_from(pair, run, connect, monkeypatch):
+def test_without_aws_credentials_the_message_says_where_they_may_come_from(commands, run, connect, monkeypatch):
     connect("", "", "")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert_says(run(*pair.copy), 2, "Parameter Store, /opensearch/", "credentials", "role, profile or variables")
+    assert_says(run(*commands.copy), 2, "Parameter Store, /opensearch/", "credentials", "role, profile or variables")
 
 
 # --- Parameter Store --------------------------------------------------------------------------------------------------
 
 
-def test_missing_parameters_are_named(pair, run, box, name, connect, monkeypatch):
+def test_missing_parameters_are_named(commands, run, box, name, connect, monkeypatch):
     connect("", "", "")
     prefix = f"/{name('parameters')}"
     sandbox.aws_client("ssm", box.environment).put_parameter(Name=f"{prefix}/endpoint", Value="x", Type="String")
     monkeypatch.setenv("OPENSEARCH_PARAMETER_PREFIX", prefix)
-    assert_says(run(*pair.copy), 1, f"{prefix}/username, {prefix}/password: no such parameter", "create it")
+    assert_says(run(*commands.copy), 1, f"{prefix}/username, {prefix}/password: no such parameter", "create it")
 
 
-def test_a_denied_parameter_names_the_permission(pair, run, environment, connect, monkeypatch):
+def test_a_denied_parameter_names_the_permission(commands, run, environment, connect, monkeypatch):
     connect("", "", "")
     denied = {"__type": "AccessDeniedException", "Message": "User: arn:aws:iam::1:user/cron is not authorized"}
     with FaultProxy(environment["AWS_ENDPOINT_URL"]) as aws:
         aws.on("POST", "/", answer(400, denied))
         monkeypatch.setenv("AWS_ENDPOINT_URL", aws.endpoint)
-        outcome = run(*pair.copy)
+        outcome = run(*commands.copy)
     assert_says(outcome, 1, "Parameter Store, /opensearch/", "user/cron is not authorized", "allow ssm:GetParameters")
 
 
@@ -217,9 +223,9 @@ def test_a_denied_parameter_names_the_permission(pair, run, environment, connect
 
 
 @secured
-def test_a_wrong_password_names_the_user(pair, run, connect):
+def test_a_wrong_password_names_the_user(commands, run, connect):
     connect(password=OWN_PASSWORD)
-    outcome = run(*pair.copy)
+    outcome = run(*commands.copy)
     assert_says(outcome, 1, "401", f"user {sandbox.USER} is not accepted", "check user and password")
     assert OWN_PASSWORD not in outcome.err
 
@@ -233,17 +239,10 @@ def test_a_wrong_password_names_the_user(pair, run, connect):
         ("empty", "cluster:monitor/tasks/lists"),
     ],
 )  # fmt: skip
-def test_a_missing_permission_is_named_with_the_user(command, permission, pair, run, connect, box, name):
-    user = name("user")
-    role = copy.deepcopy(sandbox.refresh_role(TEST_PATTERNS))
-    for actions in (role["cluster_permissions"], role["index_permissions"][0]["allowed_actions"]):
-        if permission in actions:
-            actions.remove(permission)
-    box.server.add_user(user, OWN_PASSWORD)
-    box.server.grant(user, role, user)
-    connect(user=user, password=OWN_PASSWORD)
-    asked = permission.replace("*", ".*")
-    assert_says(run(*getattr(pair, command)), 1, "permissions are missing", f'role of user {user}: .*"{asked}"')
+def test_a_missing_permission_is_named_with_the_user(command, permission, commands, run, account):
+    account.grant(permission)
+    outcome = run(*getattr(commands, command))
+    assert_says(outcome, 1, "permissions are missing", f'role of user {account.user}: .*"{permission}"')
 
 
 @pytest.mark.parametrize(
@@ -254,20 +253,20 @@ def test_a_missing_permission_is_named_with_the_user(command, permission, pair, 
     ],
     ids=["nobody listens", "no such host"],
 )
-def test_a_cluster_that_cannot_be_reached_is_given_up_soon(endpoint, says, pair, run, connect, monkeypatch):
+def test_a_cluster_that_cannot_be_reached_is_given_up_soon(endpoint, says, commands, run, connect, monkeypatch):
     assert base.FIRST_CONTACT_S == 10
     monkeypatch.setattr(base, "FIRST_CONTACT_S", 1)
     monkeypatch.setenv("RETRY_SECONDS", "100")
     connect(endpoint)
     began = time.monotonic()
-    assert_says(run(*pair.copy), 1, re.escape(endpoint), says)
+    assert_says(run(*commands.copy), 1, re.escape(endpoint), says)
     assert time.monotonic() - began < 8
 
 
 @secured
-def test_a_certificate_of_an_unknown_ca_fails_at_once(pair, run, monkeypatch):
+def test_a_certificate_of_an_unknown_ca_fails_at_once(commands, run, monkeypatch):
     monkeypatch.setenv("VERIFY_SSL", "true")
-    outcome = run(*pair.copy)
+    outcome = run(*commands.copy)
     assert_says(outcome, 1, "certificate verify failed", "set CA_BUNDLE")
     assert "trying again" not in outcome.err
 
@@ -281,8 +280,8 @@ def test_the_certificate_is_accepted_with_its_ca_bundle(fresh, run, box, monkeyp
 
 
 @secured
-def test_that_certificates_are_not_verified_is_said_once(pair, run):
-    outcome = run(*pair.switch, "--dry-run")
+def test_that_certificates_are_not_verified_is_said_once(commands, run):
+    outcome = run(*commands.switch, "--dry-run")
     assert outcome.code == 0
     assert outcome.err.count("certificates are not verified") == 1
     assert "InsecureRequestWarning" not in outcome.err
@@ -293,40 +292,42 @@ def test_that_certificates_are_not_verified_is_said_once(pair, run):
 
 @pytest.mark.parametrize("missing", ["source", "target"])
 @pytest.mark.parametrize("script", [reindex, switch_alias])
-def test_a_missing_index_is_named(missing, script, pair, run, name):
-    names = {"source": pair.old, "target": pair.new, missing: name("none")}
-    alias = ["--alias", pair.alias] if script is switch_alias else []
+def test_a_missing_index_is_named(missing, script, commands, run, name):
+    names = {"source": commands.old, "target": commands.new, missing: name("none")}
+    alias = ["--alias", commands.alias] if script is switch_alias else []
     outcome = run(script, *alias, "--source", names["source"], "--target", names["target"])
     assert_says(outcome, 1, f"index {name('none')} does not exist; create it first")
 
 
 def test_a_missing_index_of_a_load_or_cleanup_is_named(run, name, put_csv):
     prefix = put_csv({"a.csv": "n\n1\n"})
-    load = ["--bucket", sandbox.BUCKET, "--prefix", prefix]
-    for outcome in (run(bulkupdate, *load, "--index", name("none")), run(index_cleanup, "--index", name("none"))):
+    load = load_arguments(prefix, name("none"))
+    for outcome in (run(bulkupdate, *load), run(index_cleanup, "--index", name("none"))):
         assert_says(outcome, 1, f"index {name('none')} does not exist; create it first")
 
 
-def test_an_alias_in_the_place_of_an_index_is_not_followed(pair, run):
-    for command in [(reindex, "--source", pair.alias, "--target", pair.new), (index_cleanup, "--index", pair.alias)]:
-        assert_says(run(*command), 1, f"{pair.alias} is an alias of {pair.old}")
+def test_an_alias_in_the_place_of_an_index_is_not_followed(commands, run, put_csv):
+    load = (bulkupdate, *load_arguments(put_csv({"a.csv": "n\n1\n"}), commands.alias))
+    copy = (reindex, "--source", commands.alias, "--target", commands.new)
+    for command in copy, (index_cleanup, "--index", commands.alias), load:
+        assert_says(run(*command), 1, f"{commands.alias} is an alias of {commands.old}")
 
 
-def test_a_live_index_is_neither_emptied_nor_loaded_nor_copied_into(pair, run, put_csv):
+def test_a_live_index_is_neither_emptied_nor_loaded_nor_copied_into(commands, run, put_csv, may_recreate):
     prefix = put_csv({"a.csv": "n\n1\n"})
-    for command in [
-        (reindex, "--source", pair.new, "--target", pair.old), (index_cleanup, "--index", pair.old),
-        (bulkupdate, "--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", pair.old),
-    ]:  # fmt: skip
-        assert_says(run(*command), 4, f"{pair.old} is live: alias {pair.alias} points at it")
+    copy = (reindex, "--source", commands.new, "--target", commands.old)
+    empty = (index_cleanup, "--index", commands.old)
+    load = (bulkupdate, *load_arguments(prefix, commands.old))
+    for command in copy, (*copy, "--copy-method", "clone"), empty, (*empty, "--method", "recreate"), load:
+        assert_says(run(*command), 4, f"{commands.old} is live: alias {commands.alias} points at it")
 
 
-def test_a_missing_alias_comes_with_the_call_that_creates_it(pair, run, name):
-    outcome = run(switch_alias, "--alias", name("none"), "--source", pair.old, "--target", pair.new)
-    assert_says(outcome, 1, f"alias {name('none')} does not exist", "POST /_aliases", f'"index": "{pair.old}"')
+def test_a_missing_alias_comes_with_the_call_that_creates_it(commands, run, name):
+    outcome = run(switch_alias, "--alias", name("none"), "--source", commands.old, "--target", commands.new)
+    assert_says(outcome, 1, f"alias {name('none')} does not exist", "POST /_aliases", f'"index": "{commands.old}"')
 
 
-def test_an_alias_on_a_third_index_is_left_there_with_the_command_that_mends_it(fresh, run, make_index, name, admin):
+def test_an_alias_on_a_third_index_is_left_there_with_the_command_that_moves_it(fresh, run, make_index, name, admin):
     third = make_index("third", docs=2, alias=name("elsewhere"))
     outcome = run(switch_alias, "--alias", name("elsewhere"), "--source", fresh.old, "--target", fresh.new)
     command = f"--alias {name('elsewhere')} --source {third} --target {fresh.new}"
@@ -335,9 +336,9 @@ def test_an_alias_on_a_third_index_is_left_there_with_the_command_that_mends_it(
     assert run(switch_alias, *command.split()).code == 0
 
 
-def test_an_alias_with_the_name_of_an_index_is_refused(pair, run, make_index):
+def test_an_alias_with_the_name_of_an_index_is_refused(commands, run, make_index):
     index = make_index("third", docs=1)
-    outcome = run(switch_alias, "--alias", index, "--source", pair.old, "--target", pair.new)
+    outcome = run(switch_alias, "--alias", index, "--source", commands.old, "--target", commands.new)
     assert_says(outcome, 4, f"{index} is the name of an index, not an alias")
 
 
@@ -360,10 +361,10 @@ def test_too_large_a_difference_is_refused_with_the_command_that_accepts_it(
     assert list(admin("GET", f"/_alias/{name('alias')}")) == [new]
 
 
-def test_an_empty_target_is_refused(pair, run, make_index):
+def test_an_empty_target_is_refused(commands, run, make_index):
     empty = make_index("empty")
     for more in ([], ["--threshold", "1000"]):
-        outcome = run(switch_alias, "--alias", pair.alias, "--source", pair.old, "--target", empty, *more)
+        outcome = run(switch_alias, "--alias", commands.alias, "--source", commands.old, "--target", empty, *more)
         assert_says(outcome, 4, f"{empty} 0: an empty index is never switched to; load it first")
 
 
@@ -390,74 +391,50 @@ def test_fields_defined_differently_are_listed_and_nothing_is_copied(source, tar
 # --- S3 ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_bucket_is_named(pair, run):
-    outcome = run(bulkupdate, "--bucket", "t-no-bucket", "--prefix", "p/", "--index", pair.new)
+def test_a_missing_bucket_is_named(commands, run):
+    outcome = run(bulkupdate, "--bucket", "t-no-bucket", "--prefix", "p/", "--index", commands.new)
     assert_says(outcome, 1, "s3://t-no-bucket/p/: NoSuchBucket")
 
 
-@pytest.mark.parametrize("objects", [{}, {"readme.txt": "n\n1\n", "a.csv.bak": "n\n1\n"}])
-def test_a_prefix_without_csv_objects_is_refused(objects, pair, run, put_csv):
-    prefix = put_csv(objects)
-    assert_says(run(*pair.load(prefix)), 4, f"s3://{sandbox.BUCKET}/{prefix}: no .csv or .csv.gz object")
-
-
-@pytest.mark.parametrize(
-    "objects",
-    [
-        {"a.csv": "n\n", "b.csv": "n,m"}, {"a.csv": ""}, {"a.csv": "n\n\n\n"}, {"a.csv.gz": gzip.compress(b"n\n")},
-    ],
-)  # fmt: skip
-def test_files_without_a_single_row_are_refused_before_the_index_is_emptied(objects, pair, run, put_csv):
-    prefix = put_csv(objects)
-    assert_says(run(*pair.load(prefix)), 4, f"{prefix}: not one data row")
-
-
-def test_semicolons_instead_of_commas_are_noticed(pair, fresh, run, put_csv):
-    prefix = put_csv({"a.csv": "n;m\n1;2\n"})
-    outcome = run(*pair.load(prefix))
-    advice = r"is the delimiter ',' \(DELIMITER, --delimiter\)"
-    assert_says(outcome, 4, f"{prefix}a.csv", "none of the columns n;m", advice)
-    assert run(*fresh.load(prefix, "--delimiter", ";")).code == 0
-
-
-@pytest.mark.parametrize("cut", [40, -1], ids=["in the middle", "in the checksum"])
-def test_gzip_that_breaks_off_fails_and_leaves_the_index_marked_as_unfinished(cut, fresh, run, put_csv, admin):
-    rows = "n\n" + "".join(f"{n * 7919 % 10007}\n" for n in range(100))
-    outcome = run(*fresh.load(put_csv({"a.csv.gz": gzip.compress(rows.encode())[:cut]})))
-    assert_says(outcome, 1, r"a\.csv\.gz: broken gzip", "write the object again")
-    assert base.SUITE in admin("GET", f"/{fresh.new}/_mapping")[fresh.new]["mappings"]["_meta"]
-    assert_says(run(*fresh.switch), 4, f"{fresh.new} is unfinished")
-
-
 @pytest.mark.parametrize(("change", "says"), [("delete", "was deleted since"), ("replace", "was replaced since")])
-def test_an_object_that_changes_between_list_and_read_fails(
-    change, says, pair, run, put_csv, s3, environment, monkeypatch
-):
+def test_an_object_that_changes_between_list_and_read_fails(change, says, commands, run, put_csv, s3, s3_proxy):
     prefix = put_csv({"a.csv": "n\n1\n"})
     where = {"Bucket": sandbox.BUCKET, "Key": f"{prefix}a.csv"}
     act = {"delete": lambda: s3.delete_object(**where), "replace": lambda: s3.put_object(**where, Body=b"n\n2\n")}
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as aws:
-        aws.on("GET", "list-type=2", after(act[change]))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", aws.endpoint)
-        outcome = run(*pair.load(prefix))
+    s3_proxy.on("GET", "list-type=2", after(act[change]))
+    outcome = run(*commands.load(prefix))
     assert_says(outcome, 1, rf"{prefix}a\.csv {says} it was listed; run again")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_lock_folder_that_cannot_be_used_is_named_before_any_change(pair, run, put_csv, tmp_path, monkeypatch):
+def test_a_lock_folder_that_cannot_be_used_is_named_before_any_change(commands, run, put_csv, tmp_path, monkeypatch):
     prefix = put_csv({"a.csv": "n\n1\n"})
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LOCK_DIR", str(tmp_path / "file"))
-    for command in (pair.copy, pair.switch, pair.empty, pair.load(prefix)):
+    for command in (commands.copy, commands.switch, commands.empty, commands.load(prefix)):
         assert_says(run(*command), 1, f"{tmp_path}/file", "set LOCK_DIR")
 
 
-def test_a_log_folder_that_cannot_be_used_is_named_before_any_change(pair, run, put_csv, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [fcntl.LOCK_EX, fcntl.LOCK_SH], ids=["exclusive", "shared"])
+@pytest.mark.parametrize("command", ["copy", "switch", "empty", "load", "add"])
+def test_a_locked_index_ends_with_75_and_is_left_alone(command, kind, commands, run, put_csv, tmp_path):
+    load = commands.load(put_csv({"a.csv": "n\n1\n"}))
+    words = {"load": load, "add": (*load, "--no-cleanup")}.get(command) or getattr(commands, command)
+    (tmp_path / "locks").mkdir()
+    shared = [("copy", commands.old), ("add", commands.new)]  # two of these may run side by side
+    for index in [commands.new, commands.old] if command in ("copy", "switch") else [commands.new]:
+        if kind == fcntl.LOCK_EX or (command, index) not in shared:
+            with open(tmp_path / "locks" / f"{index}.lock", "w") as lock:
+                fcntl.flock(lock, kind)
+                assert_says(run(*words), 75, f"another run on this host works on index {index}; wait")
+
+
+def test_a_log_folder_that_cannot_be_used_is_named_before_any_change(commands, run, put_csv, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LOG_DIR", str(tmp_path / "file"))
-    assert_says(run(*pair.load(put_csv({"a.csv": "n\n1\n"}))), 1, f"{tmp_path}/file", "set LOG_DIR")
+    assert_says(run(*commands.load(put_csv({"a.csv": "n\n1\n"}))), 1, f"{tmp_path}/file", "set LOG_DIR")
 
 
 def test_the_commands_that_the_refusals_above_are_made_of_are_accepted(fresh, run, put_csv):

@@ -54,11 +54,6 @@ def look(run, lasting_index):
 
 
 @pytest.fixture
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
-
-
-@pytest.fixture
 def variables(monkeypatch, tmp_path):
     """Set variables: `variables({"in .env": ...}, {"in the environment": ...})`; nothing of them outlives the test."""
 
@@ -166,13 +161,13 @@ def test_a_file_that_is_not_utf_8_ends_with_one_line(variables, look, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["String", "SecureString"])
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_the_prefix_says_where_in_the_store_the_credentials_are(kind, slash, look, box, name, monkeypatch):
+@pytest.mark.parametrize(("slash", "newline"), [("", ""), ("/", ""), ("", "\n")])
+def test_the_prefix_says_where_in_the_store_the_credentials_are(kind, slash, newline, look, box, name, monkeypatch):
     prefix = f"/{name('deep')}/er"
     ssm = sandbox.aws_client("ssm", box.environment)
     for key, value in (("endpoint", box.server.endpoint + slash), ("username", sandbox.USER),
                        ("password", sandbox.PASSWORD)):  # fmt: skip
-        ssm.put_parameter(Name=f"{prefix}/{key}", Value=value, Type=kind)
+        ssm.put_parameter(Name=f"{prefix}/{key}", Value=value + newline, Type=kind)
     monkeypatch.setenv("OPENSEARCH_PARAMETER_PREFIX", prefix + slash)
     outcome = look()
     assert outcome.code == 0, outcome.err
@@ -319,7 +314,7 @@ def test_a_signal_ends_the_wait_for_a_cluster_that_is_away(number, look, proxy):
 
 
 def test_neither_netrc_nor_a_proxy_of_the_environment_decides_where_we_log_in(look, proxy, tmp_path, monkeypatch):
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login another password else\n")
     (tmp_path / ".netrc").chmod(0o600)
     with monkeypatch.context() as patch:
         for variable in ("HOME", "NETRC"):
@@ -333,11 +328,11 @@ def test_neither_netrc_nor_a_proxy_of_the_environment_decides_where_we_log_in(lo
 def test_every_request_says_which_run_it_is_of(look, proxy):
     seen = set()
 
-    def note(exchange):
+    def record(exchange):
         seen.add(exchange.handler.headers["X-Opaque-Id"])
         exchange.pass_on()
 
-    proxy.on("GET", "", note, times=None)
+    proxy.on("GET", "", record, times=None)
     assert look().code == 0
     assert len(seen) == 1
     assert seen.pop().startswith(f"{base.SUITE}/{base.HOST}/")
@@ -548,10 +543,10 @@ def test_a_log_file_that_cannot_be_written_stops_nothing(environment, tmp_path, 
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("stdout", ["closed", "full", "a pipe that nobody reads"])
+@pytest.mark.parametrize("stdout", ["closed", "full", "a pipe without a reader"])
 def test_a_result_that_cannot_be_written_does_not_undo_what_was_done(stdout, index, environment, admin):
     command = f'exec "$0" index_cleanup.py --index {index} --no-force-merge'
-    redirect = {"closed": " >&-", "full": " >/dev/full", "a pipe that nobody reads": ""}[stdout]
+    redirect = {"closed": " >&-", "full": " >/dev/full", "a pipe without a reader": ""}[stdout]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(

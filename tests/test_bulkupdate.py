@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -21,8 +20,12 @@ import bulkupdate
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from conftest import count, load_arguments, sources, state_of
-from fault_proxy import FaultProxy, after, answer, delayed, lost_answer, refused
+from conftest import (
+    by_id, count, digest_of, load_arguments, marker_of, meta_of, sources, state_of, wait_until,
+)  # fmt: skip
+from fault_proxy import after, answer, delayed, edited_items, gateway, lost_answer, refused
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 SCRIPT = Path(bulkupdate.__file__)
 WORDS = {"k": {"type": "keyword"}, "t": {"type": "keyword"}}
@@ -56,14 +59,6 @@ def start(environment):
 
 
 @pytest.fixture
-def rejected(tmp_path):
-    def do():
-        return [json.loads(line) for file in sorted((tmp_path / "logs").glob("rejects-*")) for line in file.open()]
-
-    return do
-
-
-@pytest.fixture
 def by_object(admin):
     """Return `_source` of each document by the key of its object less the prefix, in the order of the records."""
 
@@ -79,41 +74,14 @@ def by_object(admin):
     return do
 
 
-def digest_of(key):
-    return hashlib.sha256(f"{sandbox.BUCKET}/{key}".encode()).hexdigest()[:16]
-
-
 def ids_of(body):
     """Return the ids of a bulk request."""
     lines = (json.loads(line) for line in body.decode().split("\n")[::2] if line)
     return [next(iter(action.values()))["_id"] for action in lines]
 
 
-def edited(change):
-    """Answer as the server does, to the byte, but with other items."""
-
-    def fault(exchange):
-        reply = exchange.forward().json()
-        reply["items"] = change(reply["items"])
-        exchange.reply(200, json.dumps(reply, separators=(",", ":")))
-
-    return fault
-
-
 def settings_of(admin, index):
     return admin("GET", f"/{index}/_settings?flat_settings=true")[index]["settings"]
-
-
-def meta_of(admin, index):
-    return admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {})
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
-
-
-NOTE = "opensearch-refresh"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -136,6 +104,7 @@ READABLE = {  # object: its content, its rows
     "header-only.csv": (b"k,t\n", []),
     "header-without-newline.csv": (b"k,t", []),
     "header-only.csv.gz": (gzip.compress(b"k,t\n"), []),
+    "nothing.csv.gz": (gzip.compress(b""), []),
     "nothing.csv": (b"", []),
     "packed.csv.gz": (gzip.compress(PLAIN), ["ab"]),
     "packed-bom.csv.gz": (gzip.compress(b"\xef\xbb\xbf" + PLAIN), ["ab"]),
@@ -233,8 +202,8 @@ def test_defects_far_down_a_large_file_have_the_right_line(make_index, put_csv, 
         (b'k,t\na,b\n"c","d', 3, "end of the file"),
         (b'k,t\n"x\ny",b\n\nc,"' + b"d,e\n" * (9 * MIB // 4), 5, "8 MiB"),
         (b'k,t\na,b\nc,"' + b"d,e\n" * 100_000, 3, "end of the file"),
-        (gzip.compress(b"k,t\n" + os.urandom(30_000).hex().encode() + b",b\n")[:-2_000], None, "gzip"),
-        (gzip.compress(PLAIN)[:-8] + b"12345678", None, "gzip"),
+        (gzip.compress(b"k,t\n" + os.urandom(30_000).hex().encode() + b",b\n")[:-2_000], None, "broken gzip"),
+        (gzip.compress(PLAIN)[:-8] + b"12345678", None, "broken gzip"),
         (gzip.compress(PLAIN) + b"trailing", None, "gzip"),
     ],
     ids="at-the-end last-line after-8-mib over-two-blocks gzip-breaks-off gzip-checksum gzip-garbage".split(),
@@ -248,15 +217,15 @@ def test_a_file_that_hides_how_many_rows_it_has_fails_the_load(content, line, wo
     if line:
         assert re.search(rf"\bline {line}\b", outcome.last)
     seen_beforehand = content.endswith(b"12345678")  # small enough to be unpacked whole by the first look
-    assert (NOTE not in meta_of(admin, index)) == seen_beforehand
+    assert (marker_of(admin, index) is None) == seen_beforehand
 
 
 UNLOADABLE = {
-    "nothing": ({}, ""),
-    "other-suffixes": ({"a.txt": PLAIN, "b.json": b"{}"}, ""),
+    "nothing": ({}, "no .csv or .csv.gz object"),
+    "other-suffixes": ({"a.txt": PLAIN, "b.csv.bak": b"{}"}, "no .csv or .csv.gz object"),
     "empty-object": ({"a.csv": b""}, ""),
-    "no-rows": ({"a.csv": b"k,t\n", "b.csv": b"k,t\n\n\r\n", "c.csv": b""}, "row"),
-    "no-rows-packed": ({"a.csv.gz": gzip.compress(b"k,t\n")}, "row"),
+    "no-rows": ({"a.csv": b"k,t\n", "b.csv": b"k,t\n\n\r\n", "c.csv": b""}, "not one data row"),
+    "no-rows-packed": ({"a.csv.gz": gzip.compress(b"k,t\n")}, "not one data row"),
     "doubled": ({"a.csv": PLAIN, "b.csv": b"k,t,k\na,b,c\n"}, "b.csv"),
     "inside-a-field": ({"b.csv": b"k,t.x\na,b\n"}, "t.x"),
     "inside-another-column": ({"a.csv": b"k,new\na,1\n", "b.csv": b"k,new.x\na,b\n"}, "new.x"),
@@ -299,41 +268,12 @@ def test_what_cannot_be_loaded_is_refused_before_anything_is_touched(mapping, ma
     assert wrong == {}
 
 
-def test_a_live_index_is_refused_and_left_alone(make_index, put_csv, load, admin, name):
-    index = make_index("index", WORDS, docs=[{"k": "old"}], alias=name("alias"))
-    before = state_of(admin, index)
-    outcome = load(put_csv({"a.csv": PLAIN}), index, code=4)
-    assert name("alias") in outcome.last
-    assert state_of(admin, index) == before
-
-
-def test_a_missing_bucket_index_or_alias_instead_of_an_index_fails(make_index, put_csv, load, run, admin, name):
-    index = make_index("index", WORDS, docs=[{"k": "old"}])
-    other = make_index("other", WORDS, alias=name("alias"))
-    prefix = put_csv({"a.csv": PLAIN})
-    before = state_of(admin, index, other)
-    outcome = run(bulkupdate, "--bucket", "no-such-bucket", "--prefix", prefix, "--index", index)
-    assert (outcome.code, "no-such-bucket" in outcome.last) == (1, True)
-    assert name("missing") in load(prefix, name("missing"), code=1).last
-    assert name("alias") in load(prefix, name("alias"), code=1).last
-    assert state_of(admin, index, other) == before
-
-
 @pytest.mark.parametrize(("flag", "delimiter"), [(";", ";"), (r"\t", "\t")])
 def test_the_delimiter_can_be_another_one(flag, delimiter, make_index, put_csv, load, admin):
     index = make_index("index", WORDS)
     load(put_csv({"a.csv": f'k,t\na;"x{delimiter}y"\n'.replace(",", delimiter).replace(";", delimiter)}), index,
          "--delimiter", flag)  # fmt: skip
     assert sources(admin, index) == [{"k": "a", "t": f"x{delimiter}y"}]
-
-
-@pytest.mark.parametrize("words", [
-    ["--delimiter", ""], ["--delimiter", ",,"], ["--delimiter", '"'], ["--batch-size", "0"], ["--workers", "-1"],
-    ["--max-rejects", "x"],
-])  # fmt: skip
-def test_a_wrong_flag_is_a_usage_error_and_sends_nothing(words, load, proxy):
-    load("prefix/", "t-none", *words, code=2)
-    assert proxy.requests == []
 
 
 def test_large_cells_are_kept_and_no_request_exceeds_8_mib(make_index, put_csv, load, admin, proxy):
@@ -361,21 +301,16 @@ def test_ids_are_made_of_the_place_of_a_row_alone(make_index, put_csv, load, adm
     assert [hit["_id"] for hit in admin("POST", f"/{index}/_search", {"sort": ["n"]})["hits"]["hits"]] == ids
 
 
-def test_a_batch_closes_at_its_size_across_the_borders_of_objects(make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS)
-    load(put_csv({"a.csv": numbers(1, 5), "b.csv": numbers(6, 8), "c.csv": numbers(9, 17)}), index,
-         "--batch-size", "4")  # fmt: skip
-    assert sorted(len(ids_of(body)) for body in proxy.seen("POST", "_bulk")) == [1, 4, 4, 4, 4]
-    assert count(admin, index) == 17
-
-
 @pytest.mark.parametrize(
     "fault",
-    [lost_answer, refused, answer(503), answer(502, "<html>bad gateway</html>"), answer(429, retry_after="1"),
-     edited(lambda items: items[1:]), edited(lambda items: [*items, items[0]]), edited(lambda items: [])],
-    ids=["answer-lost", "never-carried-out", "503", "502", "429", "items-short", "items-long", "items-missing"],
+    [lost_answer, refused, answer(503), answer(502, "<html>bad gateway</html>"),
+     gateway("504 Gateway Time-out", carried_out=True), answer(429, retry_after="1"),
+     edited_items(lambda items: items[1:]), edited_items(lambda items: [*items, items[0]]),
+     edited_items(lambda items: [])],
+    ids=["answer-lost", "never-carried-out", "503", "502", "504, carried out", "429", "items-short", "items-long",
+         "items-missing"],
 )  # fmt: skip
-def test_a_request_without_a_whole_answer_is_sent_again_and_each_row_is_stored_once(
+def test_a_request_without_a_complete_answer_is_sent_again_and_each_row_is_stored_once(
     fault, make_index, put_csv, load, proxy, admin
 ):
     index = make_index("index", NUMBERS)
@@ -386,55 +321,6 @@ def test_a_request_without_a_whole_answer_is_sent_again_and_each_row_is_stored_o
     bodies = proxy.seen("POST", "/_bulk")
     assert len(bodies) == 4
     assert len(set(bodies)) == 3
-
-
-def test_a_request_that_was_carried_out_behind_a_504_is_stored_once(make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS)
-
-    def gateway_timeout(exchange):
-        exchange.forward()
-        exchange.reply(504, "<html>timeout</html>")
-
-    proxy.on("POST", "/_bulk", gateway_timeout, times=2)
-    outcome = load(put_csv({"a.csv": numbers(1, 9)}), index)
-    assert count(admin, index) == 9
-    assert (outcome.result["stored"], outcome.result["rejected"], outcome.result["replaced"]) == (9, 0, 0)
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_only_the_refused_items_are_sent_again(status, make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS)
-
-    def refuse_two(exchange):
-        lines = exchange.body.decode().splitlines(keepends=True)
-        reply = exchange.forward("".join(lines[:2] + lines[4:8]).encode()).json()  # the 2nd and the 5th do not arrive
-        error = {"type": "rejected_execution_exception", "reason": "busy"}
-        for at in (1, 4):
-            reply["items"].insert(at, {"create": {"status": status, "error": error}})
-        exchange.reply(200, json.dumps({**reply, "errors": True}))
-
-    proxy.on("POST", "/_bulk", refuse_two)
-    outcome = load(put_csv({"a.csv": numbers(1, 5)}), index)
-    first, second = proxy.seen("POST", "/_bulk")
-    assert ids_of(second) == [ids_of(first)[1], ids_of(first)[4]]
-    assert second.splitlines()[1::2] == [b'{"n":2}', b'{"n":5}']
-    assert sorted(document["n"] for document in sources(admin, index)) == [1, 2, 3, 4, 5]
-    assert (outcome.result["stored"], outcome.result["rejected"]) == (5, 0)
-
-
-def test_items_that_stay_refused_end_the_load_after_retry_seconds(
-    make_index, put_csv, load, proxy, admin, monkeypatch
-):
-    monkeypatch.setenv("RETRY_SECONDS", "1")
-    index = make_index("index", NUMBERS)
-    error = {"type": "rejected_execution_exception", "reason": "busy"}
-    proxy.on("POST", "/_bulk", answer(200, {"errors": True, "items": [{"create": {"status": 429, "error": error}}]}),
-             times=None)  # fmt: skip
-    began = time.monotonic()
-    outcome = load(put_csv({"a.csv": "n\n1\n"}), index, code=1)
-    assert "429" in outcome.last
-    assert time.monotonic() - began < 20
-    assert len(proxy.seen("POST", "/_bulk")) > 1
 
 
 def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, proxy):
@@ -451,29 +337,12 @@ def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, 
     outcome = load(put_csv({"a.csv": numbers(1, 30)}), index, "--batch-size", "1", "--workers", "4")
     bodies = proxy.seen("POST", "/_bulk")
     assert re.search(r"busy \(429\): at most 2 requests", outcome.err)
-    # the refused one has been stored, its worker knows, and what was under way then has ended
+    # the refused one has been stored, its worker knows, and what was in flight then has ended
     since = ended[2 + bodies[1:].index(bodies[0])] + 0.1
     late = [moment for moment in began.values() if moment > since]
     at_once = [sum(start <= moment < ended[nth] for nth, start in began.items()) for moment in late]
     assert at_once[0] < 4 == max(at_once)  # one more after each window, up to the given number
     assert len(at_once) > 10
-
-
-@pytest.mark.parametrize("words", [[], ["--id-column", "n"]], ids=["own ids", "id column"])
-def test_a_request_that_the_cluster_itself_carries_out_twice_stores_each_row_once(
-    words, make_index, put_csv, load, proxy, admin
-):
-    """As it does when a node dies that has passed the documents on, but not answered yet."""
-    index = make_index("index", NUMBERS)
-
-    def twice(exchange):
-        exchange.forward()
-        exchange.pass_on()
-
-    proxy.on("POST", "/_bulk", twice, skip=1, times=2)
-    result = load(put_csv({"a.csv": numbers(1, 20)}), index, "--batch-size", "4", *words).result
-    assert (result["stored"], result["rejected"], result["replaced"]) == (20, 0, 0)
-    assert sorted(found["n"] for found in sources(admin, index)) == list(range(1, 21))
 
 
 @pytest.mark.parametrize("stays", [True, False])
@@ -497,61 +366,7 @@ def test_a_document_of_another_client_with_the_id_of_a_row_is_decided_by_the_cou
         assert (outcome.result["stored"], outcome.result["rejected"], count(admin, index)) == (3, 0, 3)
     else:
         assert f"{index} holds 2 documents, 3 were stored" in outcome.last
-        assert NOTE in meta_of(admin, index)
-
-
-def too_large(limit):
-    return lambda exchange: exchange.reply(413) if len(exchange.body) > limit else exchange.pass_on()
-
-
-def test_a_request_that_is_too_large_is_halved_until_it_fits(make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS)
-    proxy.on("POST", "/_bulk", too_large(400), times=None)
-    outcome = load(put_csv({"a.csv": numbers(1, 60)}), index, "--batch-size", "30", "--workers", "2")
-    assert sorted(document["n"] for document in sources(admin, index)) == list(range(1, 61))
-    assert (outcome.result["stored"], outcome.result["rejected"]) == (60, 0)
-    bodies = proxy.seen("POST", "/_bulk")
-    assert sum(len(body) > 400 for body in bodies) <= 8  # what was learned counts for later batches
-
-
-def test_a_single_document_that_is_too_large_is_a_reject(make_index, put_csv, load, proxy, admin, rejected):
-    index = make_index("index", {"t": {"type": "text"}})
-    proxy.on("POST", "/_bulk", too_large(1000), times=None)
-    load(put_csv({"a.csv": f"t\na\n{'b' * 2000}\nc\n"}), index, code=3)
-    assert [document["t"] for document in sources(admin, index)] == ["a", "c"]
-    assert [(entry["line"], entry["row"]) for entry in rejected()] == [(3, {"t": "b" * 2000})]
-
-
-def test_a_full_disk_ends_the_load_at_once_with_the_reason(make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS)
-    block = {"index.blocks.read_only_allow_delete": True}  # what the server sets itself at the flood stage
-
-    def flood(exchange):
-        admin("PUT", f"/{index}/_settings", block)
-        exchange.pass_on()
-
-    proxy.on("POST", "/_bulk", flood)
-    outcome = load(put_csv({"a.csv": numbers(1, 9)}), index, code=1)
-    assert "flood-stage" in outcome.last
-    assert "disk" in outcome.last
-    assert len(proxy.seen("POST", "/_bulk")) == 1
-    admin("PUT", f"/{index}/_settings", dict.fromkeys(block))
-    load(put_csv({"a.csv": numbers(1, 9)}), index)
-    assert "index.refresh_interval" not in settings_of(admin, index)
-
-
-def test_a_write_block_ends_the_load_at_once_with_the_reason(make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS)
-
-    def block(exchange):
-        admin("PUT", f"/{index}/_settings", {"index.blocks.write": True})
-        exchange.pass_on()
-
-    proxy.on("POST", "/_bulk", block)
-    outcome = load(put_csv({"a.csv": numbers(1, 9)}), index, code=1)
-    assert "index.blocks" in outcome.last
-    assert len(proxy.seen("POST", "/_bulk")) == 1
-    assert "index.refresh_interval" not in settings_of(admin, index)
+        assert marker_of(admin, index)
 
 
 def test_a_missing_permission_ends_the_load_and_is_named_with_the_user(make_index, put_csv, load, proxy):
@@ -568,12 +383,6 @@ def test_a_missing_permission_ends_the_load_and_is_named_with_the_user(make_inde
 # --- ids from a column ------------------------------------------------------------------------------------------------
 
 KEYED = {"id": {"type": "keyword"}, "n": {"type": "long"}}
-
-
-def by_id(admin, index):
-    admin("POST", f"/{index}/_refresh")
-    hits = admin("POST", f"/{index}/_search", {"size": 10_000})["hits"]["hits"]
-    return {hit["_id"]: hit["_source"] for hit in hits}
 
 
 def test_a_later_row_replaces_an_earlier_one_of_the_same_id_in_whatever_order_they_arrive(
@@ -631,9 +440,7 @@ def test_the_later_row_wins_wherever_the_blocks_of_a_large_object_end(make_index
     assert outcome.result["replaced"] == 14_000 - 280
 
 
-def test_a_newer_document_in_the_way_of_a_row_is_a_reject_and_not_taken_for_a_later_row(
-    make_index, put_csv, load, admin, rejected
-):
+def test_a_newer_document_in_the_way_of_a_row_is_a_reject_and_no_later_row(make_index, put_csv, load, admin, rejected):
     index = make_index("index", KEYED)
     admin("PUT", f"/{index}/_doc/a?version={9 * 10**18}&version_type=external&refresh=true", {"id": "a", "n": -1})
     outcome = load(put_csv({"a.csv": "id,n\na,1\nb,2\n"}), index, "--id-column", "id", "--no-cleanup", code=3)
@@ -645,21 +452,7 @@ def test_a_newer_document_in_the_way_of_a_row_is_a_reject_and_not_taken_for_a_la
 # --- adding to what is there ------------------------------------------------------------------------------------------
 
 
-def test_an_index_that_is_replaced_while_rows_are_added_fails_the_load(make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS)
-
-    def replace():
-        admin("DELETE", f"/{index}")
-        admin("PUT", f"/{index}")
-
-    proxy.on("POST", "/_bulk", after(replace))
-    outcome = load(put_csv({"a.csv": numbers(1, 5)}), index, "--no-cleanup", code=1)
-    assert "created anew" in outcome.last
-
-
-def test_no_cleanup_adds_to_a_live_index_and_leaves_its_settings_alone(
-    make_index, put_csv, load, proxy, admin, name
-):
+def test_no_cleanup_adds_to_a_live_index_and_leaves_its_settings_alone(make_index, put_csv, load, proxy, admin, name):
     index = make_index("index", NUMBERS, docs=[{"n": -1}], alias=name("alias"), settings={"refresh_interval": "7s"})
     before = admin("GET", f"/{index}")
     outcome = load(put_csv({"a.csv": numbers(1, 5)}), index, "--no-cleanup", "--no-replicas")
@@ -732,7 +525,7 @@ def test_rejects_are_accepted_up_to_max_rejects(words, variable, code, make_inde
     sums = [outcome.result[name] for name in ("read", "stored", "rejected", "skipped", "documents")]
     assert sums == [5, 2, 2, 1, 2]
     assert count(admin, index) == 2
-    assert NOTE not in meta_of(admin, index)  # it holds all that it can hold
+    assert not marker_of(admin, index)  # it holds all that it can hold
 
 
 def test_the_rejects_file_is_named_in_the_result_and_private_and_old_ones_go(make_index, put_csv, load, tmp_path):
@@ -752,15 +545,15 @@ def test_the_rejects_file_is_named_in_the_result_and_private_and_old_ones_go(mak
     assert sorted(path.name for path in logs.iterdir()) == sorted([file.name, "rejects-x-29.ndjson"])
 
 
-def test_more_than_10_000_rejects_end_the_load_unless_more_are_accepted(make_index, put_csv, load, admin, rejected):
+def test_more_than_10_000_rejects_end_the_load_unless_more_are_accepted(make_index, put_csv, load, admin):
     index = make_index("index", NUMBERS)
     prefix = put_csv({"a.csv": "n\n1\n" + "x\n" * 10_001})
     outcome = load(prefix, index, code=1)
     assert "10,000" in outcome.last
-    assert NOTE in meta_of(admin, index)
+    assert marker_of(admin, index)
     time.sleep(1)  # the file's name holds the second
     assert load(prefix, index, "--max-rejects", "10001").result["rejected"] == 10_001
-    assert NOTE not in meta_of(admin, index)
+    assert not marker_of(admin, index)
 
 
 CHANGES = {
@@ -786,19 +579,20 @@ def test_a_producer_that_is_still_writing_fails_the_load(
     proxy.on(method, path, after(lambda: CHANGES[change](s3, prefix)))
     outcome = load(prefix, index, *words, code=1)
     assert prefix + key in outcome.last
-    assert (NOTE in meta_of(admin, index)) == (not words)
+    assert bool(marker_of(admin, index)) == (not words)
 
 
-def test_somebody_else_who_writes_meanwhile_fails_the_load(make_index, put_csv, load, proxy, admin):
+def test_another_client_that_writes_meanwhile_fails_the_load(make_index, put_csv, load, proxy, admin):
     index = make_index("index", NUMBERS)
     proxy.on("POST", "/_bulk", after(lambda: admin("POST", f"/{index}/_doc", {"n": 0})))
     outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, code=1)
     assert "4" in outcome.last
-    assert NOTE in meta_of(admin, index)
+    assert marker_of(admin, index)
     assert "index.refresh_interval" not in settings_of(admin, index)
 
 
-def test_an_index_that_somebody_replaced_meanwhile_fails_the_load(make_index, put_csv, load, proxy, admin):
+@pytest.mark.parametrize("words", [[], ["--no-cleanup"]])
+def test_an_index_that_another_client_replaced_meanwhile_fails_the_load(words, make_index, put_csv, load, proxy, admin):
     index = make_index("index", NUMBERS)
 
     def replace():
@@ -808,7 +602,7 @@ def test_an_index_that_somebody_replaced_meanwhile_fails_the_load(make_index, pu
             admin("POST", f"/{index}/_doc", {"n": n})
 
     proxy.on("POST", "/_bulk", after(replace))
-    outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, code=1)
+    outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, *words, code=1)
     assert "created anew" in outcome.last
 
 
@@ -842,8 +636,8 @@ def test_settings_and_meta_change_for_the_time_of_the_load_only(
     assert seen["settings"]["index.refresh_interval"] == "-1"
     assert seen["settings"]["index.number_of_replicas"] == "0"
     assert {name: seen["meta"][name] for name in foreign} == foreign
-    assert set(seen["meta"][NOTE]) == {"started", "host", "found", "set"}
-    assert seen["meta"][NOTE]["found"]["index.number_of_replicas"] == "1"
+    assert set(seen["meta"][base.SUITE]) == {"started", "host", "found", "set"}
+    assert seen["meta"][base.SUITE]["found"]["index.number_of_replicas"] == "1"
 
 
 @pytest.mark.parametrize(("words", "replicas"), [([], "1"), (["--no-replicas"], "0-1")])
@@ -860,7 +654,7 @@ def test_replicas_stay_as_they_are_unless_asked_and_never_where_they_expand_by_t
     assert not any(b"replicas" in body for body in sent)
 
 
-def test_a_failed_load_keeps_its_note_and_puts_settings_back(make_index, put_csv, load, proxy, admin):
+def test_a_failed_load_keeps_its_marker_and_restores_settings(make_index, put_csv, load, proxy, admin):
     index = make_index("index", NUMBERS, settings={"refresh_interval": "7s", "number_of_replicas": 1}, _meta={"a": 1})
     before = settings_of(admin, index)
     proxy.on("POST", "/_bulk", answer(400, {"error": {"type": "odd_exception", "reason": "no"}, "status": 400}))
@@ -868,15 +662,13 @@ def test_a_failed_load_keeps_its_note_and_puts_settings_back(make_index, put_csv
     assert "odd_exception" in outcome.last
     assert settings_of(admin, index) == before
     assert meta_of(admin, index)["a"] == 1
-    assert set(meta_of(admin, index)[NOTE]) == {"started", "host", "found", "set"}
+    assert set(marker_of(admin, index)) == {"started", "host", "found", "set"}
     load(put_csv({"a.csv": numbers(1, 3)}), index)
     assert meta_of(admin, index) == {"a": 1}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_next_run_puts_right_what_a_stopped_one_left(
-    number, make_index, put_csv, load, start, proxy, admin
-):
+def test_the_next_run_restores_the_settings_of_a_stopped_one(number, make_index, put_csv, load, start, proxy, admin):
     index = make_index("index", NUMBERS, docs=2, settings={"refresh_interval": "7s", "number_of_replicas": 1})
     before = settings_of(admin, index)
     prefix = put_csv({"a.csv": numbers(1, 40)})
@@ -888,9 +680,7 @@ def test_the_next_run_puts_right_what_a_stopped_one_left(
 
     proxy.on("POST", "/_bulk", hang, skip=2, times=None)
     process = start(prefix, index, "--no-replicas", "--batch-size", "10", proxy=proxy)
-    deadline = time.monotonic() + 30
-    while len(proxy.seen("POST", "/_bulk")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: len(proxy.seen("POST", "/_bulk")) >= 3)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     released.set()
@@ -900,7 +690,7 @@ def test_the_next_run_puts_right_what_a_stopped_one_left(
     left = settings_of(admin, index)
     changed = {"index.refresh_interval": "-1", "index.number_of_replicas": "0"} if number == signal.SIGKILL else {}
     assert {name: value for name, value in left.items() if value != before.get(name)} == changed, err
-    assert NOTE in meta_of(admin, index)
+    assert marker_of(admin, index)
     outcome = load(prefix, index)
     assert "unfinished" in outcome.err
     assert settings_of(admin, index) == before
@@ -908,49 +698,12 @@ def test_the_next_run_puts_right_what_a_stopped_one_left(
     assert sorted(document["n"] for document in sources(admin, index)) == list(range(1, 41))
 
 
-def test_a_read_that_breaks_off_is_read_on_from_there(make_index, put_csv, load, environment, monkeypatch, admin):
-    """S3 through the proxy: the connection ends in the middle of the object, twice."""
-    index = make_index("index", {"n": {"type": "long"}, "t": {"type": "keyword", "index": False}})
-    rows = [{"n": number, "t": f"{number:090}"} for number in range(3000)]
-    text = "n,t\n" + "".join(f"{row['n']},{row['t']}\n" for row in rows)
-    prefix = put_csv({"a.csv": text})
-    asked = []
-
-    def break_off(exchange):
-        asked.append((exchange.handler.headers.get("Range"), exchange.handler.headers.get("If-Match")))
-        response = exchange.forward()
-        handler = exchange.handler
-        handler.send_response(response.status_code)
-        for header in ("ETag", "Content-Range", "Content-Length", "Content-Type"):
-            if header in response.headers:
-                handler.send_header(header, response.headers[header])
-        handler.end_headers()
-        cut = exchange.nth in (2, 3)  # the first is the look at its head
-        handler.wfile.write(response.content[: len(response.content) // 2 if cut else None])
-        if cut:
-            exchange.drop()
-
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as s3_proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
-        s3_proxy.on("GET", r"a\.csv", break_off, times=None)
-        outcome = load(prefix, index)
-    documents = admin("POST", f"/{index}/_search", {"size": 5000, "sort": ["n"]})["hits"]["hits"]
-    assert [hit["_source"] for hit in documents] == rows
-    assert outcome.result["stored"] == 3000
-    assert len(asked) == 4
-    firsts = [int(re.match(r"bytes=(\d+)-", span)[1]) for span, _ in asked]
-    assert firsts[:2] == [0, 0]
-    assert 0 < firsts[2] < firsts[3] < len(text)
-    assert len({tag for _, tag in asked}) == 1
-    assert asked[0][1]
-
-
 # --- dry run, the real flights ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("words", [[], ["--no-cleanup"]])
-def test_a_dry_run_changes_nothing_and_only_notes_that_an_index_is_live(
+def test_a_dry_run_changes_nothing_and_only_logs_that_an_index_is_live(
     words, make_index, put_csv, load, proxy, admin, name, tmp_path
 ):
     index = make_index("index", NUMBERS, docs=3, alias=name("alias"))
@@ -961,11 +714,6 @@ def test_a_dry_run_changes_nothing_and_only_notes_that_an_index_is_live(
     assert others <= {f"/{index}/_refresh"}
     assert re.search(rf"live.*{name('alias')}", outcome.err)
     assert not list(tmp_path.glob("logs/*.ndjson"))
-
-
-@pytest.mark.parametrize("objects", [{}, {"a.csv": "n\n"}, {"a.csv": "x;y\n1;2\n"}])
-def test_a_dry_run_refuses_what_the_load_would_refuse(objects, make_index, put_csv, load):
-    load(put_csv(objects), make_index("index", NUMBERS), "--dry-run", code=4)
 
 
 MEASURED = """
@@ -1004,12 +752,6 @@ def test_a_year_needs_no_more_memory_than_a_month_and_each_row_of_a_month_arrive
     assert wrong == []
 
 
-def test_an_empty_gzip_beside_others_is_an_object_without_rows(make_index, put_csv, load, admin):
-    index = make_index("index", NUMBERS)
-    outcome = load(put_csv({"a.csv.gz": gzip.compress(b""), "b.csv": numbers(1, 3)}), index)
-    assert (outcome.result["objects"], outcome.result["stored"]) == (2, 3)
-
-
 def test_a_record_may_be_larger_than_one_cell_may_be(make_index, put_csv, load, admin):
     text = {"type": "text", "index": False}
     index = make_index("index", {"a": text, "b": text})
@@ -1019,48 +761,42 @@ def test_a_record_may_be_larger_than_one_cell_may_be(make_index, put_csv, load, 
     assert len(sources(admin, index)[0]["b"]) == 4 * MIB
 
 
-def test_a_signal_while_settings_are_put_back_after_a_failure_does_not_break_that_off(
+def test_a_signal_while_settings_are_restored_after_a_failure_does_not_stop_that(
     make_index, put_csv, start, proxy, admin
 ):
     index = make_index("index", NUMBERS)
     proxy.on("POST", "/_bulk", answer(400, {"error": {"type": "x", "reason": "y"}}), times=None)
     proxy.on("PUT", "/_settings", answer(503), skip=1, times=None)  # the first one sets the refresh interval to -1
     process = start(put_csv({"a.csv": numbers(1, 5)}), index, proxy=proxy)
-    deadline = time.monotonic() + 20
-    while len(proxy.seen("PUT", "/_settings")) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(proxy.seen("PUT", "/_settings")) >= 3)
     proxy.rules.clear()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143, err
     assert "refresh_interval" not in admin("GET", f"/{index}/_settings")[index]["settings"]["index"]
-    assert NOTE in meta_of(admin, index)
+    assert marker_of(admin, index)
 
 
 # --- is the producer done, are the files new? -------------------------------------------------------------------------
 
 
 @pytest.fixture
-def aged(box, monkeypatch):
+def aged(s3_proxy):
     """Let S3 say that objects of a prefix were written so many hours ago: `aged(prefix, {"a.csv": 30})`."""
-    started = FaultProxy(box.environment["AWS_ENDPOINT_URL"])
-    with started as s3_proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
 
-        def age(prefix, hours):
-            def change(exchange):
-                response = exchange.forward()
-                text = re.sub(r">\s+<", "><", response.text)
-                for key, old in hours.items():
-                    written = datetime.now(timezone.utc) - timedelta(hours=old)
-                    place = rf"(<Key>{prefix}{key}</Key><LastModified>)[^<]*"
-                    text = re.sub(place, rf"\g<1>{written:%Y-%m-%dT%H:%M:%S}.000Z", text)
-                exchange.reply(response.status_code, text, {"Content-Type": "application/xml"})
+    def age(prefix, hours):
+        def change(exchange):
+            response = exchange.forward()
+            text = re.sub(r">\s+<", "><", response.text)
+            for key, old in hours.items():
+                written = datetime.now(timezone.utc) - timedelta(hours=old)
+                place = rf"(<Key>{prefix}{key}</Key><LastModified>)[^<]*"
+                text = re.sub(place, rf"\g<1>{written:%Y-%m-%dT%H:%M:%S}.000Z", text)
+            exchange.reply(response.status_code, text, {"Content-Type": "application/xml"})
 
-            s3_proxy.on("GET", "list-type=2", change, times=None)
+        s3_proxy.on("GET", "list-type=2", change, times=None)
 
-        yield age
+    return age
 
 
 @pytest.fixture
@@ -1143,7 +879,7 @@ def test_an_object_that_is_written_again_as_it_was_is_no_change(load_of, put_csv
 
 
 @pytest.mark.parametrize("by", ["flag", "variable"])
-def test_a_load_and_its_deletion_are_held_back_evenly(by, make_index, put_csv, load, proxy, monkeypatch):
+def test_a_load_and_its_deletion_are_throttled_evenly(by, make_index, put_csv, load, proxy, monkeypatch):
     index = make_index("index", NUMBERS, docs=30)
     if by == "variable":
         monkeypatch.setenv("REQUESTS_PER_SECOND", "100")
@@ -1165,35 +901,22 @@ def test_the_number_of_requests_follows_a_distant_cluster_and_is_reported(make_i
     assert outcome.result["requests_under_way"] == 64  # 120 batches for a cluster that seems to work on all at once
     assert "at most 64 requests in flight" in outcome.err
     assert "requests_under_way=" in outcome.last
-    assert load(prefix, index, "--batch-size", "1", "--workers", "4").result["requests_under_way"] == 4
-
-
-def test_an_object_that_is_whole_in_its_head_is_fetched_once(make_index, put_csv, load, environment, monkeypatch):
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as s3_proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
-        files = {"a.csv": numbers(1, 3), "b.csv": numbers(4, 30_000), "c.csv": numbers(30_001, 30_002)}
-        outcome = load(put_csv(files), make_index("index", NUMBERS))
-        assert outcome.result["documents"] == 30_002
-        fetched = [path[-5:] for verb, path, _ in s3_proxy.requests if verb == "GET" and "list-type" not in path]
-    assert sorted(fetched) == ["a.csv", "b.csv", "b.csv", "c.csv"]
+    few = put_csv({"b.csv": numbers(1, 12)})
+    assert load(few, index, "--batch-size", "1", "--workers", "4").result["requests_under_way"] == 4
 
 
 @pytest.mark.parametrize("part", ["head", "body"])
-def test_a_read_that_hangs_does_not_keep_the_process(part, make_index, put_csv, start, environment, monkeypatch):
+def test_a_read_that_hangs_does_not_keep_the_process(part, make_index, put_csv, start, s3_proxy):
     """Whatever a thread waits for, after a signal the process ends within its clean-up time."""
     released = threading.Event()
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as s3_proxy:
-        environment["AWS_ENDPOINT_URL"] = s3_proxy.endpoint
-        skip = 2 if part == "body" else 0
-        files = {"a.csv": numbers(1, 30_000), "b.csv": numbers(1, 30_000)}
-        rule = s3_proxy.on("GET", r"\.csv", lambda exchange: released.wait(60), skip=skip, times=None)
-        process = start(put_csv(files), make_index("index", NUMBERS))
-        deadline = time.monotonic() + 20
-        while rule.seen <= skip and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert process.wait(30) == 143
-        assert time.monotonic() - began < 10
-        released.set()
+    skip = 2 if part == "body" else 0
+    files = {"a.csv": numbers(1, 30_000), "b.csv": numbers(1, 30_000)}
+    rule = s3_proxy.on("GET", r"\.csv", lambda exchange: released.wait(60), skip=skip, times=None)
+    process = start(put_csv(files), make_index("index", NUMBERS))
+    wait_until(lambda: rule.seen > skip)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert process.wait(30) == 143
+    assert time.monotonic() - began < 10
+    released.set()

@@ -17,17 +17,15 @@ import opensearch_base_manager as base
 import pytest
 import sandbox
 from bulkupdate import Batch, Bucket, BulkStore, BulkWorkers, ConcurrencyLimit, Renderer, S3Body, S3Object
-from fault_proxy import FaultProxy, answer, delayed, reset_in_answer
+from conftest import wait_until
+from fault_proxy import answer, delayed, reset_in_answer
 from opensearch_base_manager import Response
 from opensearch_base_manager import Aws, Retry
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 TYPES = {"n": "long", "k": "keyword", "day": "date"}
 DIGEST = hashlib.sha256(b"bucket/a.csv").hexdigest()[:16]
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.02)
 
 
 @pytest.fixture(params=[bulkupdate.CHUNK_BYTES, 8], ids=["one block", "blocks of a line or two"])
@@ -198,7 +196,7 @@ def store(cluster, rejects):
     return BulkStore(cluster, "index", rejects, ConcurrencyLimit(4), retry_seconds=5)
 
 
-def edited(cluster, change):
+def edited_response(cluster, change):
     """Let the request through, and change the items of its response."""
 
     def answer(body):
@@ -209,10 +207,11 @@ def edited(cluster, change):
     return answer
 
 
-def busy(count, *refused):
+def busy(count, *refused, status=429):
     """Answer without the cluster that it was too busy for those of `count` documents that stand at these places."""
     error = {"type": "rejected_execution_exception", "reason": "full"}
-    items = [{"create": {"status": 429, "error": error} if at in refused else {"status": 201}} for at in range(count)]
+    results = [{"status": status, "error": error} if at in refused else {"status": 201} for at in range(count)]
+    items = [{"create": result} for result in results]
     return Response(200, json.dumps({"errors": True, "items": items}).encode(), sent=time.monotonic())
 
 
@@ -229,7 +228,8 @@ def test_what_the_mapping_refuses_is_a_reject_with_its_column_and_line(store, cl
     assert store.stored == 2
 
 
-def test_only_documents_answered_429_are_sent_again_and_the_limit_is_halved(cluster, rejects):
+@pytest.mark.parametrize("status", [429, 503])
+def test_only_documents_answered_429_are_sent_again_and_the_limit_is_halved(status, cluster, rejects):
     limit = ConcurrencyLimit(4)
     limit.in_flight = 4
     store = BulkStore(cluster, "index", rejects, limit, retry_seconds=5)
@@ -238,7 +238,7 @@ def test_only_documents_answered_429_are_sent_again_and_the_limit_is_halved(clus
 
     def without_the_middle(body):
         cluster.real(first.body + second.body)
-        return busy(3, 1)
+        return busy(3, 1, status=status)
 
     cluster.answers = [without_the_middle]
     store.store(batch)
@@ -274,22 +274,22 @@ def test_documents_that_stay_refused_fail_the_store_with_the_reason(cluster, rej
     assert len(cluster.sent) > 1
 
 
-def test_progress_gives_documents_that_are_refused_their_time_anew(cluster, rejects):
+def test_progress_restarts_the_time_of_documents_that_are_refused(cluster, rejects):
     store = BulkStore(cluster, "index", rejects, ConcurrencyLimit(1), retry_seconds=0.3)
 
-    def slowly_taken(body):
+    def slowly_accepted(body):
         time.sleep(0.2)
         count = body.count(b"\n") // 2
         return busy(count, *range(1, count))  # but for the first
 
-    cluster.answers = [slowly_taken] * 4
+    cluster.answers = [slowly_accepted] * 4
     store.store(documents(4))  # 0.8 s in all
     assert [body.count(b"\n") // 2 for body in cluster.sent] == [4, 3, 2, 1]
     assert store.stored == 4
 
 
 def test_a_response_with_too_few_results_is_no_response(store, cluster):
-    cluster.answers = [edited(cluster, lambda items: items[:-1])]
+    cluster.answers = [edited_response(cluster, lambda items: items[:-1])]
     store.store(documents(4))
     assert cluster.sent == [documents(4).body] * 2
     assert (store.stored, cluster.numbers()) == (4, [0, 1, 2, 3])  # the second time they were all there: 409
@@ -319,7 +319,7 @@ def test_a_conflict_of_versions_counts_as_replaced_if_the_other_one_is_of_this_l
     for version in (7, 5):
         store.store(keyed(version))
     assert (store.stored, store.replaced, rejects) == (2, 1, [])
-    cluster.real(keyed(9).body)  # somebody else's
+    cluster.real(keyed(9).body)  # another client's
     store.store(keyed(8))
     assert (store.stored, [line for _, line, _, _ in rejects]) == (2, [8])
     assert cluster.numbers() == [9]
@@ -336,12 +336,16 @@ def test_a_request_that_is_too_large_is_halved_and_the_size_is_remembered(store,
     big = Batch(b'{"create":{"_id":"big"}}\n{"n":1,"t":"' + b"x" * limit + b'"}\n', [("c.csv", [9])])
     store.store(big)
     assert [(key, line) for key, line, _, _ in rejects] == [("c.csv", 9)]
+    assert "larger than the cluster accepts" in rejects[0][3]
 
 
-@pytest.mark.parametrize(("status", "kind"), [(403, "security_exception"), (429, "cluster_block_exception")])
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(403, "security_exception"), (403, "cluster_block_exception"), (429, "cluster_block_exception")],
+)
 def test_a_refusal_that_all_would_meet_ends_the_store(status, kind, store, cluster, rejects):
-    error = {"type": kind, "reason": "no"}
-    cluster.answers = [edited(cluster, lambda items: [{"create": {"status": status, "error": error}}] * len(items))]
+    refusal = {"create": {"status": status, "error": {"type": kind, "reason": "no"}}}
+    cluster.answers = [edited_response(cluster, lambda items: [refusal] * len(items))]
     with pytest.raises(base.RequestFailed, match=f"{status}: no"):
         store.store(documents(2))
     assert (len(cluster.sent), store.stored, rejects) == (1, 0, [])
@@ -367,19 +371,19 @@ def test_the_first_error_of_a_worker_is_raised_where_batches_are_put():
 
 
 class Busy:
-    """Takes a while for each batch; notes how many documents and bytes are under way, and the most so far."""
+    """Takes a while for each batch; records the batches in flight, and the most documents and bytes so far."""
 
     def __init__(self, seconds):
-        self.seconds, self.lock, self.under_way, self.most, self.most_bytes = seconds, threading.Lock(), [], 0, 0
+        self.seconds, self.lock, self.in_flight, self.most, self.most_bytes = seconds, threading.Lock(), [], 0, 0
 
     def __call__(self, batch):
         with self.lock:
-            self.under_way.append(batch)
-            self.most = max(self.most, len(self.under_way))
-            self.most_bytes = max(self.most_bytes, sum(len(batch.body) for batch in self.under_way))
+            self.in_flight.append(batch)
+            self.most = max(self.most, len(self.in_flight))
+            self.most_bytes = max(self.most_bytes, sum(len(batch.body) for batch in self.in_flight))
         time.sleep(self.seconds)
         with self.lock:
-            self.under_way.remove(batch)
+            self.in_flight.remove(batch)
 
 
 def put_all(workers, batches):
@@ -565,13 +569,6 @@ def test_a_fixed_number_is_not_exceeded_and_reached_again_after_429(monkeypatch)
 SLOW_DOWN = answer(503, "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>")
 
 
-@pytest.fixture
-def s3_proxy(environment, monkeypatch):
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        yield running
-
-
 def test_a_listing_that_breaks_off_goes_on_behind_the_last_key(put_csv, s3_proxy):
     prefix = put_csv({f"{at}.csv": f"n\n{at}\n" for at in range(7)} | {"x.txt": ""})
 
@@ -630,9 +627,7 @@ def test_the_next_objects_are_read_while_one_is_loaded_within_a_number_of_reques
     bucket, objects = listed(put_csv, files)
     coming = bulkupdate.read_ahead(bucket, objects, bulkupdate.AHEAD_BYTES)
     assert next(coming) == (objects[0], b"n\n0\n")
-    deadline = time.monotonic() + 10
-    while len(reads(s3_proxy)) < 32 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(reads(s3_proxy)) >= 32)
     time.sleep(0.2)
     assert sorted(reads(s3_proxy)) == sorted(files)[:32]  # not one more
     rest = list(coming)

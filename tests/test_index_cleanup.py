@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 
 import index_cleanup
-import opensearch_base_manager as base
 import pytest
-from conftest import count, state_of
+from conftest import count, marker_of, state_of
 from fault_proxy import after, answer, at_the_end, edited
 
 NUMBER = {"n": {"type": "long"}}
@@ -28,14 +26,9 @@ def index(make_index):
 
 @pytest.fixture
 def no_wait(monkeypatch):
-    """The server moves its leases every 30 s; whoever is not here for the disk space does not wait for that."""
+    """The server moves its leases every 30 s; only tests of the disk space wait for that."""
     monkeypatch.setattr(index_cleanup, "LEASES_WAIT_S", 0)
     monkeypatch.setattr(index_cleanup, "STATS_AGE_S", 0)
-
-
-@pytest.fixture
-def note_of(admin):
-    return lambda index: admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {}).get(base.SUITE)
 
 
 def definition(admin, index):
@@ -65,7 +58,7 @@ def test_all_documents_go_and_their_disk_space_comes_back(make_index, cleanup, a
 
 
 @pytest.mark.quick
-def test_without_the_merge_nobody_waits_for_the_disk_space(index, cleanup, proxy):
+def test_without_the_merge_there_is_no_wait_for_the_disk_space(index, cleanup, proxy):
     outcome = cleanup(index, "--no-force-merge")
     assert (outcome.code, outcome.result["documents"]) == (0, 0)
     assert not [path for _, path, _ in proxy.requests if "_forcemerge" in path or "_flush" in path]
@@ -80,14 +73,14 @@ def test_the_merge_comes_after_the_flush_and_before_a_refresh(index, cleanup, pr
     assert any("only_expunge_deletes=true" in path for _, path, _ in proxy.requests if "_forcemerge" in path)
 
 
-def test_a_server_that_keeps_what_was_deleted_is_a_note_and_no_failure(index, cleanup, no_wait):
+def test_a_server_that_keeps_deleted_documents_is_a_log_line_and_no_failure(index, cleanup, no_wait):
     outcome = cleanup(index)
     assert outcome.code == 0, outcome.err
     assert "still retains deleted documents" in outcome.err
 
 
 @pytest.mark.parametrize("status", [502, 504])
-def test_a_merge_that_times_out_behind_a_proxy_is_a_note_and_no_failure(status, index, cleanup, admin, proxy, no_wait):
+def test_a_merge_that_times_out_behind_a_proxy_is_no_failure(status, index, cleanup, admin, proxy, no_wait):
     proxy.on("POST", "_forcemerge", answer(status, "<html>Gateway Time-out</html>"))
     outcome = cleanup(index)
     assert outcome.code == 0, outcome.err
@@ -118,15 +111,6 @@ def test_documents_that_no_search_sees_yet_go_too(make_index, cleanup, admin):
     assert count(admin, index) == 0
 
 
-def test_a_live_index_is_refused_untouched(make_index, name, cleanup, admin):
-    index = make_index("live", NUMBER, docs=2, alias=name("alias"))
-    before = state_of(admin, index)
-    outcome = cleanup(index)
-    assert outcome.code == 4, outcome.err
-    assert f"index {index} is live: alias {name('alias')} points at it" in outcome.last
-    assert state_of(admin, index) == before
-
-
 def test_an_alias_that_comes_between_the_check_and_the_first_change_is_seen(index, name, cleanup, admin, proxy):
     proxy.on("GET", f"/{index}/_alias", after(lambda: admin("PUT", f"/{index}/_alias/{name('alias')}")))
     before = state_of(admin, index)
@@ -145,13 +129,13 @@ def test_documents_that_come_during_the_first_round_go_in_the_second(index, clea
     assert count(admin, index) == 0
 
 
-def test_documents_that_keep_coming_are_not_chased_for_ever(index, cleanup, admin, proxy, note_of):
+def test_documents_that_keep_coming_are_not_chased_for_ever(index, cleanup, admin, proxy):
     proxy.on("GET", TASK, after(lambda: admin("POST", f"/{index}/_doc", {"n": 7})), times=None)
     outcome = cleanup(index)
     assert outcome.code == 1, outcome.err
     assert re.search(rf"index {index}: \d+ documents are left after 3 rounds: somebody writes to it", outcome.last)
     assert len(proxy.seen("POST", "_delete_by_query")) == 3
-    assert note_of(index)
+    assert marker_of(admin, index)
 
 
 def test_documents_that_change_meanwhile_are_no_failure(make_index, cleanup, admin, proxy):
@@ -166,16 +150,16 @@ def test_documents_that_change_meanwhile_are_no_failure(make_index, cleanup, adm
     assert "conflicts=proceed" in next(path for _, path, _ in proxy.requests if "_delete_by_query" in path)
 
 
-def test_a_failed_round_leaves_the_index_marked_until_the_next_one_succeeds(index, cleanup, admin, proxy, note_of):
+def test_a_failed_round_leaves_the_index_marked_until_the_next_one_succeeds(index, cleanup, admin, proxy):
     failure = {"cause": {"type": "cluster_block_exception", "reason": "index read-only"}}
     proxy.on("GET", TASK, edited(lambda document: document.get("response", {}).update(failures=[failure])), times=None)
     outcome = cleanup(index)
     assert outcome.code == 1, outcome.err
     assert f"emptying {index}: 1 failure(s), the first: cluster_block_exception: index read-only" in outcome.last
-    assert note_of(index)
+    assert marker_of(admin, index)
     proxy.rules.clear()
     assert cleanup(index, "--no-force-merge").code == 0
-    assert note_of(index) is None
+    assert marker_of(admin, index) is None
 
 
 def test_a_write_block_is_said_with_what_to_do_about_it(index, cleanup, admin):
@@ -184,16 +168,6 @@ def test_a_write_block_is_said_with_what_to_do_about_it(index, cleanup, admin):
     assert outcome.code == 4, outcome.err
     assert "remove it: PUT" in outcome.last
     assert count(admin, index) == 3
-
-
-def test_settings_that_a_killed_load_left_are_put_back(index, cleanup, admin, note_of):
-    note = {"started": "x", "host": "y", "found": {"index.refresh_interval": None},
-            "set": {"index.refresh_interval": "-1"}}  # fmt: skip
-    admin("PUT", f"/{index}/_mapping", {"_meta": {base.SUITE: note}})
-    admin("PUT", f"/{index}/_settings", {"refresh_interval": "-1"})
-    assert cleanup(index, "--no-force-merge").code == 0
-    assert note_of(index) is None
-    assert "refresh_interval" not in admin("GET", f"/{index}")[index]["settings"]["index"]
 
 
 def test_an_index_that_is_replaced_meanwhile_is_a_failure(index, cleanup, admin, proxy):
@@ -215,15 +189,6 @@ def test_a_dry_run_counts_and_deletes_nothing(index, cleanup, admin):
     assert state_of(admin, index) == before
 
 
-def test_a_locked_index_ends_with_75_and_is_left_alone(index, cleanup, admin, tmp_path):
-    (tmp_path / "locks").mkdir()
-    with open(tmp_path / "locks" / f"{index}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        outcome = cleanup(index)
-    assert outcome.code == 75, outcome.err
-    assert count(admin, index) == 3
-
-
 def test_space_that_a_stopped_run_left_is_freed_by_the_next_one(index, cleanup, admin, proxy, monkeypatch):
     monkeypatch.setattr(index_cleanup, "LEASES_WAIT_S", 1)
     monkeypatch.setattr(index_cleanup, "STATS_AGE_S", 0)
@@ -232,7 +197,7 @@ def test_space_that_a_stopped_run_left_is_freed_by_the_next_one(index, cleanup, 
     assert proxy.seen("POST", "_forcemerge")
 
 
-def test_a_deletion_is_held_back_evenly(make_index, cleanup, proxy, no_wait):
+def test_a_deletion_is_throttled_evenly(make_index, cleanup, proxy, no_wait):
     index = make_index("index", NUMBER, docs=60)
     outcome = cleanup(index, "--requests-per-second", "50", "--no-force-merge")
     assert (outcome.code, outcome.result["deleted"]) == (0, 60)

@@ -8,49 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import bulkupdate
 import opensearch_base_manager as base
 import pytest
-import reindex
 import sandbox
 import switch_alias
-from conftest import TEST_PATTERNS, Outcome, fill, secured, sources, state_of
+from conftest import fill, secured, sources, state_of
 from fault_proxy import answer, delayed, edited
 
 NUMBER = {"n": {"type": "long"}}
 WORD = {"type": "keyword"}
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def switch(run: Run, name: Callable[[str], str]) -> Run:
-    return lambda source, target, *more: run(
-        switch_alias, "--alias", name("alias"), "--source", source, "--target", target, *more
-    )
-
-
-@pytest.fixture
-def owners(admin, name):
-    return lambda: sorted(admin("GET", f"/_alias/{name('alias')}"))
-
-
-@pytest.fixture
-def pair(make_index, name, admin):
-    """Make two indices, the alias on the first; `alias` is what its definition holds besides."""
-
-    def make(properties, docs, other_docs=None, other_properties=None, *, alias=None, settings=None, others=None):
-        old = make_index("old", properties, docs=docs, settings=settings)
-        new = make_index(
-            "new", properties if other_properties is None else other_properties,
-            docs=docs if other_docs is None else other_docs, settings=settings if others is None else others,
-        )  # fmt: skip
-        admin("POST", "/_aliases", {"actions": [{"add": {"index": old, "alias": name("alias"), **(alias or {})}}]})
-        return old, new
-
-    return make
 
 
 @pytest.fixture
@@ -68,16 +36,6 @@ def pipeline(admin, name):
         admin("DELETE", f"/_ingest/pipeline/{own}")
 
 
-@pytest.fixture
-def queries(tmp_path):
-    def write(*bodies):
-        path = tmp_path / "queries.ndjson"
-        path.write_text("".join(json.dumps(body) + "\n" for body in bodies))
-        return str(path)
-
-    return write
-
-
 def refused_with(outcome, *texts):
     assert outcome.code == 4, outcome.err
     for text in texts:
@@ -87,64 +45,68 @@ def refused_with(outcome, *texts):
 # --- the alias's filter and routing -----------------------------------------------------------------------------------
 
 
-def test_the_count_is_that_under_the_filter_of_the_alias(pair, switch, owners):
+def test_the_count_is_that_under_the_filter_of_the_alias(make_pair, switch, behind_alias):
     active, inactive = ([{"n": n, "active": value} for n in range(10)] for value in ("true", "false"))
     alias = {"filter": {"term": {"active": "true"}}}
-    old, new = pair({**NUMBER, "active": {"type": "boolean"}}, active, inactive, alias=alias)
+    old, new = make_pair({**NUMBER, "active": {"type": "boolean"}}, active, inactive, definition=alias)
     refused_with(switch(old, new), f"{old} holds 10 documents, {new} 0")
-    assert owners() == [old]
+    assert behind_alias() == [old]
 
 
-def test_a_query_is_asked_under_the_filter_of_the_alias(pair, switch, owners, queries):
+def test_a_query_is_asked_under_the_filter_of_the_alias(make_pair, switch, behind_alias, queries):
     docs = [{"n": n % 2, "kind": n % 2} for n in range(20)]
     swapped = [{"n": n % 2, "kind": 1 - n % 2} for n in range(20)]
     alias = {"filter": {"term": {"kind": 1}}}
-    old, new = pair({**NUMBER, "kind": {"type": "long"}}, docs, swapped, alias=alias)
+    old, new = make_pair({**NUMBER, "kind": {"type": "long"}}, docs, swapped, definition=alias)
     refused_with(switch(old, new, "--queries", queries({"query": {"term": {"n": 1}}})), "10", "0")
-    assert owners() == [old]
+    assert behind_alias() == [old]
 
 
-def test_fields_are_counted_without_the_filter(pair, switch):
+def test_fields_are_counted_without_the_filter(make_pair, switch):
     docs = [{"n": n, "active": n < 5, **({"x": "y"} if n > 5 else {})} for n in range(10)]
     alias = {"filter": {"term": {"active": True}}}
     fewer = [{name: value for name, value in doc.items() if name != "x"} for doc in docs]
-    old, new = pair({**NUMBER, "x": WORD, "active": {"type": "boolean"}}, docs, fewer, alias=alias)
+    old, new = make_pair({**NUMBER, "x": WORD, "active": {"type": "boolean"}}, docs, fewer, definition=alias)
     refused_with(switch(old, new), "x 40.0 % -> 0.0 %")
 
 
-def test_search_routing_over_several_shards_is_refused(pair, switch, owners):
+def test_search_routing_over_several_shards_is_refused(make_pair, switch, behind_alias):
     shards = {"index.number_of_shards": 3}
-    old, new = pair(NUMBER, 99, alias={"routing": "x"}, settings=shards)
+    old, new = make_pair(NUMBER, 99, definition={"routing": "x"}, settings=shards)
     refused_with(switch(old, new), "routing", "3")
-    assert owners() == [old]
+    assert behind_alias() == [old]
 
 
-def test_search_routing_over_one_shard_is_harmless(pair, switch, owners):
-    old, new = pair(NUMBER, 9, alias={"routing": "x"})
+def test_search_routing_over_one_shard_is_harmless(make_pair, switch, behind_alias):
+    old, new = make_pair(NUMBER, 9, definition={"routing": "x"})
     assert switch(old, new).code == 0
-    assert owners() == [new]
+    assert behind_alias() == [new]
 
 
-def test_a_count_through_the_alias_that_differs_after_the_switch_is_a_failure(pair, switch, owners, proxy, name):
-    old, new = pair(NUMBER, 9)
+def test_a_count_through_the_alias_that_differs_after_the_switch_is_a_failure(
+    make_pair, switch, behind_alias, proxy, name
+):
+    old, new = make_pair(NUMBER, 9)
     proxy.on("GET", f"/{name('alias')}/_count", edited(lambda found: found.update(count=7)))
     outcome = switch(old, new)
     assert outcome.code == 1
     assert f"undo: python switch_alias.py --alias {name('alias')} --source {new} --target {old}" in outcome.err
     assert "7" in outcome.last
-    assert owners() == [new]
+    assert behind_alias() == [new]
 
 
 @pytest.mark.parametrize("status", [404, 500])
-def test_what_was_done_and_its_undo_are_said_before_anything_that_may_fail(status, pair, switch, owners, proxy, name):
-    old, new = pair(NUMBER, 9)
+def test_what_was_done_and_its_undo_are_said_before_anything_that_may_fail(
+    status, make_pair, switch, behind_alias, proxy, name
+):
+    old, new = make_pair(NUMBER, 9)
     proxy.on("GET", f"/{name('alias')}/_count", answer(status))
     outcome = switch(old, new)
     assert outcome.code == 1
     assert f"alias {name('alias')}: {old} -> {new}" in outcome.err
     assert "undo: " in outcome.err
     assert (outcome.result["changed"], outcome.result["target"]) == (True, new)
-    assert owners() == [new]
+    assert behind_alias() == [new]
 
 
 # --- settings that readers feel ---------------------------------------------------------------------------------------
@@ -170,14 +132,14 @@ WORSE = {  # what readers had, what they would get, what is named
 
 
 @pytest.mark.parametrize(("had", "has", "named"), WORSE.values(), ids=WORSE)
-def test_a_setting_that_takes_something_away_from_readers_is_refused(had, has, named, pair, switch, owners):
+def test_a_setting_that_takes_something_away_from_readers_is_refused(had, has, named, make_pair, switch, behind_alias):
     both = stop_words("a")
-    old, new = pair(TEXT, FOX, settings={**both, **had}, others={**both, **has})
+    old, new = make_pair(TEXT, FOX, settings={**both, **had}, others={**both, **has})
     outcome = switch(old, new)
     refused_with(outcome, named)
-    assert owners() == [old]
+    assert behind_alias() == [old]
     accepted = switch(old, new, "--accept-settings", re.search(r"--accept-settings (\S+)", outcome.last)[1])
-    assert (accepted.code, owners()) == (0, [new])
+    assert (accepted.code, behind_alias()) == (0, [new])
 
 
 BETTER = {
@@ -191,15 +153,15 @@ BETTER = {
 
 
 @pytest.mark.parametrize(("had", "has"), BETTER.values(), ids=BETTER)
-def test_settings_that_answer_alike_or_better_are_no_obstacle(had, has, pair, switch, owners):
+def test_settings_that_answer_alike_or_better_are_no_obstacle(had, has, make_pair, switch, behind_alias):
     words = {"word": WORD, **NUMBER}
-    old, new = pair(words, [{"word": "w", "n": 1}], settings=had, others=has)
+    old, new = make_pair(words, [{"word": "w", "n": 1}], settings=had, others=has)
     outcome = switch(old, new)
-    assert (outcome.code, owners()) == (0, [new]), outcome.err
+    assert (outcome.code, behind_alias()) == (0, [new]), outcome.err
 
 
-def test_a_variable_accepts_settings_too(pair, switch, monkeypatch):
-    old, new = pair(NUMBER, 3, settings={"max_result_window": 20_000}, others={})
+def test_a_variable_accepts_settings_too(make_pair, switch, monkeypatch):
+    old, new = make_pair(NUMBER, 3, settings={"max_result_window": 20_000}, others={})
     monkeypatch.setenv("ACCEPT_SETTINGS", "index.max_result_window")
     outcome = switch(old, new)
     assert outcome.code == 0, outcome.err
@@ -210,6 +172,7 @@ def test_a_variable_accepts_settings_too(pair, switch, monkeypatch):
 
 OTHERWISE = {
     "no doc values": ({"type": "long"}, {"type": "long", "doc_values": False}),
+    "only stored": ({"type": "keyword"}, {"type": "keyword", "index": False, "doc_values": False}),
     "another analyzer": ({"type": "text"}, {"type": "text", "analyzer": "whitespace"}),
     "another normalizer": ({"type": "keyword", "normalizer": "lowercase"}, {"type": "keyword"}),
     "shorter words": ({"type": "keyword"}, {"type": "keyword", "ignore_above": 1}),
@@ -228,28 +191,28 @@ VALUES = {"date": "2013", "text": "some words", "keyword": "ab", "long": 7}
 
 
 @pytest.mark.parametrize(("had", "has"), OTHERWISE.values(), ids=OTHERWISE)
-def test_a_field_that_is_defined_otherwise_is_refused(had, has, pair, switch, owners):
+def test_a_field_that_is_defined_otherwise_is_refused(had, has, make_pair, switch, behind_alias):
     docs = [{"x": VALUES[had["type"]], "n": 1}] * 3
-    old, new = pair({"x": had, **NUMBER}, docs, other_properties={"x": has, **NUMBER})
+    old, new = make_pair({"x": had, **NUMBER}, docs, other_properties={"x": has, **NUMBER})
     refused_with(switch(old, new), "x")
-    assert owners() == [old]
+    assert behind_alias() == [old]
     assert switch(old, new, "--accept-fields", "x").code == 0
 
 
 @pytest.mark.parametrize(("had", "has"), ALIKE.values(), ids=ALIKE)
-def test_a_field_that_answers_alike_is_no_obstacle(had, has, pair, switch, owners):
+def test_a_field_that_answers_alike_is_no_obstacle(had, has, make_pair, switch, behind_alias):
     docs = [{"x": VALUES[had["type"]], "n": 1}] * 3
-    old, new = pair({"x": had, **NUMBER}, docs, other_properties={"x": has, **NUMBER})
+    old, new = make_pair({"x": had, **NUMBER}, docs, other_properties={"x": has, **NUMBER})
     outcome = switch(old, new)
-    assert (outcome.code, owners()) == (0, [new]), outcome.err
+    assert (outcome.code, behind_alias()) == (0, [new]), outcome.err
 
 
-def test_a_field_without_documents_may_be_missing(pair, switch):
+def test_a_field_without_documents_may_be_missing(make_pair, switch):
     docs = [{"n": 1}] * 3
-    assert switch(*pair({"x": WORD, **NUMBER}, docs, other_properties=NUMBER)).code == 0
+    assert switch(*make_pair({"x": WORD, **NUMBER}, docs, other_properties=NUMBER)).code == 0
 
 
-def test_a_derived_field_that_has_gone_is_refused(make_index, name, switch, owners):
+def test_a_derived_field_that_has_gone_is_refused(make_index, name, switch, behind_alias):
     derived = {"derived": {"d": {"type": "keyword", "script": {"source": "emit(doc['word'].value)"}}}}
     words = {"word": WORD, **NUMBER}
     try:
@@ -258,54 +221,58 @@ def test_a_derived_field_that_has_gone_is_refused(make_index, name, switch, owne
         pytest.skip(f"this server has no scripts: {error}")
     new = make_index("new", words, docs=[{"word": "w", "n": 1}])
     refused_with(switch(old, new), "derived")
-    assert owners() == [old]
+    assert behind_alias() == [old]
 
 
-def test_a_column_that_has_gone_is_reported_once_with_its_multi_fields(pair, switch):
+def test_a_column_that_has_gone_is_reported_once_with_its_multi_fields(make_pair, switch):
     dynamic = {"carrier": {"type": "text", "fields": {"keyword": WORD}}, **NUMBER}
-    old, new = pair(dynamic, [{"carrier": "UA", "n": 1}] * 3, [{"n": 1}] * 3)
+    old, new = make_pair(dynamic, [{"carrier": "UA", "n": 1}] * 3, [{"n": 1}] * 3)
     outcome = switch(old, new)
     refused_with(outcome, "carrier 100.0 % -> 0.0 %")
     assert "carrier.keyword" not in outcome.last
     assert switch(old, new, "--accept-fields", "carrier").code == 0
 
 
-def test_source_that_is_not_kept_is_refused(make_index, name, switch, owners):
+def test_source_that_is_not_kept_is_refused(make_index, name, switch, behind_alias):
     old = make_index("old", NUMBER, docs=3, alias=name("alias"))
     new = make_index("new", NUMBER, docs=3, _source={"excludes": ["n"]})
     refused_with(switch(old, new), "_source")
-    assert owners() == [old]
+    assert behind_alias() == [old]
 
 
 # --- readers' queries -------------------------------------------------------------------------------------------------
 
 
-def test_a_query_that_both_refuse_is_a_usage_error_without_its_values(pair, switch, queries):
-    old, new = pair({"day": {"type": "date"}, **NUMBER}, [{"day": "2013-01-01", "n": 1}])
+def test_a_query_that_both_refuse_is_a_usage_error_without_its_values(make_pair, switch, queries, behind_alias):
+    old, new = make_pair({"day": {"type": "date"}, **NUMBER}, [{"day": "2013-01-01", "n": 1}])
     outcome = switch(old, new, "--queries", queries({"query": {"range": {"day": {"gte": "secret-of-a-reader"}}}}))
     assert outcome.code == 2, outcome.err
-    assert "line 1" in outcome.last
+    assert "line 1: both indices answer 400 " in outcome.last
+    assert "; change that line" in outcome.last
     assert "secret-of-a-reader" not in outcome.err
+    assert behind_alias() == [old]
 
 
-def test_a_query_that_only_the_target_refuses_is_refused_without_its_values(pair, switch, queries):
-    old, new = pair({"x": {"type": "keyword"}, **NUMBER}, [{"x": "2013", "n": 1}] * 3,
+def test_a_query_that_only_the_target_refuses_is_refused_without_its_values(make_pair, switch, queries, behind_alias):
+    old, new = make_pair({"x": {"type": "keyword"}, **NUMBER}, [{"x": "2013", "n": 1}] * 3,
                     other_properties={"x": {"type": "date", "format": "yyyy"}, **NUMBER})  # fmt: skip
     query = queries({"query": {"term": {"x": "secret-of-a-reader"}}})
     outcome = switch(old, new, "--queries", query, "--accept-fields", "x")
     assert outcome.code == 4, outcome.err
+    assert re.search(rf"line 1: hits in {old}: 0, in {new}: 400 \w+_exception", outcome.last)
     assert "secret-of-a-reader" not in outcome.err
+    assert behind_alias() == [old]
 
 
-def test_a_query_that_only_the_source_refuses_is_no_obstacle(pair, switch, queries):
+def test_a_query_that_only_the_source_refuses_is_no_obstacle(make_pair, switch, queries):
     lower = {"max_result_window": 5_000}
-    old, new = pair(NUMBER, 3, settings=lower, others={})
+    old, new = make_pair(NUMBER, 3, settings=lower, others={})
     outcome = switch(old, new, "--queries", queries({"from": 8_000, "size": 10}))
     assert outcome.code == 0, outcome.err
 
 
-def test_a_signal_during_the_audit_does_not_wait_for_counts_that_hang(pair, proxy, name, environment):
-    old, new = pair(NUMBER, 3)
+def test_a_signal_during_the_audit_does_not_wait_for_counts_that_hang(make_pair, proxy, name, environment):
+    old, new = make_pair(NUMBER, 3)
     hanging = proxy.on("POST", "/_count", delayed(60), times=None)
     command = [sys.executable, switch_alias.__file__, "--alias", name("alias"), "--source", old, "--target", new]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -320,11 +287,6 @@ def test_a_signal_during_the_audit_does_not_wait_for_counts_that_hang(pair, prox
 # --- a copy is a copy -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def copy(run):
-    return lambda source, target, *more: run(reindex, "--source", source, "--target", target, *more)
-
-
 @pytest.mark.parametrize("processor", [{"append": {"field": "tags", "value": "x"}},
                                        {"rename": {"field": "from", "target_field": "to"}}])  # fmt: skip
 def test_the_copy_leaves_the_default_pipeline_out(processor, make_index, pipeline, copy, admin):
@@ -337,9 +299,7 @@ def test_the_copy_leaves_the_default_pipeline_out(processor, make_index, pipelin
     assert sources(admin, new) == sources(admin, old)
 
 
-def test_a_final_pipeline_that_changes_documents_fails_the_copy_and_names_the_field_alone(
-    make_index, pipeline, copy, admin
-):
+def test_a_final_pipeline_that_changes_documents_fails_the_copy_and_names_the_field_alone(make_index, pipeline, copy):
     own = pipeline({"append": {"field": "tags", "value": "hidden-value"}})
     old = make_index("old", {"tags": WORD, **NUMBER}, docs=20)
     new = make_index("new", {"tags": WORD, **NUMBER}, settings={"index.final_pipeline": own})
@@ -358,7 +318,7 @@ def test_a_final_pipeline_that_changes_nothing_is_a_warning(make_index, pipeline
     assert own in outcome.err
 
 
-def test_a_copy_of_several_shards_and_nested_documents_is_whole(make_index, copy, admin):
+def test_a_copy_of_several_shards_and_nested_documents_is_whole(make_index, copy):
     properties = {"l": {"type": "nested", "properties": {"y": {"type": "long"}}}, **NUMBER}
     old = make_index("old", properties, docs=[{"n": n, "l": [{"y": n}] * 3} for n in range(60)],
                      settings={"number_of_shards": 3})  # fmt: skip
@@ -369,7 +329,7 @@ def test_a_copy_of_several_shards_and_nested_documents_is_whole(make_index, copy
 # --- batches of a copy ------------------------------------------------------------------------------------------------
 
 
-def test_a_window_below_the_batch_size_is_kept_to(make_index, copy, admin):
+def test_a_window_below_the_batch_size_is_kept_to(make_index, copy):
     small = {"max_result_window": 100}
     old, new = make_index("old", NUMBER, docs=250, settings=small), make_index("new", NUMBER, docs=250, settings=small)
     outcome = copy(old, new)
@@ -406,28 +366,10 @@ def test_a_copy_that_is_refused_for_memory_goes_on_with_half_the_batches(make_in
 # --- who asks sees everything -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def as_user(box, name, monkeypatch) -> Iterator[Callable[..., None]]:
-    """Let the scripts run as a user whose view of the indices is restricted."""
-    user = name("user")
-    box.server.add_user(user, sandbox.PASSWORD)
-    for variable, value in (("ENDPOINT", box.server.endpoint), ("USERNAME", user), ("PASSWORD", sandbox.PASSWORD)):
-        monkeypatch.setenv(f"OPENSEARCH_{variable}", value)
-
-    def restrict(**view: Any) -> None:
-        role = sandbox.refresh_role(TEST_PATTERNS)
-        role["index_permissions"][0] |= view
-        box.server.grant(user, role, user)
-
-    yield restrict
-    box.server.take_back(user)
-    box.server.change_security("DELETE", f"internalusers/{user}")
-
-
 @secured
-def test_a_user_who_does_not_see_all_documents_copies_nothing(make_index, copy, as_user, admin, name):
+def test_a_user_who_does_not_see_all_documents_copies_nothing(make_index, copy, account, admin, name):
     old, new = make_index("old", NUMBER, docs=100), make_index("new", NUMBER, docs=5)
-    as_user(dls=json.dumps({"range": {"n": {"lt": 10}}}))
+    account.grant(dls=json.dumps({"range": {"n": {"lt": 10}}}))
     before = state_of(admin, old, new)
     outcome = copy(old, new)
     assert outcome.code == 1, outcome.err
@@ -437,10 +379,10 @@ def test_a_user_who_does_not_see_all_documents_copies_nothing(make_index, copy, 
 
 
 @secured
-def test_masked_values_are_not_copied(make_index, copy, as_user):
+def test_masked_values_are_not_copied(make_index, copy, account):
     properties = {"secret": WORD, **NUMBER}
     old = make_index("old", properties, docs=[{"secret": "s", "n": n} for n in range(10)])
-    as_user(masked_fields=["secret"])
+    account.grant(masked_fields=["secret"])
     outcome = copy(old, make_index("new", properties))
     assert outcome.code == 1, outcome.err
     assert "secret" in outcome.last
@@ -477,13 +419,13 @@ def test_a_noop_among_stored_rows_is_a_dropped_row(more, make_index, put_csv, ru
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_cluster_that_calls_itself_by_another_name_is_asked_as_the_oldest(pair, switch, owners, proxy):
+def test_a_cluster_that_calls_itself_by_another_name_is_asked_as_the_oldest(make_pair, switch, proxy):
     def disguise(found):
         found["version"]["number"] = "7.10.2"
         found["version"].pop("distribution", None)
 
     proxy.on("GET", "/$", edited(disguise), times=20)
-    outcome = switch(*pair(NUMBER, 3))
+    outcome = switch(*make_pair(NUMBER, 3))
     assert outcome.code == 0, outcome.err
     assert proxy.seen("GET", "preference=_primary") == []
     assert b"must_exist" not in b"".join(proxy.seen("POST", "/_aliases"))

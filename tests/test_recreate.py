@@ -13,7 +13,7 @@ import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
-from conftest import Reader, count, secured, sources, state_of
+from conftest import Reader, count, marker_of, meta_of, secured, sources, state_of
 from fault_proxy import Exchange, after, answer, before, lost_answer
 
 NUMBER = {"n": {"type": "long"}}
@@ -21,7 +21,7 @@ SETTINGS = {
     "number_of_shards": 2, "number_of_replicas": 1, "refresh_interval": "7s",
     "analysis": {"analyzer": {"own": {"type": "custom", "tokenizer": "standard", "filter": ["lowercase"]}}},
 }  # fmt: skip
-MAPPING = {"dynamic": "strict", "_meta": {"owner": "somebody"}}
+MAPPING = {"dynamic": "strict", "_meta": {"owner": "team a"}}
 PROPERTIES = {**NUMBER, "text": {"type": "text", "analyzer": "own"}}
 
 
@@ -48,6 +48,12 @@ def uuid_of(admin, index):
 
 def exists(admin, index):
     return index in admin("GET", f"/{index}*/_settings")
+
+
+def crash_at(proxy, method, path, *, skip=0):
+    """Let a run fail at this request, and at each attempt to recover, as a crash there would."""
+    error = {"error": {"type": "crashed", "reason": "of a test"}}
+    return proxy.on(method, path, answer(400, error), skip=skip, times=None)
 
 
 def kinds_of(proxy):
@@ -89,26 +95,6 @@ def test_the_variable_makes_loads_and_copies_recreate_the_index(
     assert proxy.seen("POST", "_delete_by_query") == []
 
 
-@pytest.mark.parametrize("script", [index_cleanup, bulkupdate, reindex])
-def test_an_unknown_method_ends_with_2(script, run, monkeypatch, put_csv, make_index, name):
-    monkeypatch.setenv("CLEANUP_METHOD", "burn")
-    arguments = {
-        index_cleanup: ["--index", name()], reindex: ["--source", name("a"), "--target", name("b")],
-        bulkupdate: ["--bucket", sandbox.BUCKET, "--prefix", "x", "--index", name()],
-    }[script]  # fmt: skip
-    outcome = run(script, *arguments)
-    assert outcome.code == 2
-    assert "'burn' is neither delete nor recreate" in outcome.err
-
-
-def test_a_live_index_is_refused_untouched(index, name, recreate, admin):
-    admin("POST", "/_aliases", {"actions": [{"add": {"index": index, "alias": name("alias")}}]})
-    before = state_of(admin, index)
-    outcome = recreate(index)
-    assert outcome.code == 4
-    assert state_of(admin, index) == before
-
-
 def test_an_alias_that_comes_right_before_the_deletion_is_seen(index, name, recreate, admin, proxy):
     add = {"actions": [{"add": {"index": index, "alias": name("alias")}}]}
     proxy.on("PUT", f"^/{index}-recreate", after(lambda: admin("POST", "/_aliases", add)))
@@ -140,7 +126,7 @@ def test_without_a_permission_nothing_is_deleted(missing, index, may_recreate, r
 
 
 def test_an_index_named_like_the_backup_is_left_alone(index, make_index, recreate, admin):
-    other = make_index("index-recreate", NUMBER, docs=2, alias=f"{index}-of-somebody")
+    other = make_index("index-recreate", NUMBER, docs=2, alias=f"{index}-of-another")
     former, before = uuid_of(admin, index), state_of(admin, other)
     outcome = recreate(index, "--no-force-merge")
     assert_deleted_instead(outcome, admin, index, former, "resource_already_exists_exception")
@@ -215,7 +201,7 @@ def test_an_index_that_a_template_for_its_name_alone_changes_stays_away_until_th
     assert list(admin("GET", f"/{index}*")) == [index]
 
 
-# --- no response, and runs that died ---------------------------------------------------------------------------------
+# --- no response, and crashed runs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "path"), [("PUT", "index-recreate"), ("DELETE", "index"), ("PUT", "index"),
@@ -239,8 +225,8 @@ def test_no_response_is_got_over_and_no_deletion_is_sent_twice(
     assert not exists(admin, f"{index}-recreate")
 
 
-def test_a_deletion_that_arrives_late_costs_nothing(index, recreate, admin, proxy, run):
-    """The answer is lost and the index is still there: nobody goes on, and the backup keeps the definition."""
+def test_a_deletion_that_arrives_late_costs_nothing(index, recreate, admin, proxy):
+    """The answer is lost and the index is still there: the run stops, and the backup keeps the definition."""
     wanted = definition(admin, index)
     proxy.on("DELETE", f"^/{index}$", Exchange.drop)
     outcome = recreate(index)
@@ -276,13 +262,12 @@ def test_an_index_that_another_run_has_created_and_made_live_meanwhile_is_not_de
 def deleted(index, recreate, proxy, admin):
     """An index that is missing, since a run crashed between the deletion and the creation; and what it was."""
     wanted = definition(admin, index)
-    dead = proxy.on("PUT", f"^/{index}$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
-                    skip=1, times=None)  # fmt: skip
+    crash = crash_at(proxy, "PUT", f"^/{index}$", skip=1)
     outcome = recreate(index)
     assert outcome.code == 1, outcome.err
     assert f"index {index} is not restored yet, the next run restores it" in outcome.err
     assert not exists(admin, f"{index}") or list(admin("GET", f"/{index}*/_settings")) == [f"{index}-recreate"]
-    proxy.rules.remove(dead)
+    proxy.rules.remove(crash)
     return wanted
 
 
@@ -313,9 +298,7 @@ def test_the_next_run_on_whatever_machine_restores_the_index(
 
 @pytest.mark.quick
 @pytest.mark.parametrize("script", ["cleanup", "copy", "load"])
-def test_a_dry_run_meets_a_missing_index_and_changes_nothing(
-    script, deleted, index, make_index, put_csv, run, admin, proxy
-):
+def test_a_dry_run_meets_a_missing_index_and_changes_nothing(script, deleted, index, make_index, put_csv, run, proxy):
     command = commands(index, make_index, put_csv, PROPERTIES)[script]
     proxy.requests.clear()
     outcome = run(*command, "--dry-run")
@@ -324,7 +307,7 @@ def test_a_dry_run_meets_a_missing_index_and_changes_nothing(
     assert {method for method, path, _ in proxy.requests if not path.endswith("_refresh")} == {"GET"}
 
 
-def test_an_index_that_somebody_creates_from_guesses_is_refused_while_the_backup_knows_better(
+def test_an_index_that_a_stray_write_created_is_refused_while_the_backup_has_another_definition(
     deleted, index, recreate, admin
 ):
     admin("POST", f"/{index}/_doc?refresh=true", {"n": 1, "text": "a stray write creates the index"})
@@ -349,7 +332,7 @@ def test_an_index_that_is_blocked_fails_and_its_backup_goes(index, recreate, adm
 
 
 @pytest.mark.parametrize("method", ["delete", "recreate"])
-def test_the_backup_of_a_run_that_died_before_the_deletion_is_no_obstacle(method, index, recreate, admin, proxy):
+def test_the_backup_of_a_run_that_crashed_before_the_deletion_is_no_obstacle(method, index, recreate, admin, proxy):
     wanted = definition(admin, index)
     proxy.on("DELETE", f"^/{index}$", Exchange.drop)
     assert recreate(index).code == 1
@@ -360,7 +343,7 @@ def test_the_backup_of_a_run_that_died_before_the_deletion_is_no_obstacle(method
 
 
 @pytest.mark.parametrize(("method", "path"), [("PUT", "-recreate"), ("DELETE", "")])
-def test_an_index_that_somebody_deletes_meanwhile_is_a_failure_and_restored(
+def test_an_index_that_another_client_deletes_meanwhile_is_a_failure_and_restored(
     method, path, index, recreate, admin, proxy
 ):
     """Such as the late deletion of a former run."""
@@ -390,19 +373,17 @@ def test_a_stop_before_the_deletion_leaves_no_backup(index, recreate, admin, pro
     assert (definition(admin, index)["settings"], count(admin, index)) == (wanted["settings"], 3)
 
 
-def test_the_marker_of_an_unfinished_load_comes_along(index, recreate, admin, run, put_csv, proxy, monkeypatch):
-    """A load that dies between deletion and creation leaves the mark of an unfinished index in what is restored."""
+def test_the_marker_of_an_unfinished_load_comes_along(index, admin, run, put_csv, proxy, monkeypatch):
+    """A load that crashes between deletion and creation leaves the marker in the restored index."""
     monkeypatch.setenv("CLEANUP_METHOD", "recreate")
     prefix = put_csv({"a.csv": "n\n7\n"})
-    dead = proxy.on("PUT", f"^/{index}$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
-                    skip=1, times=None)  # fmt: skip
+    crash = crash_at(proxy, "PUT", f"^/{index}$", skip=1)
     load = ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index]
     wanted = definition(admin, index)
     assert run(bulkupdate, *load).code == 1
-    kept = admin("GET", f"/{index}-recreate")[f"{index}-recreate"]
-    assert base.SUITE in kept["mappings"]["_meta"]
-    assert kept["settings"]["index"]["refresh_interval"] == "-1"
-    proxy.rules.remove(dead)
+    assert marker_of(admin, f"{index}-recreate")
+    assert definition(admin, f"{index}-recreate")["settings"]["refresh_interval"] == "-1"
+    proxy.rules.remove(crash)
     assert run(bulkupdate, *load).code == 0
     assert definition(admin, index) == wanted
     assert sources(admin, index) == [{"n": 7}]
@@ -412,21 +393,22 @@ def test_the_marker_of_an_unfinished_load_comes_along(index, recreate, admin, ru
 
 
 @pytest.fixture
-def died_after_creation(index, recreate, proxy, admin):
-    """An index that was created anew by a run that died before it could delete the backup; and what it was."""
+def crashed_after_creation(index, recreate, proxy, admin):
+    """The definition of an index that a run created again before it crashed, with its backup left behind."""
     wanted = definition(admin, index)
-    dead = proxy.on("DELETE", f"^/{index}-recreate$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
-                    times=None)  # fmt: skip
+    crash = crash_at(proxy, "DELETE", f"^/{index}-recreate$")
     assert recreate(index).code == 0  # all but the backup is done, and it is said
     assert exists(admin, f"{index}-recreate")
-    proxy.rules.remove(dead)
+    proxy.rules.remove(crash)
     return wanted
 
 
 @pytest.mark.parametrize("method", ["delete", "recreate"])
-def test_the_backup_of_a_run_that_died_after_the_creation_goes(method, died_after_creation, index, recreate, admin):
+def test_the_backup_of_a_run_that_crashed_after_the_creation_is_deleted(
+    method, crashed_after_creation, index, recreate, admin
+):
     assert recreate(index, "--method", method, "--no-force-merge").code == 0
-    assert definition(admin, index) == died_after_creation
+    assert definition(admin, index) == crashed_after_creation
     assert not exists(admin, f"{index}-recreate")
 
 
@@ -440,7 +422,7 @@ def test_the_backup_of_a_run_that_died_after_the_creation_goes(method, died_afte
     ids=["shards", "interval", "analysis"],
 )  # fmt: skip
 def test_an_index_with_the_same_fields_and_other_settings_is_refused_and_the_backup_stays(
-    other, named, died_after_creation, index, recreate, admin
+    other, named, crashed_after_creation, index, recreate, admin
 ):
     admin("DELETE", f"/{index}")
     mappings = {"properties": PROPERTIES, **MAPPING}
@@ -453,7 +435,9 @@ def test_an_index_with_the_same_fields_and_other_settings_is_refused_and_the_bac
 
 
 @pytest.mark.parametrize("change", [{"dynamic": "false"}, {"_meta": {"owner": "another"}}], ids=["dynamic", "_meta"])
-def test_an_index_with_other_parameters_of_its_mapping_is_refused(change, died_after_creation, index, recreate, admin):
+def test_an_index_with_other_parameters_of_its_mapping_is_refused(
+    change, crashed_after_creation, index, recreate, admin
+):
     admin("PUT", f"/{index}/_mapping", change)
     outcome = recreate(index)
     assert outcome.code == 4, outcome.err
@@ -473,10 +457,9 @@ def test_an_index_that_was_never_deleted_may_have_changed_since(index, recreate,
 def test_blocks_are_restored_with_the_index(index, recreate, admin, proxy):
     admin("PUT", f"/{index}/_settings", {"index.blocks.write": True})
     wanted = definition(admin, index)
-    dead = proxy.on("PUT", f"^/{index}$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
-                    skip=1, times=None)  # fmt: skip
+    crash = crash_at(proxy, "PUT", f"^/{index}$", skip=1)
     assert recreate(index).code == 1
-    proxy.rules.remove(dead)
+    proxy.rules.remove(crash)
     assert recreate(index).code == 0
     assert definition(admin, index) == wanted
     assert wanted["settings"]["blocks"] == {"write": "true"}
@@ -501,7 +484,7 @@ def test_a_permission_that_is_lost_in_the_middle_is_named_and_what_stands_where(
 
 @secured
 @pytest.mark.parametrize("method", ["delete", "recreate"])
-def test_a_backup_that_may_not_be_read_is_not_taken_for_none(method, deleted, index, may_recreate, recreate, admin):
+def test_a_backup_that_may_not_be_read_is_not_treated_as_missing(method, deleted, index, may_recreate, recreate, admin):
     may_recreate("indices:monitor/stats")
     outcome = recreate(index, "--method", method)
     assert outcome.code == 1, outcome.err
@@ -530,11 +513,10 @@ def test_a_load_whose_backup_could_not_be_deleted_is_no_reason_to_refuse_the_nex
     monkeypatch.setenv("CLEANUP_METHOD", "recreate")
     wanted = definition(admin, index)
     load = ["--bucket", sandbox.BUCKET, "--prefix", put_csv({"a.csv": "n,text\n7,x\n"}), "--index", index]
-    dead = proxy.on("DELETE", f"^/{index}-recreate$", answer(400, {"error": {"type": "died", "reason": "of a test"}}),
-                    times=None)  # fmt: skip
+    crash = crash_at(proxy, "DELETE", f"^/{index}-recreate$")
     assert run(bulkupdate, *load).code == 0
     assert exists(admin, f"{index}-recreate")
-    proxy.rules.remove(dead)
+    proxy.rules.remove(crash)
     outcome = run(bulkupdate, *load)
     assert outcome.code == 0, outcome.err
     assert definition(admin, index) == wanted
@@ -558,13 +540,13 @@ def test_an_index_made_live_after_a_part_was_deleted_stays_marked(index, recreat
     proxy.on("POST", "_delete_by_query", stray)
     outcome = recreate(index, "--method", "delete", "--no-force-merge")
     assert outcome.code == 4, outcome.err
-    assert base.SUITE in admin("GET", f"/{index}/_mapping")[index]["mappings"]["_meta"]
+    assert marker_of(admin, index)
 
 
-def test_the_marker_of_another_run_is_not_taken_out(index, recreate, admin, proxy):
+def test_the_marker_of_another_run_is_not_removed(index, recreate, admin, proxy):
     theirs = {"_meta": {base.SUITE: {"started": "2026-01-01T00:00:00Z", "host": "another", "found": {}, "set": {}}}}
     proxy.on("POST", "_delete_by_query", after(lambda: admin("PUT", f"/{index}/_mapping", theirs)))
     outcome = recreate(index, "--method", "delete", "--no-force-merge")
     assert outcome.code == 1, outcome.err
     assert "another run has started to fill it" in outcome.last
-    assert admin("GET", f"/{index}/_mapping")[index]["mappings"]["_meta"] == theirs["_meta"]
+    assert meta_of(admin, index) == theirs["_meta"]

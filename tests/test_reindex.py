@@ -13,17 +13,14 @@ import time
 import opensearch_base_manager as base
 import pytest
 import reindex
-from conftest import OWN, count, fill, sources, state_of
+from conftest import OWN, count, fill, marker_of, running_copies, sources, state_of, wait_until
 from fault_proxy import after, answer, edited, lost_answer, refused
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 NUMBER = {"n": {"type": "long"}}
 TASK = "/_tasks/[^/?]+$"
 START = "/_reindex"
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +46,6 @@ def own_pair(make_index):
 
 
 @pytest.fixture
-def copy(run):
-    return lambda source, target, *more: run(reindex, "--source", source, "--target", target, *more)
-
-
-@pytest.fixture
-def note_of(admin):
-    return lambda index: admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {}).get(base.SUITE)
-
-
-@pytest.fixture
 def own_settings(admin):
     """What is set on an index, less what the server itself writes there."""
 
@@ -74,31 +61,16 @@ def numbers(admin, index):
     return sorted(doc["n"] for doc in sources(admin, index))
 
 
-def copies_under_way(admin, target):
-    tasks = [task for node in admin("GET", "/_tasks?actions=*reindex&detailed=true")["nodes"].values()
-             for task in node["tasks"].items()]  # fmt: skip
-    return [name for name, task in tasks if f"to [{target}]" in task["description"] and "parent_task_id" not in task
-            and not task["headers"].get("X-Opaque-Id", "").endswith("/permissions")]  # fmt: skip
-
-
-def wait_for(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-    return found
-
-
 # --- what arrives -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.quick
-def test_the_target_holds_the_documents_of_the_source_and_nothing_else(pair, copy, admin, note_of, own_settings):
+def test_the_target_holds_the_documents_of_the_source_and_nothing_else(pair, copy, admin, own_settings):
     source, target = pair
     outcome = copy(source, target)
     assert outcome.code == 0, outcome.err
     assert numbers(admin, target) == numbers(admin, source) == [0, 1, 2]
-    assert note_of(target) is None
+    assert marker_of(admin, target) is None
     assert own_settings(target) == {"refresh_interval": None, "number_of_replicas": "1"}
     result = outcome.result
     assert {name: result[name] for name in ("source", "target", "total", "documents", "batches", "retries")} == {
@@ -181,38 +153,30 @@ def test_the_copy_can_be_throttled(by, pair, copy, monkeypatch, proxy):
     assert "requests_per_second=25" in next(path for verb, path, _ in proxy.requests if START in path)
 
 
-# --- settings during the copy, and the note ---------------------------------------------------------------------------
+# --- settings during the copy, and the marker -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("interval", "replicas"), [("7s", "--no-replicas"), ("-1", ""), (None, ""), (None, "--no-replicas")]
 )
-def test_settings_are_changed_for_the_copy_and_put_back_as_they_were_found(
-    interval, replicas, lasting_source, make_index, copy, admin, proxy, own_settings, note_of
+def test_settings_are_changed_for_the_copy_and_restored_as_they_were_found(
+    interval, replicas, lasting_source, make_index, copy, admin, proxy, own_settings
 ):
     source = lasting_source
     found = {"refresh_interval": interval, "number_of_replicas": "2"}
     target = make_index("target", NUMBER, settings={key: value for key, value in found.items() if value})
     seen = []
-    proxy.on("POST", START, after(lambda: seen.append((own_settings(target), note_of(target)))))
+    proxy.on("POST", START, after(lambda: seen.append((own_settings(target), marker_of(admin, target)))))
     assert copy(source, target, *filter(None, [replicas])).code == 0
-    during, note = seen[0]
+    during, marker = seen[0]
     assert during == {"refresh_interval": "-1", "number_of_replicas": "0" if replicas else "2"}
-    assert set(note) == {"started", "host", "found", "set"}
-    assert note["host"] == base.HOST
+    assert set(marker) == {"started", "host", "found", "set"}
+    assert marker["host"] == base.HOST
     assert own_settings(target) == found
-    assert note_of(target) is None
+    assert marker_of(admin, target) is None
 
 
-def test_replicas_that_the_cluster_manages_itself_are_left_alone(make_index, copy, own_settings, proxy, monkeypatch):
-    source = make_index("source", NUMBER, docs=1)
-    target = make_index("target", NUMBER, settings={"auto_expand_replicas": "0-1"})
-    monkeypatch.setenv("LOAD_WITHOUT_REPLICAS", "true")
-    assert copy(source, target).code == 0
-    assert all(b"replicas" not in body for body in proxy.seen("PUT", "_settings"))
-
-
-def test_a_setting_that_somebody_changes_meanwhile_is_left_to_them(pair, copy, admin, proxy, own_settings):
+def test_a_setting_that_another_client_changes_meanwhile_stays_changed(pair, copy, admin, proxy, own_settings):
     change = after(lambda: admin("PUT", f"/{pair[1]}/_settings", {"index": {"refresh_interval": "30s"}}))
     proxy.on("POST", START, change)
     assert copy(*pair).code == 0
@@ -229,7 +193,7 @@ def test_a_setting_that_the_cluster_refuses_is_gone_without(pair, copy, admin, p
     assert numbers(admin, pair[1]) == [0, 1, 2]
 
 
-def test_where_no_note_can_be_written_the_settings_stay_untouched(pair, copy, admin, proxy):
+def test_where_no_marker_can_be_written_the_settings_stay_untouched(pair, copy, admin, proxy):
     denied = {"error": {"type": "security_exception", "reason": "no permissions for [indices:admin/mapping/put]"}}
     proxy.on("PUT", "_mapping", answer(403, denied), times=None)
     outcome = copy(*pair)
@@ -240,47 +204,37 @@ def test_where_no_note_can_be_written_the_settings_stay_untouched(pair, copy, ad
     assert numbers(admin, pair[1]) == [0, 1, 2]
 
 
-def test_what_others_keep_in_the_mapping_stays_there(pair, copy, admin, proxy, note_of):
-    meta = {"owner": {"team": "search", "since": None}}
-    admin("PUT", f"/{pair[1]}/_mapping", {"_meta": meta})
-    proxy.on("POST", START, after(lambda: seen.append(admin("GET", f"/{pair[1]}/_mapping"))))
-    seen = []
-    assert copy(*pair).code == 0
-    assert seen[0][pair[1]]["mappings"]["_meta"]["owner"] == meta["owner"]
-    assert admin("GET", f"/{pair[1]}/_mapping")[pair[1]]["mappings"]["_meta"] == meta
-
-
 def unfinished(admin, index, **changed):
     """Leave an index as a copy that was killed leaves it."""
-    note = {"started": "2026-01-31T02:00:00Z", "host": "elsewhere", "found": {"index.refresh_interval": "9s"},
+    marker = {"started": "2026-01-31T02:00:00Z", "host": "elsewhere", "found": {"index.refresh_interval": "9s"},
             "set": {"index.refresh_interval": "-1"}}  # fmt: skip
-    admin("PUT", f"/{index}/_mapping", {"_meta": {base.SUITE: note}})
+    admin("PUT", f"/{index}/_mapping", {"_meta": {base.SUITE: marker}})
     admin("PUT", f"/{index}/_settings", {"refresh_interval": "-1", **changed})
 
 
-def test_the_next_run_puts_right_what_a_killed_one_left(pair, copy, admin, own_settings, note_of):
+def test_the_next_run_restores_the_settings_of_a_killed_one(pair, copy, admin, own_settings):
     unfinished(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
     assert f"{pair[1]} is unfinished: a run on elsewhere, started 2026-01-31T02:00:00Z, did not succeed" in outcome.err
     assert own_settings(pair[1])["refresh_interval"] == "9s"
-    assert note_of(pair[1]) is None
+    assert marker_of(admin, pair[1]) is None
 
 
-def test_the_next_run_leaves_a_setting_that_somebody_has_changed_since(pair, copy, admin, own_settings):
+def test_the_next_run_leaves_a_setting_that_another_client_has_changed_since(pair, copy, admin, own_settings):
     unfinished(admin, pair[1], refresh_interval="33s")
     assert copy(*pair).code == 0
     assert own_settings(pair[1])["refresh_interval"] == "33s"
 
 
-def test_an_index_stays_marked_as_unfinished_when_the_next_run_is_refused(make_index, copy, admin, note_of):
+def test_an_index_stays_marked_as_unfinished_when_the_next_run_is_refused(make_index, copy, admin):
     source, target = make_index("source", NUMBER, docs=1), make_index("target", {"n": {"type": "ip"}})
     unfinished(admin, target)
     assert copy(source, target).code == 4
-    assert note_of(target)
+    assert marker_of(admin, target)
 
 
-def test_a_dry_run_puts_nothing_right(pair, copy, admin):
+def test_a_dry_run_restores_nothing(pair, copy, admin):
     unfinished(admin, pair[1])
     before = state_of(admin, *pair)
     assert copy(*pair, "--dry-run").code == 0
@@ -317,38 +271,38 @@ def ended(response):
         ({"error": {"type": "index_not_found", "reason": "no such index"}}, "index_not_found: no such index"),
     ],
 )  # fmt: skip
-def test_a_task_that_did_not_do_all_of_its_work_is_a_failure(response, says, pair, copy, proxy, note_of, own_settings):
+def test_a_task_that_did_not_do_all_of_its_work_is_a_failure(response, says, pair, copy, proxy, own_settings, admin):
     proxy.on("GET", TASK, ended(response), times=None)
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
     assert re.search(says, outcome.last), outcome.last
     assert f"copying {pair[0]} to {pair[1]}" in outcome.last
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
     assert own_settings(pair[1])["refresh_interval"] is None
     assert outcome.out == ""
 
 
-def test_a_vanished_task_is_a_failure(pair, copy, admin, proxy, note_of):
+def test_a_vanished_task_is_a_failure(pair, copy, admin, proxy):
     missing = {"error": {"type": "resource_not_found_exception", "reason": "node is gone"}, "status": 404}
     proxy.on("GET", TASK, answer(404, missing), skip=1)  # the first is of the task that empties the target
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
     assert "vanished with its node, its outcome is unknown; run it again" in outcome.last
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
 
 
-def test_a_task_that_somebody_cancels_is_a_failure(pair, copy, admin, proxy, own_settings, note_of):
+def test_a_task_that_another_client_cancels_is_a_failure(pair, copy, admin, proxy, own_settings):
     proxy.on("GET", TASK, after(lambda: [admin("POST", f"/_tasks/{task}/_cancel") for task in
-                                         copies_under_way(admin, pair[1])]), skip=1, times=None)  # fmt: skip
+                                         running_copies(admin, pair[1])]), skip=1, times=None)  # fmt: skip
     outcome = copy(*pair, "--requests-per-second", "0.2")
     assert outcome.code == 1, outcome.err
     assert "cancelled (by user request); run it again" in outcome.last
     assert own_settings(pair[1])["refresh_interval"] is None
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
 
 
 @pytest.mark.parametrize("fault", [refused, lost_answer, answer(502), answer(503)], ids=["reset", "lost", "502", "503"])
-def test_a_failed_poll_is_tried_again(fault, pair, copy, admin, proxy):
+def test_a_failed_poll_is_tried_again(fault, pair, copy, proxy):
     proxy.on("GET", TASK, fault, skip=1, times=2)
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
@@ -374,25 +328,25 @@ def test_a_copy_that_was_not_started_is_started_again(fault, pair, copy, admin, 
     assert numbers(admin, pair[1]) == [0, 1, 2]
 
 
-def test_a_source_that_changes_during_the_copy_is_a_failure_that_says_so(own_pair, copy, admin, proxy, note_of):
-    proxy.on("POST", START, after(lambda: wait_for(lambda: count(admin, own_pair[1]) == 3) and
+def test_a_source_that_changes_during_the_copy_is_a_failure_that_says_so(own_pair, copy, admin, proxy):
+    proxy.on("POST", START, after(lambda: wait_until(lambda: count(admin, own_pair[1]) == 3) and
                                   fill(admin, own_pair[0], [{"n": 5}])))  # fmt: skip
     admin("PUT", f"/{own_pair[0]}/_settings", {"refresh_interval": "-1"})
     outcome = copy(*own_pair)
     assert outcome.code == 1, outcome.err
     assert f"the source changed meanwhile: {own_pair[0]} holds 4 documents, 3 were copied" in outcome.last
-    assert note_of(own_pair[1])
+    assert marker_of(admin, own_pair[1])
 
 
-def test_a_target_that_somebody_else_writes_to_is_a_failure(pair, copy, admin, proxy, note_of):
+def test_a_target_that_another_client_writes_to_is_a_failure(pair, copy, admin, proxy):
     proxy.on("POST", START, after(lambda: fill(admin, pair[1], [{"n": 5}])))
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
     assert f"{pair[1]} holds 4 documents, 3 were copied: somebody else writes to it" in outcome.last
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
 
 
-def test_a_target_that_somebody_replaces_meanwhile_is_a_failure(pair, copy, admin, proxy):
+def test_a_target_that_another_client_replaces_meanwhile_is_a_failure(pair, copy, admin, proxy):
     def replace():
         time.sleep(0.5)  # let the copy end
         admin("DELETE", f"/{pair[1]}")
@@ -405,19 +359,19 @@ def test_a_target_that_somebody_replaces_meanwhile_is_a_failure(pair, copy, admi
     assert f"{pair[1]} was deleted and created anew by somebody else" in outcome.last
 
 
-def test_settings_that_cannot_be_put_back_now_are_left_to_the_next_run(pair, copy, admin, proxy, note_of, monkeypatch):
+def test_settings_that_cannot_be_restored_now_are_left_to_the_next_run(pair, copy, admin, proxy, monkeypatch):
     monkeypatch.setenv("RETRY_SECONDS", "0")
     proxy.on("PUT", "_settings", answer(503), skip=1, times=None)
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
     assert "not restored yet, the next run restores them" in outcome.err
-    assert note_of(pair[1])["set"] == {"index.refresh_interval": "-1"}
+    assert marker_of(admin, pair[1])["set"] == {"index.refresh_interval": "-1"}
     proxy.rules.clear()
     assert copy(*pair).code == 0
-    assert note_of(pair[1]) is None
+    assert marker_of(admin, pair[1]) is None
 
 
-# --- signals, and runs that died --------------------------------------------------------------------------------------
+# --- signals, and crashed runs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -432,19 +386,19 @@ def start(environment, pair, admin):
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         started.append(process)
-        wait_for(lambda: copies_under_way(admin, pair[1]))
+        wait_until(lambda: running_copies(admin, pair[1]))
         return process
 
     yield do
     for process in started:
         process.kill()
         process.communicate()
-    for task in copies_under_way(admin, pair[1]):
+    for task in running_copies(admin, pair[1]):
         admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_cancels_the_copy_and_puts_settings_back(number, start, pair, copy, admin, note_of, own_settings):
+def test_a_signal_cancels_the_copy_and_restores_settings(number, start, pair, copy, admin, own_settings):
     process = start()
     assert own_settings(pair[1])["refresh_interval"] == "-1"
     process.send_signal(number)
@@ -452,28 +406,28 @@ def test_a_signal_cancels_the_copy_and_puts_settings_back(number, start, pair, c
     assert process.returncode == 128 + number, err
     assert f"stopped by {number.name}" in err.splitlines()[-1]
     assert out == ""
-    assert copies_under_way(admin, pair[1]) == []
+    assert running_copies(admin, pair[1]) == []
     assert own_settings(pair[1])["refresh_interval"] is None
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
     if number == signal.SIGTERM:
         assert copy(*pair).code == 0
         assert numbers(admin, pair[1]) == [0, 1, 2]
-        assert note_of(pair[1]) is None
+        assert marker_of(admin, pair[1]) is None
 
 
-def test_after_a_kill_the_next_run_cancels_the_orphan_and_copies_anew(start, pair, copy, admin, note_of, own_settings):
+def test_after_a_kill_the_next_run_cancels_the_orphan_and_copies_again(start, pair, copy, admin, own_settings):
     process = start()
     process.kill()
     process.communicate()
-    orphans = copies_under_way(admin, pair[1])
+    orphans = running_copies(admin, pair[1])
     assert len(orphans) == 1
-    assert note_of(pair[1])
+    assert marker_of(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
     assert f"cancelling task {orphans[0]} on index {pair[1]}, left by a run that died" in outcome.err
-    assert copies_under_way(admin, pair[1]) == []
+    assert running_copies(admin, pair[1]) == []
     assert numbers(admin, pair[1]) == [0, 1, 2]
-    assert note_of(pair[1]) is None
+    assert marker_of(admin, pair[1]) is None
     assert own_settings(pair[1])["refresh_interval"] is None
 
 
@@ -483,60 +437,42 @@ def test_a_second_run_finds_the_lock_held_and_leaves_the_first_alone(start, pair
         outcome = copy(source, target)
         assert outcome.code == 75, outcome.err
         assert "another run on this host works on index" in outcome.last
-    assert len(copies_under_way(admin, pair[1])) == 1
+    assert len(running_copies(admin, pair[1])) == 1
     assert process.poll() is None
 
 
-@pytest.fixture
-def foreign_copy(pair, admin):
-    """Start a copy into the target that this host has not started, and end it with the test."""
-
-    def do(opaque_id, rate="0.5"):
-        body = {"source": {"index": pair[0]}, "dest": {"index": pair[1]}}
-        path = f"/_reindex?wait_for_completion=false&requests_per_second={rate}"
-        return admin("POST", path, body, headers={"X-Opaque-Id": opaque_id})["task"]
-
-    yield do
-    for task in copies_under_way(admin, pair[1]):
-        admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
-
-
-@pytest.mark.parametrize("opaque_id", ["", "somebody", f"{base.SUITE}-2/{base.HOST}/x"])
-def test_a_copy_of_a_stranger_refuses_ours(opaque_id, foreign_copy, pair, copy, admin, note_of):
-    task = foreign_copy(opaque_id)
+@pytest.mark.parametrize("opaque_id", ["", "another", f"{base.SUITE}-2/{base.HOST}/x"])
+def test_a_copy_of_another_client_refuses_ours(opaque_id, foreign_copy, pair, copy, admin):
+    task = foreign_copy(pair[1], opaque_id)
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
     assert f"task {task} of somebody else works on index {pair[1]}; wait for it or cancel it" in outcome.last
-    assert copies_under_way(admin, pair[1]) == [task]
-    assert note_of(pair[1]) is None
+    assert running_copies(admin, pair[1]) == [task]
+    assert marker_of(admin, pair[1]) is None
 
 
 def test_a_copy_of_ours_from_another_host_is_awaited_and_then_refuses(foreign_copy, pair, copy, admin, monkeypatch):
     monkeypatch.setenv("WAIT_SECONDS", "1")
-    task = foreign_copy(f"{base.SUITE}/otherhost/x")
+    task = foreign_copy(pair[1], f"{base.SUITE}/otherhost/x")
     began = time.monotonic()
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
     assert time.monotonic() - began > 1
     assert outcome.err.count(f"waiting for task {task} of another run on index {pair[1]}") == 1
     assert f"task {task} of another run still works on index {pair[1]}" in outcome.last
-    assert copies_under_way(admin, pair[1]) == [task]
+    assert running_copies(admin, pair[1]) == [task]
 
 
 def test_a_copy_of_ours_from_another_host_that_ends_in_time_is_followed_by_ours(foreign_copy, pair, copy, admin):
-    foreign_copy(f"{base.SUITE}/otherhost/x", rate="2")
+    foreign_copy(pair[1], f"{base.SUITE}/otherhost/x", rate=2)
     assert copy(*pair).code == 0
     assert numbers(admin, pair[1]) == [0, 1, 2]
 
 
-def test_a_copy_into_an_index_with_a_longer_name_is_no_obstacle(pair, make_index, copy, admin):
+def test_a_copy_into_an_index_with_a_longer_name_is_no_obstacle(pair, make_index, foreign_copy, copy):
     longer = make_index("target-2", NUMBER)
-    body = {"source": {"index": make_index("third", NUMBER, docs=3)}, "dest": {"index": longer}}
-    task = admin("POST", "/_reindex?wait_for_completion=false&requests_per_second=0.5", body)["task"]
-    try:
-        assert copy(*pair).code == 0
-    finally:
-        admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
+    foreign_copy(longer)
+    assert copy(*pair).code == 0
 
 
 def test_a_copy_that_runs_long_shows_how_far_it_is(pair, copy, monkeypatch):
@@ -548,16 +484,16 @@ def test_a_copy_that_runs_long_shows_how_far_it_is(pair, copy, monkeypatch):
 
 def test_an_orphan_of_another_host_name_is_ours_where_run_host_is_the_same(foreign_copy, pair, copy, monkeypatch):
     monkeypatch.setenv("RUN_HOST", "nightly.refresh-1")
-    task = foreign_copy(f"{base.SUITE}/nightly.refresh-1/x")
+    task = foreign_copy(pair[1], f"{base.SUITE}/nightly.refresh-1/x")
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
     assert f"cancelling task {task} on index {pair[1]}, left by a run that died" in outcome.err
 
 
-def test_run_host_is_in_the_note_and_has_to_be_a_name(pair, copy, proxy, note_of, monkeypatch):
+def test_run_host_is_in_the_marker_and_has_to_be_a_name(pair, copy, proxy, monkeypatch, admin):
     monkeypatch.setenv("RUN_HOST", "nightly")
     seen = []
-    proxy.on("POST", START, after(lambda: seen.append(note_of(pair[1])["host"])))
+    proxy.on("POST", START, after(lambda: seen.append(marker_of(admin, pair[1])["host"])))
     assert copy(*pair).code == 0
     assert seen == ["nightly"]
     for wrong in ("a/b", "a b", "a\nb", "x" * 101):

@@ -12,8 +12,7 @@ import index_cleanup
 import pytest
 import reindex
 import sandbox
-import switch_alias
-from conftest import Outcome, Reader, fill
+from conftest import Reader, fill
 from faults.driver import NEW_ROWS, SETTINGS, World, add_roles
 from faults.test_killed import assert_killed_and_healed
 
@@ -63,14 +62,6 @@ def make(make_index: Callable[..., str], admin: Callable[..., Any]) -> Callable[
 
 def documents(number: int) -> list[dict[str, Any]]:
     return [{"n": 1, "word": random.randbytes(30).hex()} for _ in range(number)]
-
-
-@pytest.fixture
-def switch(run: Callable[..., Outcome], name: Callable[[str], str]) -> Callable[..., Outcome]:
-    def move(source: str, target: str, *more: str) -> Outcome:
-        return run(switch_alias, "--alias", name("alias"), "--source", source, "--target", target, *more)
-
-    return move
 
 
 def lags(admin: Callable[..., Any], index: str) -> bool:
@@ -153,21 +144,6 @@ def test_documents_that_are_too_large_for_one_batch_are_copied_in_smaller_ones(m
     assert (outcome.code, outcome.result["total"]) == (0, 2000), outcome.err
 
 
-@pytest.fixture
-def nameless(box: sandbox.Sandbox) -> Iterator[None]:
-    setting = "compatibility.override_main_response_version"
-    box.server.request("PUT", "/_cluster/settings", {"persistent": {setting: True}})
-    yield
-    box.server.request("PUT", "/_cluster/settings", {"persistent": {setting: None}})
-
-
-@pytest.mark.skipif(sandbox.MAJOR > 2, reason="3.x has no such mode")
-def test_a_cluster_that_calls_itself_7_10_is_asked_as_the_oldest(nameless, make, name, switch):
-    old, new = make("old", 3, alias=name("alias")), make("new", 3)
-    outcome = switch(old, new)
-    assert outcome.code == 0, outcome.err
-
-
 # --- whole refreshes --------------------------------------------------------------------------------------------------
 
 SLOW = "30kb"  # per second: a replica gets the documents of a load in some seconds
@@ -202,14 +178,14 @@ def world(
 def test_a_whole_refresh_and_its_undo_show_no_reader_a_replica_that_lags(world):
     run = world.refresh()
     world.expect(run, code=0)
-    [live] = world.owners()
+    [live] = world.behind_alias()
     readings = len(world.proxy.seen("GET", f"/{live}/_stats.level=shards"))
     assert readings > 4 or "CLEANUP_METHOD" in world.environment  # a new index is waited for until it is green
     world.assert_done()
     undo = re.findall("undo: (.*)", run.log)[-1]
     back = world.finish(world.start("bash", "-c", undo))
     assert back.code == 0, back.err
-    assert world.owners() != [live]
+    assert world.behind_alias() != [live]
 
 
 @pytest.mark.parametrize("at", [pytest.param(at, marks=pytest.mark.long) for at in (3, 5, 6, 9, 12)])

@@ -21,65 +21,17 @@ from pathlib import Path
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from conftest import Reader, count, on_terminal, sources, state_of
+from conftest import (
+    RUNNER, Reader, count, finish, log_of, on_terminal, running_copies, sources, state_of, wait_until,
+)  # fmt: skip
 from fault_proxy import answer
 
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = ["opensearch_base_manager.py", "reindex.py", "switch_alias.py", "bulkupdate.py", "index_cleanup.py"]
 
 
+NUMBER = {"n": {"type": "long"}}
 BLANK_LINES = "\n" * 100  # step 0 renders as many of each object; what comes behind them, the load finds
-
-
-@pytest.fixture
-def pair(make_index, name):
-    """Make primary, secondary and alias; return (primary, secondary, alias)."""
-
-    def make(properties=None, docs=0, **mapping):
-        primary = make_index("primary", properties, docs=docs, alias=name("alias"), **mapping)
-        return primary, make_index("secondary", properties, **mapping), name("alias")
-
-    return make
-
-
-@pytest.fixture
-def refresh(environment, name):
-    """Return a function that starts the runner on this test's own names; `.run()` waits for it."""
-
-    def start(prefix, *arguments, **variables):
-        own = {
-            "PRIMARY_INDEX": name("primary"), "SECONDARY_INDEX": name("secondary"), "INDEX_ALIAS": name("alias"),
-            "S3_BUCKET": sandbox.BUCKET, "S3_PREFIX": prefix, "PYTHON": sys.executable,
-        }  # fmt: skip
-        return subprocess.Popen(
-            [TOP / "run_refresh.sh", *arguments], env={**os.environ, **environment, **own, **variables},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
-
-    return start
-
-
-def finish(process, timeout=120):
-    out, err = process.communicate(timeout=timeout)
-    assert sandbox.PASSWORD not in out + err
-    return process.returncode, out, err
-
-
-def live(admin, alias):
-    return list(admin("GET", f"/_alias/{alias}"))
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def copy_task(admin, index):
-    tasks = admin("GET", "/_tasks?actions=*reindex&detailed=true")["nodes"].values()
-    copies = [task for node in tasks for task in node["tasks"].values() if index in task["description"]]
-    return any(not task["headers"].get("X-Opaque-Id", "").endswith("/permissions") for task in copies)
 
 
 def flights(*months):
@@ -91,8 +43,8 @@ def totals(objects):
     return len(rows), float(sum(int(row["distance"]) for row in rows))
 
 
-def test_no_reader_notices_a_whole_refresh(box, pair, refresh, put_csv, admin):
-    primary, secondary, alias = pair(sandbox.FLIGHTS_MAPPING["properties"])
+def test_no_reader_notices_a_whole_refresh(box, make_pair, refresh, put_csv, admin, alias, behind_alias):
+    primary, secondary = make_pair(sandbox.FLIGHTS_MAPPING["properties"], 0, 0)
     sandbox.load_months(box.server, primary, [sandbox.month_files()[0]])
     old, new = flights(1), flights(1, 2)
     scroll = admin("POST", f"/{alias}/_search?scroll=5m", {"size": 5000})
@@ -107,7 +59,7 @@ def test_no_reader_notices_a_whole_refresh(box, pair, refresh, put_csv, admin):
         scroll = admin("POST", "/_search/scroll", {"scroll": "5m", "scroll_id": scroll["_scroll_id"]})
         held += len(scroll["hits"]["hits"]) if hits else 0
     assert held == totals(old)[0]
-    assert live(admin, alias) == [primary]
+    assert behind_alias() == [primary]
     assert (count(admin, secondary), count(admin, primary)) == (totals(old)[0], totals(new)[0])
     table = [line.split() for line in out.splitlines()]
     assert [row[0] for row in table] == ["step", "1", "2", "3", "4", "total"]
@@ -116,9 +68,9 @@ def test_no_reader_notices_a_whole_refresh(box, pair, refresh, put_csv, admin):
 
 @pytest.mark.parametrize("method", ["delete", "recreate"])
 def test_alternate_loads_the_idle_index_and_moves_readers_there(
-    method, box, pair, refresh, put_csv, admin, may_recreate
+    method, box, make_pair, refresh, put_csv, admin, may_recreate, alias, behind_alias
 ):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    primary, secondary = make_pair(NUMBER, 3, 0)
     reader = Reader(box.server.endpoint, alias, "n")
     reader.start()
     seen = [(3, 3.0)]
@@ -129,7 +81,7 @@ def test_alternate_loads_the_idle_index_and_moves_readers_there(
         process = refresh(prefix, REFRESH_STRATEGY="alternate", CLEANUP_METHOD=method)
         code, out, err = finish(process)
         assert code == 0, err
-        assert live(admin, alias) == [index]
+        assert behind_alias() == [index]
         assert [document["n"] for document in sources(admin, index)] == list(rows)
         assert state_of(admin, left)[left]["docs"] == before
         assert [line.split()[0] for line in out.splitlines()] == ["step", "1", "2", "total"]
@@ -138,28 +90,28 @@ def test_alternate_loads_the_idle_index_and_moves_readers_there(
     assert (reader.finish(), reader.errors) == (seen, [])
 
 
-def test_alternate_goes_on_where_a_former_run_stopped(pair, refresh, put_csv, admin):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+def test_alternate_goes_on_where_a_former_run_stopped(make_pair, refresh, put_csv, admin, behind_alias):
+    primary, secondary = make_pair(NUMBER, 3, 0)
     prefix = put_csv({"a.csv": f"n\n{BLANK_LINES}1\nx\n2\n"})
     code, _, err = finish(refresh(prefix, REFRESH_STRATEGY="alternate"))
     assert code == 3, err
-    assert (live(admin, alias), count(admin, primary)) == ([primary], 3)
+    assert (behind_alias(), count(admin, primary)) == ([primary], 3)
     code, _, err = finish(refresh(prefix, REFRESH_STRATEGY="alternate", MAX_REJECTS="1", DOCUMENT_COUNT_THRESHOLD="50"))
     assert code == 0, err
-    assert (live(admin, alias), count(admin, primary), count(admin, secondary)) == ([secondary], 3, 2)
+    assert (behind_alias(), count(admin, primary), count(admin, secondary)) == ([secondary], 3, 2)
 
 
-def test_alternate_does_not_stumble_over_a_column_that_the_nights_have_typed_differently(pair, refresh, put_csv, admin):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=2)
+def test_alternate_accepts_a_column_that_the_nights_have_typed_differently(make_pair, refresh, put_csv, behind_alias):
+    primary, secondary = make_pair(NUMBER, 2, 0)
     for cell, live_index in ("1", secondary), ("1.5", primary), ("2", secondary):
         prefix = put_csv({"a.csv": f"n,x\n1,{cell}\n2,{cell}\n"})
         code, _, err = finish(refresh(prefix, REFRESH_STRATEGY="alternate"))
         assert code == 0, err
-        assert live(admin, alias) == [live_index]
+        assert behind_alias() == [live_index]
 
 
-def test_two_refreshes_in_a_row_carry_a_new_column_to_both_indices(pair, refresh, put_csv, admin):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+def test_two_refreshes_in_a_row_carry_a_new_column_to_both_indices(make_pair, refresh, put_csv, admin, behind_alias):
+    primary, secondary = make_pair(NUMBER, 3, 0)
     prefix = put_csv({"a.csv": "n,since\n1,2024-01-15\n2,\n3,n/a\n"})
     for _ in range(2):
         code, _, err = finish(refresh(prefix))
@@ -167,36 +119,38 @@ def test_two_refreshes_in_a_row_carry_a_new_column_to_both_indices(pair, refresh
     fields = [admin("GET", f"/{index}/_mapping")[index]["mappings"] for index in (primary, secondary)]
     assert fields[0] == fields[1]
     assert fields[0]["properties"]["since"]["type"] == "text"
-    assert live(admin, alias) == [primary]
+    assert behind_alias() == [primary]
     expected = [{"n": 1, "since": "2024-01-15"}, {"n": 2}, {"n": 3, "since": "n/a"}]
     assert sources(admin, primary) == sources(admin, secondary) == expected
 
 
 def test_a_load_that_ends_with_3_stops_before_the_switch_and_the_next_run_goes_on_there(
-    pair, refresh, put_csv, admin, s3
+    make_pair, refresh, put_csv, admin, s3, behind_alias
 ):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    primary, secondary = make_pair(NUMBER, 3, 0)
     prefix = put_csv({"a.csv": f"n\n{BLANK_LINES}1\nx\n3\n"})
     code, _, err = finish(refresh(prefix))
     assert code == 3
     assert "FAILED at: 3 load" in err.splitlines()[-1]
     assert "rejects-" in err
-    assert live(admin, alias) == [secondary]
+    assert behind_alias() == [secondary]
     s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}a.csv", Body=b"n\n1\n2\n3\n")
     code, out, err = finish(refresh(prefix))
     assert code == 0, err
     assert f"readers are on {secondary} already" in err
     assert [line.split()[0] for line in out.splitlines()] == ["step", "3", "4", "total"]
-    assert live(admin, alias) == [primary]
+    assert behind_alias() == [primary]
     assert sources(admin, primary) == [{"n": 1}, {"n": 2}, {"n": 3}]
 
 
-def test_too_large_a_change_is_refused_at_the_last_switch_with_readers_on_whole_data(pair, refresh, put_csv, admin):
-    _, secondary, alias = pair({"n": {"type": "long"}}, docs=10)
+def test_too_large_a_change_is_refused_at_the_last_switch_with_readers_on_complete_data(
+    make_pair, refresh, put_csv, admin, behind_alias
+):
+    _, secondary = make_pair(NUMBER, 10, 0)
     code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n2\n"})))
     assert code == 4
     assert "--threshold 80" in err
-    assert live(admin, alias) == [secondary]
+    assert behind_alias() == [secondary]
     assert count(admin, secondary) == 10
 
 
@@ -206,62 +160,51 @@ def test_too_large_a_change_is_refused_at_the_last_switch_with_readers_on_whole_
      ({"a.csv": "n\n1\n"}, {"n": {"type": "keyword"}}, "n long -> keyword")],
 )  # fmt: skip
 def test_what_can_be_known_beforehand_is_known_before_readers_are_moved(
-    make_index, name, refresh, put_csv, admin, objects, properties, word
+    make_pair, refresh, put_csv, admin, objects, properties, word, behind_alias
 ):
-    long = {"n": {"type": "long"}}
-    primary = make_index("primary", long, docs=3, alias=name("alias"))
-    secondary = make_index("secondary", properties or long, docs=1)
+    primary, secondary = make_pair(NUMBER, 3, 1, properties)
     prefix = put_csv(objects) if objects else "nothing/here/"
     code, _, err = finish(refresh(prefix))
     assert code == 4
     assert word in err
     assert "==> 1" not in err
-    assert live(admin, name("alias")) == [primary]
+    assert behind_alias() == [primary]
     assert (count(admin, primary), count(admin, secondary)) == (3, 1)
 
 
-def test_an_alias_on_a_third_index_is_refused(pair, refresh, put_csv, admin, make_index):
-    primary, _, alias = pair({"n": {"type": "long"}}, docs=3)
+def test_an_alias_on_a_third_index_is_refused(make_pair, refresh, put_csv, make_index, behind_alias, move_alias):
+    primary, _ = make_pair(NUMBER, 3, 0)
     third = make_index("third")
-    moved = [{"remove": {"index": primary, "alias": alias}}, {"add": {"index": third, "alias": alias}}]
-    admin("POST", "/_aliases", {"actions": moved})
+    move_alias(primary, third)
     code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"})))
-    assert (code, live(admin, alias)) == (4, [third])
+    assert (code, behind_alias()) == (4, [third])
     assert third in err
 
 
-def test_a_missing_index_or_alias_fails_with_1(refresh, put_csv, make_index, name):
-    make_index("primary", docs=1)
+def test_a_task_of_another_client_on_the_index_to_be_loaded_is_seen_in_step_0(
+    make_pair, refresh, put_csv, behind_alias, foreign_copy
+):
+    primary, secondary = make_pair(NUMBER, 3, 0)
+    task = foreign_copy(secondary)
     code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"})))
-    assert code == 1
-    assert f"alias {name('alias')} does not exist" in err
-
-
-def test_a_strangers_task_on_the_index_to_be_loaded_is_seen_in_step_0(pair, refresh, put_csv, admin, make_index):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
-    stranger = make_index("stranger", docs=5)
-    body = {"source": {"index": stranger, "size": 1}, "dest": {"index": secondary}}
-    task = admin("POST", "/_reindex?wait_for_completion=false&requests_per_second=0.5", body)["task"]
-    code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"})))
-    admin("POST", f"/_tasks/{task}/_cancel")
-    assert (code, live(admin, alias)) == (4, [primary])
+    assert (code, behind_alias()) == (4, [primary])
     assert task in err
 
 
-def test_the_second_of_two_runs_ends_with_75_and_says_so(pair, refresh, put_csv, admin, last):
-    primary, _, alias = pair({"n": {"type": "long"}}, docs=30)
+def test_the_second_of_two_runs_ends_with_75_and_says_so(make_pair, refresh, put_csv, admin, last, alias, behind_alias):
+    primary, _ = make_pair(NUMBER, 30, 0)
     prefix = put_csv({"a.csv": "n\n" + "1\n" * 30})
     assert finish(refresh(prefix))[0] == 0
     before = last()
     first = refresh(prefix, REQUESTS_PER_SECOND="10")
-    wait_until(lambda: copy_task(admin, primary))
+    wait_until(lambda: running_copies(admin, primary))
     code, _, err = finish(refresh(prefix))
     assert code == 75
     assert "another refresh" in err
     assert (last()["exit_code"], last()["last_success"]) == (75, before["last_success"])
     assert last()["message"] == f"another refresh of {alias} is running on this host"
     assert finish(first)[0] == 0
-    assert live(admin, alias) == [primary]
+    assert behind_alias() == [primary]
     assert (last()["exit_code"], last()["last_success"]) == (0, last()["ended"])
 
 
@@ -281,30 +224,30 @@ def test_a_run_that_was_locked_out_does_not_replace_a_report_that_is_newer_than_
 
 
 def test_the_lock_needs_no_flock_and_a_lock_that_fails_is_not_another_refresh(
-    pair, refresh, put_csv, tmp_path, monkeypatch, last
+    make_pair, refresh, put_csv, tmp_path, last
 ):
-    pair({"n": {"type": "long"}}, docs=1)
+    make_pair(NUMBER, 1, 0)
     prefix = put_csv({"a.csv": "n\n1\n"})
     tool = tmp_path / "flock"
     tool.write_text("#!/bin/sh\nexit 1\n")
     tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert finish(refresh(prefix, "--dry-run"))[0] == 0
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert finish(refresh(prefix, "--dry-run", PATH=path))[0] == 0
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/sh
 case "$*" in *fcntl*) echo "OSError: [Errno 37] No locks available" >&2; exit 1 ;; esac
 exec "{sys.executable}" "$@"
 """)
     python.chmod(0o755)
-    code, _, err = finish(refresh(prefix, PYTHON=str(python)))
+    code, _, err = finish(refresh(prefix, PYTHON=str(python), PATH=path))
     assert code == 1
     assert "another refresh" not in err
     assert "cannot lock" in last()["message"]
     assert "No locks available" in log_of(tmp_path)
 
 
-def test_a_step_that_finds_its_index_locked_is_reported(pair, refresh, put_csv, last, tmp_path):
-    primary, secondary, _ = pair({"n": {"type": "long"}}, docs=1)
+def test_a_step_that_finds_its_index_locked_is_reported(make_pair, refresh, put_csv, last, tmp_path):
+    primary, secondary = make_pair(NUMBER, 1, 0)
     (tmp_path / "locks").mkdir()
     with open(tmp_path / "locks" / f"{secondary}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -315,10 +258,10 @@ def test_a_step_that_finds_its_index_locked_is_reported(pair, refresh, put_csv, 
 
 
 @pytest.mark.parametrize(("arguments", "number"), [([], "KILL"), (["--verbose"], "SEGV")])
-def test_a_step_that_is_killed_says_by_which_signal(arguments, number, pair, refresh, put_csv, last, tmp_path, admin):
-    primary, *_ = pair({"n": {"type": "long"}}, docs=60)
+def test_a_step_that_is_killed_says_by_which_signal(arguments, number, make_pair, refresh, put_csv, last, admin):
+    primary, _ = make_pair(NUMBER, 60, 0)
     process = refresh(put_csv({"a.csv": "n\n1\n"}), *arguments, REQUESTS_PER_SECOND="1")
-    wait_until(lambda: copy_task(admin, primary))
+    wait_until(lambda: running_copies(admin, primary))
     [step] = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "reindex.py"], text=True).split()
     os.kill(int(step), getattr(signal, f"SIG{number}"))
     code, _, err = finish(process)
@@ -327,8 +270,8 @@ def test_a_step_that_is_killed_says_by_which_signal(arguments, number, pair, ref
     assert last()["message"] in err
 
 
-def test_a_step_that_ends_without_a_word_does_not_blame_its_last_line(pair, refresh, put_csv, last, tmp_path):
-    pair({"n": {"type": "long"}}, docs=1)
+def test_a_step_that_ends_without_a_word_does_not_blame_its_last_line(make_pair, refresh, put_csv, last, tmp_path):
+    make_pair(NUMBER, 1, 0)
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/sh
 case "$1" in bulkupdate.py) exit 9 ;; esac
@@ -341,11 +284,11 @@ exec "{sys.executable}" "$@"
     assert last()["message"] in err
 
 
-def test_the_lock_outlives_a_killed_runner_as_long_as_its_step_lives(pair, refresh, put_csv, admin):
-    primary, *_ = pair({"n": {"type": "long"}}, docs=60)
+def test_the_lock_outlives_a_killed_runner_as_long_as_its_step_lives(make_pair, refresh, put_csv, admin):
+    primary, _ = make_pair(NUMBER, 60, 0)
     prefix = put_csv({"a.csv": "n\n" + "1\n" * 60})
     first = refresh(prefix, REQUESTS_PER_SECOND="10")
-    wait_until(lambda: copy_task(admin, primary))
+    wait_until(lambda: running_copies(admin, primary))
     first.kill()
     assert finish(refresh(prefix))[0] == 75
     os.killpg(first.pid, signal.SIGKILL)
@@ -353,37 +296,19 @@ def test_the_lock_outlives_a_killed_runner_as_long_as_its_step_lives(pair, refre
     assert finish(refresh(prefix))[0] == 0  # cancels the orphan on the server
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-@pytest.mark.parametrize("whom", ["runner", "group"])
-def test_a_signal_reaches_the_step_at_once(pair, refresh, put_csv, admin, number, expected, whom):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=60)
-    process = refresh(put_csv({"a.csv": "n\n1\n"}), REQUESTS_PER_SECOND="1")
-    wait_until(lambda: copy_task(admin, primary))
-    began = time.monotonic()
-    (os.kill if whom == "runner" else os.killpg)(process.pid, number)
-    code, _, err = finish(process)
-    assert code == expected
-    assert time.monotonic() - began < 10
-    assert number.name in err
-    assert not copy_task(admin, primary)
-    assert live(admin, alias) == [primary]
-    assert "refresh_interval" not in admin("GET", f"/{secondary}/_settings")[secondary]["settings"]["index"]
-    assert count(admin, primary) == 60
-
-
 @pytest.mark.quick
-def test_a_dry_run_changes_nothing(pair, refresh, put_csv, admin):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+def test_a_dry_run_changes_nothing(make_pair, refresh, put_csv, admin, behind_alias):
+    primary, secondary = make_pair(NUMBER, 3, 0)
     code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"}), "--dry-run"))
     assert code == 0
     assert "nothing was changed" in err
-    assert (live(admin, alias), count(admin, primary), count(admin, secondary)) == ([primary], 3, 0)
+    assert (behind_alias(), count(admin, primary), count(admin, secondary)) == ([primary], 3, 0)
 
 
 def test_it_works_under_crons_bare_environment_from_another_directory(
-    pair, put_csv, admin, box, tmp_path, environment
+    make_pair, put_csv, box, tmp_path, environment, alias, behind_alias
 ):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=3)
+    primary, secondary = make_pair(NUMBER, 3, 0)
     home = tmp_path / "a folder with spaces"
     home.mkdir()
     for script in [*SCRIPTS, "run_refresh.sh"]:
@@ -400,7 +325,7 @@ def test_it_works_under_crons_bare_environment_from_another_directory(
     bare = ["env", "-i", "PATH=/usr/bin:/bin", str(home / "run_refresh.sh")]
     done = subprocess.run(bare, cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert live(admin, alias) == [primary]
+    assert behind_alias() == [primary]
     logs = list((home / "logs").glob("refresh-*.log"))
     assert len(logs) == 1
     assert logs[0].stat().st_mode & 0o777 == 0o600
@@ -437,8 +362,8 @@ def test_help_is_printed_without_any_configuration(tmp_path):
     assert "Usage: run_refresh.sh" in done.stdout
 
 
-def test_old_logs_are_deleted_after_30_days(pair, refresh, put_csv, tmp_path):
-    pair({"n": {"type": "long"}}, docs=1)
+def test_old_logs_are_deleted_after_30_days(make_pair, refresh, put_csv, tmp_path):
+    make_pair(NUMBER, 1, 0)
     logs = tmp_path / "logs"
     logs.mkdir()
     for age in (29, 32):
@@ -450,26 +375,12 @@ def test_old_logs_are_deleted_after_30_days(pair, refresh, put_csv, tmp_path):
     assert left == {"refresh-x-29.log"}
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_a_closed_terminal_does_not_undo_a_refresh(pair, environment, put_csv, admin, name, closed):
-    primary, _, alias = pair({"n": {"type": "long"}}, docs=1)
-    own = {
-        "PRIMARY_INDEX": primary, "SECONDARY_INDEX": name("secondary"), "INDEX_ALIAS": alias, "PYTHON": sys.executable,
-        "S3_BUCKET": sandbox.BUCKET, "S3_PREFIX": put_csv({"a.csv": "n\n1\n"}),
-    }  # fmt: skip
-    done = subprocess.run(["bash", "-c", f"{TOP}/run_refresh.sh {closed}"], env={**os.environ, **environment, **own})
-    assert done.returncode == 0
-    assert live(admin, alias) == [primary]
-    assert sources(admin, primary) == [{"n": 1}]
-
-
-def test_it_can_be_called_through_a_link_and_with_odd_names(pair, refresh, put_csv, tmp_path, monkeypatch):
-    pair({"n": {"type": "long"}}, docs=1)
+def test_it_can_be_called_through_a_link_and_with_odd_names(make_pair, refresh, put_csv, tmp_path):
+    make_pair(NUMBER, 1, 0)
     prefix = put_csv({"daily $1 'x' /a.csv": "n\n1\n", "daily $1 'x'/b.csv": ""})
     (tmp_path / "link").symlink_to(TOP / "run_refresh.sh")
-    monkeypatch.setattr(sys.modules[__name__], "TOP", tmp_path)
     (tmp_path / "run_refresh.sh").symlink_to(tmp_path / "link")
-    code, _, err = finish(refresh(f"{prefix}daily $1 'x' ", "--dry-run"))
+    code, _, err = finish(refresh(f"{prefix}daily $1 'x' ", "--dry-run", runner=tmp_path / "run_refresh.sh"))
     assert code == 0, err
 
 
@@ -491,7 +402,7 @@ def odd_pairs():
 
 
 @pytest.fixture
-def load_arguments(tmp_path):
+def arguments_of_the_load(tmp_path):
     """Return a function that starts a copy of the runner and returns bucket and prefix as bulkupdate.py gets them."""
     home = tmp_path / "home"
     home.mkdir()
@@ -518,20 +429,20 @@ exec "{sys.executable}" "$@"
     return start
 
 
-def test_no_value_loses_a_character_between_the_environment_and_a_step(load_arguments):
+def test_no_value_loses_a_character_between_the_environment_and_a_step(arguments_of_the_load):
     pairs = odd_pairs()
-    assert [load_arguments(S3_BUCKET=bucket, S3_PREFIX=prefix, LC_ALL="C") for bucket, prefix in pairs] == pairs
+    assert [arguments_of_the_load(S3_BUCKET=bucket, S3_PREFIX=prefix, LC_ALL="C") for bucket, prefix in pairs] == pairs
 
 
-def test_no_value_loses_a_character_between_the_file_and_a_step(load_arguments):
+def test_no_value_loses_a_character_between_the_file_and_a_step(arguments_of_the_load):
     for pair_of_values in odd_pairs():
         quoted = [value.replace("\\", "\\\\").replace("'", "\\'") for value in pair_of_values]
         in_file = "S3_BUCKET='{}'\n# a comment\nS3_PREFIX='{}'\n".format(*quoted)
-        assert load_arguments(in_file, S3_BUCKET="", S3_PREFIX="") == pair_of_values
+        assert arguments_of_the_load(in_file, S3_BUCKET="", S3_PREFIX="") == pair_of_values
 
 
-def test_the_whole_bucket_is_an_asterisk_and_an_empty_prefix_a_mistake(load_arguments, refresh):
-    assert load_arguments(S3_PREFIX="*") == ("your-bucket", "")
+def test_the_whole_bucket_is_an_asterisk_and_an_empty_prefix_a_mistake(arguments_of_the_load, refresh):
+    assert arguments_of_the_load(S3_PREFIX="*") == ("your-bucket", "")
     code, _, err = finish(refresh(""))
     assert (code, err) == (2, "S3_PREFIX: it is empty; give a prefix, or '*' for the whole bucket\n")
 
@@ -539,22 +450,13 @@ def test_the_whole_bucket_is_an_asterisk_and_an_empty_prefix_a_mistake(load_argu
 # --- what it shows, and what it leaves for a monitor ------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_names(environment, name):
-    """The environment of a runner on this test's own names."""
-    return {
-        **os.environ, **environment, "PRIMARY_INDEX": name("primary"), "SECONDARY_INDEX": name("secondary"),
-        "INDEX_ALIAS": name("alias"), "S3_BUCKET": sandbox.BUCKET, "PYTHON": sys.executable,
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("columns", [80, 200])
-def test_on_a_terminal_each_step_looks_as_it_does_by_hand(columns, pair, put_csv, own_names, tmp_path):
-    pair(sandbox.FLIGHTS_MAPPING["properties"])
+def test_on_a_terminal_each_step_looks_as_it_does_by_hand(columns, make_pair, put_csv, runner_environment, tmp_path):
+    make_pair(sandbox.FLIGHTS_MAPPING["properties"], 0, 0)
     variables = {
         "S3_PREFIX": put_csv(flights(1, 2)), "DOCUMENT_COUNT_THRESHOLD": "100", "REQUESTS_PER_SECOND": "20000",
     }  # fmt: skip
-    code, shown = on_terminal([str(TOP / "run_refresh.sh")], {**own_names, **variables}, columns)
+    code, shown = on_terminal([str(RUNNER)], {**runner_environment, **variables}, columns)
     assert code == 0, shown
     assert "==> 3 load" in shown
     assert re.search(r"INFO bulkupdate: loaded 51,955 rows", shown)
@@ -566,8 +468,8 @@ def test_on_a_terminal_each_step_looks_as_it_does_by_hand(columns, pair, put_csv
     assert not re.search(r"[\x1b\r]", log.read_text())
 
 
-def test_verbose_puts_what_the_steps_say_on_stderr_and_without_it_there_are_short_lines(pair, refresh, put_csv):
-    pair({"n": {"type": "long"}}, docs=1)
+def test_verbose_puts_what_the_steps_say_on_stderr_and_without_it_there_are_short_lines(make_pair, refresh, put_csv):
+    make_pair(NUMBER, 1, 0)
     prefix = put_csv({"a.csv": "n\n1\n"})
     code, _, err = finish(refresh(prefix, "--verbose"))
     assert code == 0
@@ -582,12 +484,12 @@ def test_verbose_puts_what_the_steps_say_on_stderr_and_without_it_there_are_shor
 
 
 @pytest.fixture
-def last(own_names, tmp_path):
-    return lambda: json.loads((tmp_path / "logs" / f"last-{own_names['INDEX_ALIAS']}.json").read_text())
+def last(runner_environment, tmp_path):
+    return lambda: json.loads((tmp_path / "logs" / f"last-{runner_environment['INDEX_ALIAS']}.json").read_text())
 
 
-def test_each_run_leaves_how_it_ended_for_a_monitor(pair, refresh, put_csv, last, tmp_path, name):
-    primary, secondary, alias = pair({"n": {"type": "long"}}, docs=1)
+def test_each_run_leaves_how_it_ended_for_a_monitor(make_pair, refresh, put_csv, last, tmp_path, alias):
+    primary, secondary = make_pair(NUMBER, 1, 0)
     good = put_csv({"good/a.csv": "n\n1\n", "bad/a.csv": f'n\n{BLANK_LINES}"x, ""y"\n'}) + "good/"
     bad = good.replace("good", "bad")
     assert finish(refresh(good))[0] == 0
@@ -620,21 +522,25 @@ def test_each_run_leaves_how_it_ended_for_a_monitor(pair, refresh, put_csv, last
     assert [path.name for path in (tmp_path / "logs").glob("last-*")] == [f"last-{alias}.json"]
 
 
-def test_a_signal_and_a_broken_file_of_the_last_run_are_no_obstacle(pair, refresh, put_csv, last, own_names, tmp_path):
-    pair({"n": {"type": "long"}}, docs=3)
-    path = tmp_path / "logs" / f"last-{own_names['INDEX_ALIAS']}.json"
+def test_a_signal_and_a_broken_file_of_the_last_run_are_no_obstacle(
+    make_pair, refresh, put_csv, last, runner_environment, admin, tmp_path
+):
+    primary, _ = make_pair(NUMBER, 60, 0)
+    path = tmp_path / "logs" / f"last-{runner_environment['INDEX_ALIAS']}.json"
     path.parent.mkdir()
     path.write_text("[1")
     process = refresh(put_csv({"a.csv": "n\n1\n"}), REQUESTS_PER_SECOND="1")
-    log = tmp_path / "logs"
-    wait_until(lambda: any("copying 3 documents" in file.read_text() for file in log.glob("refresh-*.log")))
+    wait_until(lambda: running_copies(admin, primary))
+    began = time.monotonic()
     process.terminate()
     assert finish(process)[0] == 143
+    assert time.monotonic() - began < 10
+    assert not running_copies(admin, primary)
     assert (last()["exit_code"], last()["message"], last()["last_success"]) == (143, "stopped by SIGTERM", None)
 
 
-def test_the_live_index_is_unknown_after_a_switch_that_broke_off(pair, refresh, put_csv, last, proxy):
-    primary, secondary, _ = pair({"n": {"type": "long"}}, docs=1)
+def test_the_live_index_is_unknown_after_a_switch_that_broke_off(make_pair, refresh, put_csv, last, proxy):
+    primary, secondary = make_pair(NUMBER, 1, 0)
     prefix = put_csv({"a.csv": "n\n1\n"})
     proxy.on("POST", "_aliases", answer(500, {"error": {"type": "x", "reason": "broken"}}))
     by_proxy = {name: os.environ[name] for name in os.environ if name.startswith("OPENSEARCH_")}
@@ -649,7 +555,7 @@ def test_the_live_index_is_unknown_after_a_switch_that_broke_off(pair, refresh, 
     assert (last()["live_index"], last()["documents"]) == (primary, 1)
 
 
-# --- somebody watches: a terminal, a pipe -----------------------------------------------------------------------------
+# --- on a terminal, into a pipe ---------------------------------------------------------------------------------------
 
 
 class Terminal:
@@ -673,22 +579,19 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def log_of(tmp_path):
-    """Return the log of the newest run."""
-    return max((tmp_path / "logs").glob("refresh-*.log"), key=lambda path: path.stat().st_mtime_ns).read_text()
-
-
 @pytest.mark.parametrize("during", ["copying 60 documents", "<== 1 copy"])
-def test_ctrl_c_stops_the_step_or_the_pause_at_once(during, pair, put_csv, own_names, admin, last, tmp_path):
-    primary, *_ = pair({"n": {"type": "long"}}, docs=60)
+def test_ctrl_c_stops_the_step_or_the_pause_at_once(
+    during, make_pair, put_csv, runner_environment, admin, last, tmp_path
+):
+    primary, _ = make_pair(NUMBER, 60, 0)
     slow = {"REQUESTS_PER_SECOND": "1"} if "copying" in during else {"STEP_DELAY_SECONDS": "60"}
-    terminal = Terminal([str(TOP / "run_refresh.sh")], {**own_names, **slow, "S3_PREFIX": put_csv({"a.csv": "n\n1\n"})})
+    terminal = Terminal([str(RUNNER)], {**runner_environment, **slow, "S3_PREFIX": put_csv({"a.csv": "n\n1\n"})})
     terminal.read_until(during)
     began = time.monotonic()
     os.write(terminal.descriptor, b"\x03")
     assert terminal.finish() == 130, terminal.shown
     assert time.monotonic() - began < 10
-    assert not copy_task(admin, primary)
+    assert not running_copies(admin, primary)
     assert (last()["exit_code"], last()["message"], last()["live_index"]) == (130, "stopped by SIGINT", primary)
     for text in (terminal.shown, log_of(tmp_path)):
         assert ("ERROR reindex: stopped by SIGINT" in text) is ("copying" in during)
@@ -696,32 +599,34 @@ def test_ctrl_c_stops_the_step_or_the_pause_at_once(during, pair, put_csv, own_n
         assert "FAILED at: 1 copy" in text or text != terminal.shown
 
 
-def test_a_terminal_that_is_closed_stops_the_run_in_good_order(pair, put_csv, own_names, admin, last, tmp_path):
-    primary, secondary, _ = pair({"n": {"type": "long"}}, docs=60)
+def test_a_terminal_that_is_closed_stops_the_run_in_good_order(
+    make_pair, put_csv, runner_environment, admin, last, tmp_path
+):
+    primary, secondary = make_pair(NUMBER, 60, 0)
     slow = {"REQUESTS_PER_SECOND": "1", "S3_PREFIX": put_csv({"a.csv": "n\n1\n"})}
-    terminal = Terminal([str(TOP / "run_refresh.sh")], {**own_names, **slow})
+    terminal = Terminal([str(RUNNER)], {**runner_environment, **slow})
     terminal.read_until("copying 60 documents")
     os.close(terminal.descriptor)
     assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 129
     assert (last()["exit_code"], last()["message"]) == (129, "stopped by SIGHUP")
     assert "ERROR reindex: stopped by SIGHUP" in log_of(tmp_path)
-    assert not copy_task(admin, primary)
+    assert not running_copies(admin, primary)
     assert "refresh_interval" not in admin("GET", f"/{secondary}/_settings")[secondary]["settings"]["index"]
 
 
 @pytest.mark.parametrize("ending", ["2>&1 | head -n 1", "2>&-"])
-def test_nobody_has_to_read_what_a_verbose_run_says(ending, pair, put_csv, own_names, last, tmp_path):
-    primary, *_ = pair({"n": {"type": "long"}}, docs=1)
+def test_a_verbose_run_needs_no_reader_of_its_output(ending, make_pair, put_csv, runner_environment, last, tmp_path):
+    primary, _ = make_pair(NUMBER, 1, 0)
     command = f"set -o pipefail; {TOP}/run_refresh.sh --verbose {ending}"
-    variables = {**own_names, "S3_PREFIX": put_csv({"a.csv": "n\n1\n"})}
+    variables = {**runner_environment, "S3_PREFIX": put_csv({"a.csv": "n\n1\n"})}
     done = subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (last()["exit_code"], last()["live_index"]) == (0, primary)
     assert log_of(tmp_path).count("INFO bulkupdate: done: ") == 1
 
 
-def test_a_wrong_setting_of_a_step_is_shown_once_and_logged(pair, put_csv, refresh, last, tmp_path):
-    pair({"n": {"type": "long"}}, docs=1)
+def test_a_wrong_setting_of_a_step_is_shown_once_and_logged(make_pair, put_csv, refresh, last, tmp_path):
+    make_pair(NUMBER, 1, 0)
     wrong = {"RETRY_SECONDS": "soon"}
     code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"}), "--verbose", **wrong))
     assert (code, err.count("RETRY_SECONDS: ")) == (2, 1)

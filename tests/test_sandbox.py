@@ -113,7 +113,7 @@ def test_what_cannot_be_fetched_is_one_line_with_advice(failure, advice, box):
     assert said.split("; ")[-1].startswith(advice)
 
 
-def test_a_port_that_is_taken_is_told_by_the_last_words_of_the_server(tmp_path):
+def test_a_port_in_use_is_named_by_the_last_words_of_the_server(tmp_path):
     node = sandbox.OpenSearch(sandbox.install(), tmp_path / "node", java=sandbox.SMALL_JAVA)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", node.port))  # nobody listens: whoever asks is refused at once

@@ -12,9 +12,8 @@ import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
-from conftest import count
+from conftest import count, finish, meta_of
 from fault_proxy import after, edited
-from test_run_refresh import finish, live, pair, refresh  # noqa: F401  # fixtures
 
 NUMBER = {"n": {"type": "long"}, "k": {"type": "keyword"}}
 FILES = {"a.csv": "n,k\n1,a\n2,b\n", "b.csv": "n,k\n3,c\n"}
@@ -41,7 +40,7 @@ def loaded(skip, make_index, put_csv, load):
 
 
 def record_of(admin, index):
-    return admin("GET", f"/{index}/_mapping")[index]["mappings"].get("_meta", {}).get(bulkupdate.RECORD)
+    return meta_of(admin, index).get(bulkupdate.RECORD)
 
 
 def add(admin, index, name="stray", n=9):
@@ -69,7 +68,7 @@ def another_mapping(admin, index):
 
 
 @pytest.mark.parametrize("write", [add, delete_one, update_one, one_of_each, another_mapping])
-def test_a_write_by_anybody_is_a_change(write, loaded, admin):
+def test_any_write_is_a_change(write, loaded, admin):
     index, _, unchanged = loaded
     write(admin, index)
     assert not unchanged()
@@ -100,7 +99,7 @@ def test_the_same_objects_written_again_are_no_change_and_another_prefix_or_opti
     assert unchanged()
     assert not unchanged(prefix[:-1])
     assert not unchanged(prefix, "--id-column", "n")
-    load(prefix, index, "--dry-run", "--delimiter", ";", code=4)  # looked at, and refused for its header
+    load(prefix, index, "--dry-run", "--delimiter", ";", code=4)  # read, and refused for its header
 
 
 def test_flush_merge_and_settings_are_no_change(loaded, admin):
@@ -193,7 +192,7 @@ def test_without_the_setting_nothing_is_read(loaded, load, monkeypatch, proxy):
 def test_an_unfinished_index_is_changed(loaded, admin):
     """A run was killed after the record, before it took its marker out."""
     index, _, unchanged = loaded
-    meta = admin("GET", f"/{index}/_mapping")[index]["mappings"]["_meta"]
+    meta = meta_of(admin, index)
     marker = {"started": "2026-01-01T00:00:00Z", "host": "h", "found": {}, "set": {}}
     admin("PUT", f"/{index}/_mapping", {"_meta": {**meta, base.SUITE: marker}})
     assert not unchanged()
@@ -205,8 +204,10 @@ def test_an_unfinished_index_is_changed(loaded, admin):
 
 
 @pytest.mark.parametrize("strategy", ["copy-back", "alternate"])
-def test_a_night_with_nothing_new_is_over_at_once(strategy, pair, refresh, put_csv, admin, s3, proxy, tmp_path):  # noqa: F811
-    _, _, alias = pair(NUMBER, docs=3)
+def test_a_night_with_nothing_new_is_over_at_once(
+    strategy, make_pair, refresh, put_csv, admin, s3, proxy, tmp_path, alias, behind_alias
+):
+    make_pair(NUMBER, 3, 0)
     prefix = put_csv(FILES)
     night = {
         "SKIP_UNCHANGED": "true", "REFRESH_STRATEGY": strategy, "OPENSEARCH_ENDPOINT": proxy.endpoint,
@@ -214,7 +215,7 @@ def test_a_night_with_nothing_new_is_over_at_once(strategy, pair, refresh, put_c
     }  # fmt: skip
     code, _, err = finish(refresh(prefix, **night))
     assert (code, "nothing to do" in err) == (0, False), err
-    readers_on = live(admin, alias)
+    readers_on = behind_alias()
     proxy.requests.clear()
     code, _, err = finish(refresh(prefix, **night))
     assert code == 0, err
@@ -226,6 +227,6 @@ def test_a_night_with_nothing_new_is_over_at_once(strategy, pair, refresh, put_c
     s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}c.csv", Body=b"n,k\n4,d\n")
     code, _, err = finish(refresh(prefix, **night, DOCUMENT_COUNT_THRESHOLD="50"))
     assert (code, "nothing to do" in err) == (0, False), err
-    assert count(admin, live(admin, alias)[0]) == 4
+    assert count(admin, behind_alias()[0]) == 4
     checks = 1 if strategy == "copy-back" else 2  # there, the index to be loaded is the live one
     assert len(re.findall("<== check (what has changed|the load): exit 0", err)) == checks

@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import shlex
 
 import opensearch_base_manager as base
 import pytest
 import switch_alias
-from conftest import OWN, fill, state_of
-from fault_proxy import after, answer, edited, lost_answer, refused
+from conftest import command_in, state_of
+from fault_proxy import after, answer, before, edited, lost_answer, refused
 
 pytestmark = pytest.mark.quick
 
 
-ALIAS = f"{OWN}-switch"
 NUMBER = {"n": {"type": "long"}}
 
 
 @pytest.fixture
-def switch(run):
-    return lambda source, target, *more: run(
-        switch_alias, "--alias", ALIAS, "--source", source, "--target", target, *more
-    )
-
-
-@pytest.fixture(scope="module")
-def lasting_pair(box):
-    """Two indices with two documents each; a switch does not change them."""
-    pair = f"{ALIAS}-old", f"{ALIAS}-new"
-    for index in pair:
-        box.server.request("PUT", f"/{index}", {"mappings": {"properties": NUMBER}})
-        fill(box.server.request, index, [{"n": 1}, {"n": 2}])
-    yield pair
-    for index in pair:
-        box.server.request("DELETE", f"/{index}")
-
-
-@pytest.fixture
-def pair(lasting_pair, admin):
-    """The two, with the alias on the first."""
-    admin("POST", "/_aliases", {"actions": [{"add": {"index": lasting_pair[0], "alias": ALIAS}}]})
-    yield lasting_pair
-    for index, entry in admin("GET", f"/{ALIAS}-*/_alias").items():  # wherever the test has left it
-        for alias in entry["aliases"]:
-            admin("DELETE", f"/{index}/_alias/{alias}")
-
-
-@pytest.fixture
-def fresh_pair(make_index):
-    """For tests that change the indices themselves."""
-    return make_index("old", NUMBER, docs=2, alias=ALIAS), make_index("new", NUMBER, docs=2)
-
-
-@pytest.fixture
-def owners(admin):
-    return lambda: sorted(admin("GET", f"/_alias/{ALIAS}"))
-
-
-@pytest.fixture
-def move(admin):
-    """Act as somebody else: `move("from", "to")`."""
-
-    def do(source, target):
-        actions = [{kind: {"index": index, "alias": ALIAS}} for kind, index in
-                   (("remove", source), ("add", target))]  # fmt: skip
-        admin("POST", "/_aliases", {"actions": actions})
-
-    return do
-
-
-def command_in(text, before=""):
-    """Return the arguments of the last command in a text, read as a shell would."""
-    return shlex.split(text.split(f"{before}python switch_alias.py ")[-1].splitlines()[0])
+def pair(make_pair):
+    return make_pair(NUMBER, [{"n": 1}, {"n": 2}])
 
 
 def without_documents(answer):
@@ -88,70 +33,74 @@ def moves(proxy):
 # --- the move ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_alias_moves_and_the_undo_command_is_printed(make_index, switch, owners, run):
-    old, new = make_index("old", NUMBER, docs=10, alias=ALIAS), make_index("new", NUMBER, docs=11)
+def test_the_alias_moves_and_the_undo_command_is_printed(make_index, switch, behind_alias, run, alias):
+    old, new = make_index("old", NUMBER, docs=10, alias=alias), make_index("new", NUMBER, docs=11)
     outcome = switch(old, new)
     assert outcome.code == 0
-    assert owners() == [new]
-    assert f"alias {ALIAS}: {old} -> {new}" in outcome.err
-    expected = {"alias": ALIAS, "source": old, "target": new, "changed": True, "documents": 11, "fields_checked": 1}
+    assert behind_alias() == [new]
+    assert f"alias {alias}: {old} -> {new}" in outcome.err
+    expected = {"alias": alias, "source": old, "target": new, "changed": True, "documents": 11, "fields_checked": 1}
     assert outcome.result == {**expected, "seconds": outcome.result["seconds"]}
     undo = command_in(outcome.err, "undo: ")
-    assert undo == ["--alias", ALIAS, "--source", new, "--target", old, "--wait-seconds", "5", "--undo"]
+    assert undo == ["--alias", alias, "--source", new, "--target", old, "--wait-seconds", "5", "--undo"]
     assert run(switch_alias, *undo).code == 0
-    assert owners() == [old]
+    assert behind_alias() == [old]
 
 
-def test_what_belongs_to_the_alias_moves_along(pair, switch, admin):
+def test_what_belongs_to_the_alias_moves_along(pair, switch, admin, alias):
     old, new = pair
     kept = {"filter": {"term": {"n": 1}}, "index_routing": "a", "search_routing": "a,b"}
     flags = {"is_write_index": True, "is_hidden": True}
-    alias = {"index": old, "alias": ALIAS, **kept, **flags}
-    admin("POST", "/_aliases", {"actions": [{"add": alias}]})
+    entry = {"index": old, "alias": alias, **kept, **flags}
+    admin("POST", "/_aliases", {"actions": [{"add": entry}]})
     assert switch(old, new).code == 0
-    assert admin("GET", f"/{new}/_alias")[new]["aliases"][ALIAS] == {**kept, **flags}
+    assert admin("GET", f"/{new}/_alias")[new]["aliases"][alias] == {**kept, **flags}
     assert admin("GET", f"/{old}/_alias")[old]["aliases"] == {}
 
 
-def test_an_alias_on_both_is_taken_off_the_source_and_stays_as_it_is_on_the_target(pair, switch, admin, owners):
+def test_an_alias_on_both_is_removed_from_the_source_and_stays_as_it_is_on_the_target(
+    pair, switch, admin, behind_alias, alias
+):
     old, new = pair
-    filtered = {"index": new, "alias": ALIAS, "filter": {"term": {"n": 1}}}
+    filtered = {"index": new, "alias": alias, "filter": {"term": {"n": 1}}}
     admin("POST", "/_aliases", {"actions": [{"add": filtered}]})
     refused = switch(old, new)  # of its two documents readers would see one
     assert refused.code == 4
     assert f"{old} holds 2 documents, {new} 1 for readers" in refused.err
-    assert owners() == sorted(pair)
+    assert behind_alias() == sorted(pair)
     assert switch(old, new, "--threshold", "50").code == 0
-    assert owners() == [new]
-    assert admin("GET", f"/{new}/_alias")[new]["aliases"][ALIAS] == {"filter": {"term": {"n": 1}}}
+    assert behind_alias() == [new]
+    assert admin("GET", f"/{new}/_alias")[new]["aliases"][alias] == {"filter": {"term": {"n": 1}}}
 
 
-def test_an_alias_on_the_target_alone_is_success_without_a_change(pair, switch, owners, proxy):
+def test_an_alias_on_the_target_alone_is_success_without_a_change(pair, switch, behind_alias, proxy):
     old, new = pair
     outcome = switch(new, old)
     assert (outcome.code, outcome.result["changed"]) == (0, False)
     assert "already, nothing to do" in outcome.last
-    assert owners() == [old]
+    assert behind_alias() == [old]
     assert moves(proxy) == []
 
 
 @pytest.mark.parametrize("others", ["old and third", "all three"])
-def test_an_alias_on_a_third_index_beside_the_source_is_refused(others, pair, make_index, switch, admin, owners):
+def test_an_alias_on_a_third_index_beside_the_source_is_refused(
+    others, pair, make_index, switch, admin, behind_alias, alias
+):
     old, new = pair
-    third = make_index("third", NUMBER, docs=2, alias=ALIAS)
+    third = make_index("third", NUMBER, docs=2, alias=alias)
     if others == "all three":
-        admin("POST", "/_aliases", {"actions": [{"add": {"index": new, "alias": ALIAS}}]})
-    before = owners()
+        admin("POST", "/_aliases", {"actions": [{"add": {"index": new, "alias": alias}}]})
+    before = behind_alias()
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
-    assert f"alias {ALIAS} is on {', '.join(before)}" in outcome.last
+    assert f"alias {alias} is on {', '.join(before)}" in outcome.last
     assert third in before
-    assert owners() == before
+    assert behind_alias() == before
 
 
-def test_an_application_may_write_through_the_alias_afterwards(fresh_pair, switch, admin):
-    assert switch(*fresh_pair).code == 0
-    assert admin("POST", f"/{ALIAS}/_doc", {"n": 3})["_index"] == fresh_pair[1]
+def test_an_application_may_write_through_the_alias_afterwards(pair, switch, admin, alias):
+    assert switch(*pair).code == 0
+    assert admin("POST", f"/{alias}/_doc", {"n": 3})["_index"] == pair[1]
 
 
 # --- how many documents -----------------------------------------------------------------------------------------------
@@ -174,51 +123,53 @@ def test_the_threshold_is_inclusive_and_exact(source, target, threshold, code, p
     assert outcome.code == code, outcome.err
 
 
-def test_the_variable_sets_the_threshold_and_the_flag_wins(make_index, switch, monkeypatch, owners):
-    old, new = make_index("old", NUMBER, docs=3, alias=ALIAS), make_index("new", NUMBER, docs=2)
+def test_the_variable_sets_the_threshold_and_the_flag_wins(make_index, switch, monkeypatch, behind_alias, alias):
+    old, new = make_index("old", NUMBER, docs=3, alias=alias), make_index("new", NUMBER, docs=2)
     monkeypatch.setenv("DOCUMENT_COUNT_THRESHOLD", "40")
     assert switch(old, new, "--threshold", "20").code == 4
-    assert owners() == [old]
+    assert behind_alias() == [old]
     assert switch(old, new).code == 0
 
 
-def test_documents_that_no_search_sees_yet_are_counted(make_index, switch, admin):
+def test_documents_that_no_search_sees_yet_are_counted(make_index, switch, admin, alias):
     hidden = {"refresh_interval": "-1"}
-    old, new = make_index("old", NUMBER, docs=2, alias=ALIAS), make_index("new", NUMBER, docs=1, settings=hidden)
+    old, new = make_index("old", NUMBER, docs=2, alias=alias), make_index("new", NUMBER, docs=1, settings=hidden)
     admin("POST", f"/{new}/_doc", {"n": 2})
     assert switch(old, new, "--threshold", "0").code == 0
 
 
-def test_a_count_that_misses_a_shard_is_no_count(pair, switch, owners, proxy):
+def test_a_count_that_misses_a_shard_is_no_count(pair, switch, behind_alias, proxy):
     proxy.on("GET", f"/{pair[1]}/_count", edited(lambda answer: answer["_shards"].update(failed=1)))
     outcome = switch(*pair)
     assert outcome.code == 1
     assert f"_count of {pair[1]}: 1 shard(s) failed" in outcome.last
-    assert owners() == [pair[0]]
+    assert behind_alias() == [pair[0]]
 
 
 # --- is the target fit for readers? -----------------------------------------------------------------------------------
 
 
-def test_an_unfinished_target_is_refused(fresh_pair, switch, admin, owners):
-    old, new = fresh_pair
-    note = {"started": "2026-01-31T02:00:00Z", "host": "elsewhere", "found": {}, "set": {}}
-    admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: note}})
+def test_an_unfinished_target_is_refused(pair, switch, admin, behind_alias):
+    old, new = pair
+    marker = {"started": "2026-01-31T02:00:00Z", "host": "elsewhere", "found": {}, "set": {}}
+    admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: marker}})
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
     assert f"{new} is unfinished: a load on elsewhere, started 2026-01-31T02:00:00Z" in outcome.last
-    assert owners() == [old]
+    assert behind_alias() == [old]
 
 
-def test_a_target_that_somebody_starts_to_load_during_the_wait_is_refused(fresh_pair, switch, admin, owners, proxy):
-    old, new = fresh_pair
-    note = {"started": "now", "host": "elsewhere", "found": {}, "set": {}}
-    mark = after(lambda: admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: note}}))
+def test_a_target_that_another_client_starts_to_load_during_the_wait_is_refused(
+    pair, switch, admin, behind_alias, proxy
+):
+    old, new = pair
+    marker = {"started": "now", "host": "elsewhere", "found": {}, "set": {}}
+    mark = after(lambda: admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: marker}}))
     proxy.on("GET", "/_cluster/health", mark)
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
     assert "unfinished" in outcome.last
-    assert owners() == [old]
+    assert behind_alias() == [old]
 
 
 @pytest.mark.parametrize(
@@ -235,9 +186,9 @@ def test_the_target_needs_as_many_copies_as_readers_have_now_where_that_is_possi
     assert switch_alias.needed_copies({"number_of_replicas": replicas}, live, data_nodes) == needed
 
 
-def test_replicas_that_a_single_node_can_never_have_do_not_block(make_index, switch):
+def test_replicas_that_a_single_node_can_never_have_do_not_block(make_index, switch, alias):
     replicas = {"number_of_replicas": 1}
-    old = make_index("old", NUMBER, docs=1, alias=ALIAS, settings=replicas)
+    old = make_index("old", NUMBER, docs=1, alias=alias, settings=replicas)
     assert switch(old, make_index("new", NUMBER, docs=1, settings=replicas)).code == 0
 
 
@@ -250,48 +201,48 @@ def copies(index, started):
     return edited(change)
 
 
-def test_missing_shard_copies_are_waited_for(pair, switch, owners, proxy):
+def test_missing_shard_copies_are_waited_for(pair, switch, behind_alias, proxy):
     proxy.on("GET", "/_cluster/health", copies(pair[1], 0), times=2)
     assert switch(*pair).code == 0
-    assert owners() == [pair[1]]
+    assert behind_alias() == [pair[1]]
     assert len(proxy.seen("GET", "/_cluster/health")) == 3
 
 
-def test_shard_copies_that_never_come_refuse_the_switch(pair, switch, owners, proxy):
+def test_shard_copies_that_never_come_refuse_the_switch(pair, switch, behind_alias, proxy):
     proxy.on("GET", "/_cluster/health", copies(pair[1], 0), times=None)
     outcome = switch(*pair, "--wait-seconds", "1")
     assert outcome.code == 4, outcome.err
     assert "1 of 1 shards have fewer than 1 active copies after 1 s" in outcome.last
-    assert owners() == [pair[0]]
+    assert behind_alias() == [pair[0]]
 
 
-def test_an_index_that_is_replaced_during_the_wait_is_not_switched_to(fresh_pair, switch, admin, owners, proxy):
+def test_an_index_that_is_replaced_during_the_wait_is_not_switched_to(pair, switch, admin, behind_alias, proxy):
     def replace():
-        admin("DELETE", f"/{fresh_pair[1]}")
-        admin("PUT", f"/{fresh_pair[1]}", {})
+        admin("DELETE", f"/{pair[1]}")
+        admin("PUT", f"/{pair[1]}", {})
 
     proxy.on("GET", "/_cluster/health", after(replace))
-    outcome = switch(*fresh_pair)
+    outcome = switch(*pair)
     assert outcome.code == 1
-    assert f"{fresh_pair[1]} was deleted and created anew by somebody else" in outcome.last
-    assert owners() == [fresh_pair[0]]
+    assert f"{pair[1]} was deleted and created anew by somebody else" in outcome.last
+    assert behind_alias() == [pair[0]]
 
 
 # --- the one call, and when it goes wrong -----------------------------------------------------------------------------
 
 
-def test_the_switch_is_one_call_that_insists_on_the_source(pair, switch, proxy):
+def test_the_switch_is_one_call_that_insists_on_the_source(pair, switch, proxy, alias):
     old, new = pair
     assert switch(old, new).code == 0
-    remove = {"index": old, "alias": ALIAS, "must_exist": True}
-    assert moves(proxy) == [[{"remove": remove}, {"add": {"index": new, "alias": ALIAS}}]]
+    remove = {"index": old, "alias": alias, "must_exist": True}
+    assert moves(proxy) == [[{"remove": remove}, {"add": {"index": new, "alias": alias}}]]
 
 
-def test_an_older_version_is_not_sent_what_it_would_refuse(pair, switch, owners, proxy):
+def test_an_older_version_is_not_sent_what_it_would_refuse(pair, switch, behind_alias, proxy, alias):
     proxy.on("GET", "^/$", edited(lambda answer: answer["version"].update(number="2.10.0")), times=None)
     assert switch(*pair).code == 0
-    assert owners() == [pair[1]]
-    assert moves(proxy)[0][0] == {"remove": {"index": pair[0], "alias": ALIAS}}
+    assert behind_alias() == [pair[1]]
+    assert moves(proxy)[0][0] == {"remove": {"index": pair[0], "alias": alias}}
 
 
 def test_a_switch_that_not_every_node_acknowledged_is_no_switch_yet(pair, switch, proxy):
@@ -304,12 +255,12 @@ def test_a_switch_that_not_every_node_acknowledged_is_no_switch_yet(pair, switch
     assert outcome.out == ""
 
 
-def test_a_switch_that_does_not_take_is_a_failure(pair, switch, owners, proxy):
+def test_a_switch_that_does_not_take_is_a_failure(pair, switch, behind_alias, proxy):
     proxy.on("POST", "/_aliases", answer(200, {"acknowledged": True}))
     outcome = switch(*pair)
     assert outcome.code == 1
     assert f"is on {pair[0]} now" in outcome.last
-    assert owners() == [pair[0]]
+    assert behind_alias() == [pair[0]]
 
 
 @pytest.mark.parametrize(
@@ -320,65 +271,63 @@ def test_a_switch_that_does_not_take_is_a_failure(pair, switch, owners, proxy):
     ],
     ids=["carried out, no answer", "no answer", "503", "504", "429"],
 )  # fmt: skip
-def test_the_state_is_read_before_a_lost_call_is_sent_again(fault, sent, pair, switch, owners, proxy):
+def test_the_state_is_read_before_a_lost_call_is_sent_again(fault, sent, pair, switch, behind_alias, proxy):
     proxy.on("POST", "/_aliases", fault)
     outcome = switch(*pair)
     assert outcome.code == 0, outcome.err
-    assert owners() == [pair[1]]
+    assert behind_alias() == [pair[1]]
     assert len(moves(proxy)) == sent
 
 
 def test_a_call_that_is_lost_for_good_ends_with_the_command_that_shows_the_state(
-    pair, switch, owners, proxy, monkeypatch
+    pair, switch, behind_alias, proxy, monkeypatch, alias
 ):
     monkeypatch.setenv("RETRY_SECONDS", "1")
     proxy.on("POST", "/_aliases", answer(503), times=None)
     outcome = switch(*pair)
     assert outcome.code == 1
-    assert f"python switch_alias.py --alias {ALIAS} --show" in outcome.last
-    assert owners() == [pair[0]]
+    assert f"python switch_alias.py --alias {alias} --show" in outcome.last
+    assert behind_alias() == [pair[0]]
 
 
-def test_an_alias_that_somebody_moves_right_before_the_call_stays_where_they_put_it(
-    pair, make_index, switch, move, owners, proxy
+@pytest.mark.parametrize("to", ["the target", "a third index"])
+def test_an_alias_that_another_client_moves_right_before_the_call_stays_there(
+    to, pair, make_index, switch, move_alias, behind_alias, proxy
 ):
-    third = make_index("third", NUMBER, docs=2)
-
-    def overtaken(exchange):
-        move(pair[0], third)
-        exchange.pass_on()
-
-    proxy.on("POST", "/_aliases", overtaken)
+    there = pair[1] if to == "the target" else make_index("third", NUMBER, docs=2)
+    proxy.on("POST", "/_aliases", before(lambda: move_alias(pair[0], there)))
     outcome = switch(*pair)
     assert outcome.code == 1
     assert "aliases_not_found" in outcome.last
-    assert owners() == [third]
+    assert behind_alias() == [there]
 
 
-def test_an_alias_that_somebody_moves_to_a_third_index_during_the_wait_is_refused(
-    pair, make_index, switch, move, owners, proxy
+def test_an_alias_that_another_client_moves_to_a_third_index_during_the_wait_is_refused(
+    pair, make_index, switch, move_alias, behind_alias, proxy
 ):
     third = make_index("third", NUMBER, docs=2)
-    proxy.on("GET", "/_cluster/health", after(lambda: move(pair[0], third)))
+    proxy.on("GET", "/_cluster/health", after(lambda: move_alias(pair[0], third)))
     outcome = switch(*pair)
     assert outcome.code == 4, outcome.err
-    assert owners() == [third]
+    assert behind_alias() == [third]
     assert moves(proxy) == []
 
 
-def test_an_alias_that_somebody_moves_to_the_target_during_the_wait_is_where_it_should_be(
-    pair, switch, move, owners, proxy
+def test_an_alias_that_another_client_moves_to_the_target_during_the_wait_is_where_it_should_be(
+    pair, switch, move_alias, behind_alias, proxy
 ):
-    proxy.on("GET", "/_cluster/health", after(lambda: move(*pair)))
+    proxy.on("GET", "/_cluster/health", after(lambda: move_alias(*pair)))
     outcome = switch(*pair)
     assert outcome.code == 0, outcome.err
-    assert owners() == [pair[1]]
+    assert behind_alias() == [pair[1]]
     assert moves(proxy) == []
 
 
-def test_an_alias_that_somebody_moves_away_right_after_the_call_is_a_failure(pair, make_index, switch, move, proxy):
+def test_an_alias_that_another_client_moves_away_right_after_the_call_is_a_failure(
+    pair, make_index, switch, move_alias, proxy
+):
     third = make_index("third", NUMBER, docs=2)
-    proxy.on("POST", "/_aliases", after(lambda: move(pair[1], third)))
+    proxy.on("POST", "/_aliases", after(lambda: move_alias(pair[1], third)))
     outcome = switch(*pair)
     assert outcome.code == 1
     assert f"is on {third} now" in outcome.last
@@ -388,14 +337,14 @@ def test_an_alias_that_somebody_moves_away_right_after_the_call_is_a_failure(pai
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
-def test_show_prints_the_index_and_nothing_else(pair, run):
-    outcome = run(switch_alias, "--alias", ALIAS, "--show")
+def test_show_prints_the_index_and_nothing_else(pair, run, alias):
+    outcome = run(switch_alias, "--alias", alias, "--show")
     assert (outcome.code, outcome.out) == (0, f"{pair[0]}\n")
 
 
-def test_show_refuses_to_choose_between_two_indices(pair, make_index, run):
-    third = make_index("third", NUMBER, alias=ALIAS)
-    outcome = run(switch_alias, "--alias", ALIAS, "--show")
+def test_show_refuses_to_choose_between_two_indices(pair, make_index, run, alias):
+    third = make_index("third", NUMBER, alias=alias)
+    outcome = run(switch_alias, "--alias", alias, "--show")
     assert (outcome.code, outcome.out) == (4, "")
     assert f"points at 2 indices: {', '.join(sorted([pair[0], third]))}" in outcome.last
 
@@ -414,27 +363,9 @@ def test_a_dry_run_checks_everything_and_changes_nothing(pair, make_index, switc
     assert moves(proxy) == []
 
 
-@pytest.mark.parametrize("locked", [0, 1], ids=["source", "target"])
-@pytest.mark.parametrize("kind", [fcntl.LOCK_EX, fcntl.LOCK_SH], ids=["exclusive", "shared"])
-def test_a_locked_index_ends_with_75_and_is_left_alone(locked, kind, pair, switch, owners, tmp_path):
-    (tmp_path / "locks").mkdir()
-    with open(tmp_path / "locks" / f"{pair[locked]}.lock", "w") as lock:
-        fcntl.flock(lock, kind)
-        outcome = switch(*pair)
-        assert outcome.code == 75, outcome.err
-        assert f"another run on this host works on index {pair[locked]}" in outcome.last
-        assert owners() == [pair[0]]
-    assert switch(*pair).code == 0
-
-
-def test_a_copy_of_a_stranger_into_the_target_refuses_the_switch(fresh_pair, make_index, switch, admin, owners):
-    third = make_index("third", NUMBER, docs=3)
-    body = {"source": {"index": third, "size": 1}, "dest": {"index": fresh_pair[1]}}
-    task = admin("POST", "/_reindex?wait_for_completion=false&requests_per_second=0.5", body)["task"]
-    try:
-        outcome = switch(*fresh_pair)
-    finally:
-        admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
+def test_a_copy_of_another_client_into_the_target_refuses_the_switch(pair, foreign_copy, switch, behind_alias):
+    task = foreign_copy(pair[1])
+    outcome = switch(*pair)
     assert outcome.code == 4, outcome.err
-    assert f"task {task} of somebody else works on index {fresh_pair[1]}" in outcome.last
-    assert owners() == [fresh_pair[0]]
+    assert f"task {task} of somebody else works on index {pair[1]}" in outcome.last
+    assert behind_alias() == [pair[0]]

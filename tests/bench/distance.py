@@ -135,7 +135,7 @@ def busy_clusters(bench: Bench) -> None:
     with relay(bench.endpoint, "admits", 4) as endpoint:
         seconds, result = load(bench, many, endpoint)
         print(f"\nadmits four, lets others wait: {many.rows:,} rows in {seconds:.0f} s, "
-              f"{result['requests_under_way']} under way at most", flush=True)  # fmt: skip
+              f"{result['requests_under_way']} in flight at most", flush=True)  # fmt: skip
     remove(bench, many.prefix)
     with relay(bench.endpoint, "refuses", 4) as endpoint:
         seconds, result = load(bench, data, endpoint, "--batch-size", "1000")

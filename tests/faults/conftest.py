@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import sandbox
+from conftest import OWN_PASSWORD, Account
 
-from .driver import OWN_PASSWORD, Account, World, add_roles
+from .driver import World
 
 
 @pytest.fixture
@@ -27,22 +28,7 @@ def world(box: sandbox.Sandbox, world_on: Callable[[sandbox.Server], World]) -> 
 
 @pytest.fixture
 def account(world, name):
-    made = Account(world, name("user"))
+    made = Account(world.box.server, name("user"), [world.primary, world.secondary, world.alias])
     yield made
     made.delete()
     assert OWN_PASSWORD not in "".join(run.out + run.err + run.log for run in world.runs)
-
-
-@pytest.fixture(scope="session")
-def alone(box: sandbox.Sandbox) -> Iterator[sandbox.OpenSearch]:
-    with sandbox.cluster(1) as [node]:
-        add_roles(node)
-        yield node
-
-
-@pytest.fixture
-def world_alone(alone: sandbox.OpenSearch, world_on: Callable[[sandbox.Server], World]) -> Iterator[World]:
-    """A world on a node of its own, for what changes a whole node: others share that of the session."""
-    with world_on(alone) as made:
-        yield made
-    alone.request("DELETE", f"/{made.primary},{made.secondary}")

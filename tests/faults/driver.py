@@ -8,10 +8,8 @@ def test_something(world):
 
 from __future__ import annotations
 
-import copy
 import csv
 import gzip
-import hashlib
 import io
 import os
 import re
@@ -25,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import sandbox
-from conftest import TEST_PATTERNS, Reader, fill
+from conftest import TEST_PATTERNS, Reader, by_id, digest_of, fill
 from fault_proxy import FaultProxy
 
 TOP = Path(__file__).resolve().parents[2]
 TYPES = {"n": "long", "half": "double", "word": "keyword"}
-MAPPING = {"properties": {name: {"type": kind} for name, kind in TYPES.items()}, "_meta": {"owner": "somebody"}}
+MAPPING = {"properties": {name: {"type": kind} for name, kind in TYPES.items()}, "_meta": {"owner": "team a"}}
 SETTINGS = {"number_of_replicas": 1, "refresh_interval": "7s"}
 OLD = [{"n": n, "half": n / 2, "word": "old"} for n in range(40)]
 NEW_ROWS = 43  # within the threshold of 10 %
-OWN_PASSWORD = "of-the-Test-only-2026!"
 BATCH_SIZE = 10  # so that a load takes several requests
 SECRETS = [sandbox.PASSWORD, b64encode(f"{sandbox.USER}:{sandbox.PASSWORD}".encode()).decode()]
 # by the server, to each index that is created or cloned
@@ -55,10 +52,10 @@ def expected_documents(prefix: str, objects: dict[str, bytes]) -> dict[str, dict
     found = {}
     for key, body in objects.items():
         text = (gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body).decode()
-        digest = hashlib.sha256(f"{sandbox.BUCKET}/{prefix}{key}".encode()).hexdigest()[:16]
         for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
             convert = {"n": int, "half": float, "word": str}
-            found[f"{digest}-{number:09d}"] = {name: convert[name](cell) for name, cell in row.items() if cell}
+            document = {name: convert[name](cell) for name, cell in row.items() if cell}
+            found[f"{digest_of(prefix + key)}-{number:09d}"] = document
     return found
 
 
@@ -135,7 +132,7 @@ class World:
         )  # fmt: skip
 
     def finish(self, process: subprocess.Popen[str], timeout: float = 120) -> Run:
-        """Wait for a run and note what it said."""
+        """Wait for a run and record its output."""
         out, err = process.communicate(timeout=timeout)
         logs = sorted((self.folder / "logs").glob("refresh-*.log"), key=lambda path: path.stat().st_mtime)
         run = Run(process.returncode, out, err, logs[-1].read_text() if logs else "")
@@ -163,8 +160,8 @@ class World:
         self.assert_done()
 
     def assert_done(self) -> None:
-        """Readers are on an index that holds S3 row by row; nobody noticed, nothing is left behind."""
-        [live] = self.owners()
+        """Readers are on an index that holds S3 row by row; the reader saw no error, nothing is left behind."""
+        [live] = self.behind_alias()
         assert live == self.primary or self.alternate
         assert self.documents(live) == expected_documents(self.prefix, self.objects)
         assert set(self.admin("GET", f"/{self.secondary}*,{self.primary}*")) == {self.primary, self.secondary}
@@ -176,7 +173,7 @@ class World:
         self.assert_no_secret()
 
     def assert_on_one_index(self) -> None:
-        assert self.owners() in ([self.primary], [self.secondary])
+        assert self.behind_alias() in ([self.primary], [self.secondary])
 
     def assert_reader_saw_nothing_odd(self) -> None:
         seen = self.reader.finish()
@@ -191,14 +188,12 @@ class World:
         assert not [secret for secret in SECRETS for text in texts if secret in text]
         assert {path.stat().st_mode & 0o077 for path in files} <= {0}, files
 
-    def owners(self) -> list[str]:
+    def behind_alias(self) -> list[str]:
         """Return the indices that the alias points at."""
         return list(self.admin("GET", f"/_alias/{self.alias}"))
 
     def documents(self, index: str) -> dict[str, dict[str, Any]]:
-        self.admin("POST", f"/{index}/_refresh")
-        hits = self.admin("POST", f"/{index}/_search", {"size": 10_000})["hits"]["hits"]
-        return {hit["_id"]: hit["_source"] for hit in hits}
+        return by_id(self.admin, index)
 
     def state(self, index: str) -> dict[str, Any]:
         """Settings and mapping, `_meta` included; a default that was spelled out is still the default."""
@@ -216,35 +211,6 @@ class World:
 
 def changes_state(method: str, path: str) -> bool:
     return method in ("PUT", "DELETE") or (method == "POST" and not READ_ONLY.search(path.split("?")[0]))
-
-
-class Account:
-    """A user of one's own with the role of the README on the indices of one world, less what is taken away."""
-
-    def __init__(self, world: World, user: str) -> None:
-        self.server, self.user = world.box.server, user
-        self.whole = sandbox.refresh_role([world.primary, world.secondary, world.alias])
-        self.login = {"OPENSEARCH_USERNAME": user, "OPENSEARCH_PASSWORD": OWN_PASSWORD}
-        self.server.add_user(user, OWN_PASSWORD)
-        self.allow_all()
-
-    def allow_all(self) -> None:
-        self.server.grant(self.user, self.whole, self.user)
-
-    def take_away(self, kind: str, permission: str) -> None:
-        role = copy.deepcopy(self.whole)
-        actions = role["cluster_permissions"] if kind == "cluster" else role["index_permissions"][0]["allowed_actions"]
-        actions.remove(permission)
-        self.server.grant(self.user, role, self.user)
-
-    def lacks(self, permission: str) -> str:
-        """Return what one line has to say: the user, and the action, where the role has a pattern."""
-        action = re.escape(permission).replace(r"\*", r"[\w/*]*(\[\w+\])?")
-        return rf"(?m)^(?=.*\b{self.user}\b).*[ \[\"]{action}($|[\],; \"])"
-
-    def delete(self) -> None:
-        self.server.take_back(self.user)
-        self.server.change_security("DELETE", f"internalusers/{self.user}")
 
 
 def add_roles(node: sandbox.OpenSearch) -> None:

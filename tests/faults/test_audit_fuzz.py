@@ -81,7 +81,7 @@ def document(fields: Any, has: set[str], values: random.Random) -> dict[str, Any
 
 @pytest.fixture
 def audited(admin, name, run):
-    """Make both indices anew and compare them: `audited(properties, docs, other_docs, *options)`."""
+    """Create both indices again and compare them: `audited(properties, docs, other_docs, *options)`."""
 
     def compare(properties, docs, other_docs, *more):
         old, new, alias = name("old"), name("new"), name("alias")
@@ -112,7 +112,7 @@ def test_the_same_contents_are_never_refused(profile, audited):
 
 
 @profiles
-def test_a_field_taken_out_of_more_documents_than_allowed_is_always_refused(profile, audited):
+def test_a_field_removed_from_more_documents_than_allowed_is_always_refused(profile, audited):
     @profile
     @given(leaves(), st.data(), st.integers(1, 40), st.integers(0, 2**32), st.decimals(0, 99, places=1))
     def check(fields, data, count, seed, threshold: Decimal):

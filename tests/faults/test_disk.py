@@ -1,4 +1,4 @@
-"""The disk of the loader: full, without permission, gone; and an output that nobody reads any more."""
+"""The disk of the loader: full, without permission, gone; and an output without a reader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fault_proxy import after
 from .driver import NEW_ROWS, TOP, Run, World
 
 RUNNER = str(TOP / "run_refresh.sh")
-NOWHERE = "/proc"  # a folder in which nobody can create a file, root included
+NOWHERE = "/proc"  # a folder in which not even root can create a file
 
 
 def through_shell(world: World, command: str, **variables: str) -> Run:
@@ -41,7 +41,7 @@ def start_on_small_disk(world):
 def fill_disk(world: World, pid: int, *, log_page: bool = True) -> None:
     """Leave no byte on the small disk that a runner sees, nor (unless asked) on the last page of its log."""
     logs = Path(f"/proc/{pid}/root{world.environment['LOG_DIR']}")
-    for path in [logs / "of-somebody-else", *(logs.glob("refresh-*.log") if log_page else ())]:
+    for path in [logs / "of-another-program", *(logs.glob("refresh-*.log") if log_page else ())]:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with contextlib.suppress(OSError):
             while os.write(file, b"\n" * 1024):
@@ -62,7 +62,7 @@ def fill_disk(world: World, pid: int, *, log_page: bool = True) -> None:
     ],
 )
 def test_a_disk_that_fills_up_ends_the_run_with_its_reason(world, start_on_small_disk, method, path, skip, step):
-    """No line can be written to the log any more: the step under way ends well, the next one does not begin."""
+    """No line can be written to the log any more: the running step ends well, the next one does not begin."""
     process = []
     rule = world.proxy.on(method, path, after(lambda: fill_disk(world, process[0].pid)), skip=skip)
     process.append(start_on_small_disk())
@@ -75,7 +75,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_reason(world, start_on_small
 
 
 @pytest.mark.long
-def test_an_answer_that_found_no_space_is_not_taken_for_one(world, start_on_small_disk):
+def test_an_answer_that_found_no_space_is_not_used(world, start_on_small_disk):
     """The log has room for some lines yet, the file with the answer of step 0 has none."""
     process = []
     rule = world.proxy.on("GET", "/_alias/", after(lambda: fill_disk(world, process[0].pid, log_page=False)))
@@ -117,7 +117,7 @@ def test_a_rejects_file_that_cannot_grow_fails_the_load(world):
 @pytest.mark.parametrize("variable", ["LOG_DIR", "LOCK_DIR"])
 @pytest.mark.parametrize("kind", ["a file", "in a file", "not writable", "not writable even by root"])
 def test_a_folder_that_cannot_be_used_ends_the_run_before_anything_is_sent(world, variable, kind):
-    place = world.folder / "taken"
+    place = world.folder / "in-use"
     if kind == "not writable":
         if os.geteuid() == 0:
             pytest.skip("root may write to any folder")
@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_used_ends_the_run_before_anything_is_sent(world
 
 @pytest.mark.long
 @pytest.mark.parametrize(("at", "step"), [("/_reindex", "1 copy"), ("/_bulk", "3 load")])
-def test_a_log_folder_that_somebody_deletes_ends_the_run_after_the_step(world, at, step):
+def test_a_log_folder_that_is_deleted_ends_the_run_after_the_step(world, at, step):
     logs = Path(world.environment["LOG_DIR"])
     world.proxy.on("POST", at, after(lambda: shutil.rmtree(logs)))
     run = world.refresh()
@@ -143,16 +143,18 @@ def test_a_log_folder_that_somebody_deletes_ends_the_run_after_the_step(world, a
     world.heal()
 
 
-# --- nobody listens ---------------------------------------------------------------------------------------------------
+# --- no reader --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
+LONG_OUTPUTS = ['"$0" | head -n 1', '"$0" | true', '"$0" >/dev/full', '"$0" >/dev/full 2>&1', '"$0" 2>&1 | head -n 1',
+                '"$0" 2>&1 >/dev/null | true']  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "command",
-    ['"$0" | head -n 1', '"$0" | true', '"$0" >/dev/full', '"$0" >/dev/full 2>&1', '"$0" >&-', '"$0" >&- 2>&-',
-     '"$0" 2>&1 | head -n 1', '"$0" 2>&1 >/dev/null | true'],
-)  # fmt: skip
-def test_an_output_that_nobody_takes_stops_no_refresh(world, command):
+    ['"$0" >&-', '"$0" >&- 2>&-', *(pytest.param(command, marks=pytest.mark.long) for command in LONG_OUTPUTS)],
+)
+def test_an_output_without_a_reader_stops_no_refresh(world, command):
     run = through_shell(world, f"set -o pipefail; {command}")
     world.expect(run, code=0)
     assert f"readers to {world.primary}: exit 0" in run.log

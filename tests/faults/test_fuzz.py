@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -21,7 +20,7 @@ from typing import Any
 import bulkupdate
 import pytest
 import sandbox
-from conftest import OWN, count, sources, state_of
+from conftest import OWN, count, digest_of, sources, state_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
@@ -260,10 +259,6 @@ class Output:
             yield line, json.loads(action), exact(document)
 
 
-def digest_of(key: str) -> str:
-    return hashlib.sha256(f"{sandbox.BUCKET}/{key}".encode()).hexdigest()[:16]
-
-
 @pytest.fixture
 def pipeline(monkeypatch):
     made = Pipeline(monkeypatch)
@@ -391,7 +386,7 @@ def stored(box, index):
     return {hit["_id"]: hit["_source"] for hit in exact(answer.text)["hits"]["hits"]}
 
 
-def rejected(outcome, prefix):
+def rejected_lines(outcome, prefix):
     """Return object number and line of each entry of the rejects file."""
     if "rejects_file" not in (outcome.out and outcome.result):
         return set()
@@ -432,7 +427,7 @@ def test_whatever_files_come_the_index_holds_their_good_rows_and_the_rejects_fil
             return
         rejects = {(number, line) for number, one in enumerate(wanted) for line in one.rejects}
         assert outcome.code == (3 if rejects else 0), outcome.err
-        assert rejected(outcome, prefix) == rejects
+        assert rejected_lines(outcome, prefix) == rejects
         assert stored(box, index) == {
             f"{digest_of(f'{prefix}{number}.csv')}-{one.records[line]:09d}": document
             for number, one in enumerate(wanted) for line, document in one.documents.items()
@@ -486,7 +481,7 @@ def test_whatever_the_columns_are_called_they_are_stored_so_or_the_load_is_refus
             wanted = {f"{digest_of(f'{prefix}0.csv')}-000000001": document} if outcome.code == 0 else {}
             assert stored(box, index) == wanted
             line = 2 + sum(name.count("\n") for name in names)
-            assert rejected(outcome, prefix) == ({(0, line)} if outcome.code == 3 else set())
+            assert rejected_lines(outcome, prefix) == ({(0, line)} if outcome.code == 3 else set())
         else:
             assert outcome.code in (1, 4), outcome.err
             assert sources(admin, index) == [{"known": "old"}]
@@ -524,7 +519,7 @@ def test_whatever_bytes_stand_in_the_place_of_a_header_the_load_is_refused_or_st
             assert not re.search("[\0\ud800-\udfff]", "".join(header))
             assert all(set(document) <= names for document in found)
             assert outcome.result["stored"] == len(found)
-            assert outcome.result["rejected"] == len(rejected(outcome, prefix))
+            assert outcome.result["rejected"] == len(rejected_lines(outcome, prefix))
         elif outcome.code == 4:
             assert found == [{"known": "old"}]
         else:

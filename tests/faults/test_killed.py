@@ -75,7 +75,7 @@ def named(world: World, exchange: Exchange) -> str:
 class Counter:
     """Counts the requests that change something, and calls `act` at one of them.
 
-    Before or after it is carried out, and then the connection is closed; or while it is under way.
+    Before or after it is carried out, and then the connection is closed; or while it is in flight.
     """
 
     def __init__(self, world: World, at: int = 0, when: str = "", act: Callable[[], None] = lambda: None) -> None:
@@ -143,7 +143,7 @@ def cheap(world, may_recreate):
 def test_the_list_of_cheap_changes_is_complete(cheap):
     counter = Counter(cheap)
     cheap.expect(cheap.refresh(), code=0)
-    assert cheap.owners() == [cheap.secondary]
+    assert cheap.behind_alias() == [cheap.secondary]
     cheap.assert_done()
     assert counter.seen == CHEAP_CHANGES
 

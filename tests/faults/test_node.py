@@ -1,4 +1,4 @@
-"""A node dies (SIGKILL) and comes back during each step: alone, and as one of three."""
+"""A node crashes (SIGKILL) and comes back during each step: alone, and as one of three."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import pytest
 import requests
 import sandbox
-from conftest import Reader
-from fault_proxy import Exchange, Fault
+from conftest import Reader, wait_until
+from fault_proxy import Exchange, Fault, before
 
 from .driver import OLD, Run, World, add_roles
 
@@ -24,15 +23,6 @@ PATIENCE = {"RETRY_SECONDS": "150", "WAIT_SECONDS": "150"}  # a node is back in 
 FEW_AT_A_TIME = {"REQUESTS_PER_SECOND": "3"}  # copies 30 documents, then waits 10 s for the other ten
 Nodes = list[sandbox.OpenSearch]
 pytestmark = pytest.mark.nodes
-
-
-def eventually(look: Callable[[], Any], seconds: float = 90) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := look():
-            return found
-        time.sleep(0.1)
-    raise AssertionError("it did not come about")
 
 
 def revive(nodes: Nodes) -> None:
@@ -71,7 +61,7 @@ def half_done(world: World, action: str, kind: str) -> int:
         tasks = [task for node in nodes for task in node["tasks"].values() if world.primary in task["description"]]
         return sum(task["status"][kind] for task in tasks)
 
-    done: int = eventually(look)
+    done: int = wait_until(look, 90)
     assert done < len(OLD)
     return done
 
@@ -80,7 +70,7 @@ def half_done(world: World, action: str, kind: str) -> int:
 
 
 class Witness(Reader):
-    """Takes an outage for what it is, but notes it."""
+    """An outage is no error here, but it is recorded."""
 
     def __init__(self, endpoint: str, alias: str) -> None:
         super().__init__(endpoint, alias, "n", outage_is_an_error=False)
@@ -89,6 +79,13 @@ class Witness(Reader):
     def outage(self, text: str) -> None:
         self.outages.append(text[:300])
         super().outage(text)
+
+
+@pytest.fixture(scope="module")
+def alone(box: sandbox.Sandbox) -> Iterator[sandbox.OpenSearch]:
+    with sandbox.cluster(1) as [node]:
+        add_roles(node)
+        yield node
 
 
 @pytest.fixture
@@ -160,14 +157,14 @@ def test_an_emptying_that_vanished_with_its_node_fails_and_the_next_run_heals(wo
     world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 3 load")
     assert_outage_seen(world, run)
     assert len(world.documents(world.primary)) == len(OLD) - deleted
-    assert world.owners() == [world.secondary]
+    assert world.behind_alias() == [world.secondary]
     world.heal()
 
 
 POINTS = {
-    "note": ("PUT", "secondary/_mapping", 0), "settings": ("PUT", "secondary/_settings", 0),
+    "marker": ("PUT", "secondary/_mapping", 0), "settings": ("PUT", "secondary/_settings", 0),
     "copy": ("POST", "/_reindex", 0), "switch": ("POST", "/_aliases", 0), "empty": ("POST", "/_delete_by_query", 0),
-    "load": ("POST", "/_bulk", 2), "put back": ("PUT", "primary/_settings", 1), "switch back": ("POST", "/_aliases", 1),
+    "load": ("POST", "/_bulk", 2), "restore": ("PUT", "primary/_settings", 1), "switch back": ("POST", "/_aliases", 1),
 }  # fmt: skip
 
 
@@ -196,7 +193,7 @@ def test_goes_on_when_the_node_is_back(world, node, point, when):
 )
 def test_node_away_between_steps(world, node, step, following):
     process = world.start(STEP_DELAY_SECONDS="8", OPENSEARCH_ENDPOINT=node.endpoint)
-    eventually(lambda: f"<== {step}" in log_of(world))
+    wait_until(lambda: f"<== {step}" in log_of(world), 90)
     node.kill()
     assert f"==> {following}" not in log_of(world)
     run = finish(world, process)
@@ -221,12 +218,12 @@ def test_a_standby_that_has_lost_its_data_is_recreated(world, node):
     node.kill()
     shutil.rmtree(node.run / "data" / "nodes" / "0" / "indices" / uuid / "0")
     node.start()
-    eventually(lambda: is_whole(world, world.primary))
+    wait_until(lambda: is_whole(world, world.primary), 90)
     assert not is_whole(world, world.secondary)
     run = finish(world, world.start(**PATIENCE))
     world.expect(run, code=0)
     assert f"deleting all documents from {world.secondary}" in run.log
-    assert (world.owners(), is_whole(world, world.secondary)) == ([world.secondary], True)
+    assert (world.behind_alias(), is_whole(world, world.secondary)) == ([world.secondary], True)
     world.assert_done()
 
 
@@ -264,9 +261,9 @@ class Wide(World):
         super().__init__(*args)
         self.nodes = {node.name: node for node in nodes}
         self.moves: list[tuple[str, int]] = []
-        self.proxy.watch = self.note_move
+        self.proxy.watch = self.record_move
 
-    def note_move(self, exchange: Exchange) -> bool:
+    def record_move(self, exchange: Exchange) -> bool:
         if exchange.handler.command == "POST" and exchange.handler.path.startswith("/_aliases"):
             actions = json.loads(exchange.body)["actions"]
             [index] = [action["add"]["index"] for action in actions if "add" in action]
@@ -315,7 +312,7 @@ class Wide(World):
                 return bool(self.admin("GET", "/_cluster/health")["number_of_nodes"] == len(self.nodes) - 1)
             return False
 
-        eventually(noticed)
+        wait_until(noticed, 90)
 
     def scrolled(self) -> str:
         """Return the node whose copy the running task reads from."""
@@ -362,12 +359,7 @@ def test_one_of_three_away_during_the_emptying(wide):
 def test_one_of_three_restarts_during_the_load(wide):
     victim = wide.holder(wide.primary)
     wide.talk_to(wide.holder(wide.secondary))
-
-    def fault(exchange: Exchange) -> None:
-        wide.nodes[victim].restart()
-        exchange.pass_on()
-
-    rule = wide.proxy.on("POST", "/_bulk", fault, skip=2)
+    rule = wide.proxy.on("POST", "/_bulk", before(wide.nodes[victim].restart), skip=2)
     run = finish(wide, wide.start(**PATIENCE))
     wide.expect(run, code=0)
     assert rule.seen > 2
@@ -381,12 +373,7 @@ def test_one_of_three_restarts_during_the_load(wide):
 def test_one_of_three_away_since_the_load(wide):
     victim = wide.holder(wide.primary)
     wide.talk_to(wide.holder(wide.secondary))
-
-    def fault(exchange: Exchange) -> None:
-        wide.nodes[victim].kill()
-        exchange.pass_on()
-
-    wide.proxy.on("POST", "/_bulk", fault, skip=2)
+    wide.proxy.on("POST", "/_bulk", before(wide.nodes[victim].kill), skip=2)
     run = finish(wide, wide.start(RETRY_SECONDS="150", WAIT_SECONDS="3"))
     message = rf"index {wide.primary}: 1 of 1 shards have fewer than 2 active copies after 3 s.*run again"
     wide.expect(run, code=4, message=rf"(?s){message}.*FAILED at: 4 switch")
@@ -402,14 +389,9 @@ def test_a_switch_waits_for_the_copies_of_a_node_that_restarts(wide, nth):
     target, other = [(wide.secondary, wide.primary), (wide.primary, wide.secondary)][nth]
     victim = wide.holder(target)
     wide.talk_to(wide.holder(other))
-
-    def fault(exchange: Exchange) -> None:
-        wide.lose(victim)
-        exchange.pass_on()
-
-    rule = wide.proxy.on("GET", "/_cluster/health", fault, skip=nth)
+    rule = wide.proxy.on("GET", "/_cluster/health", before(lambda: wide.lose(victim)), skip=nth)
     process = wide.start(**PATIENCE)
-    eventually(lambda: rule.seen >= nth + 3, 240)
+    wait_until(lambda: rule.seen >= nth + 3, 240)
     assert len(wide.moves) == nth
     wide.nodes[victim].start()
     run = finish(wide, process)
@@ -426,7 +408,7 @@ def test_the_cluster_manager_restarts_during_a_switch(wide, nth):
     wide.talk_to(next(name for name in wide.nodes if name != manager))
 
     def fault(exchange: Exchange) -> None:
-        wide.note_move(exchange)
+        wide.record_move(exchange)
         wide.nodes[manager].restart()
         exchange.pass_on()
 
@@ -435,7 +417,7 @@ def test_the_cluster_manager_restarts_during_a_switch(wide, nth):
     assert rule.seen > nth
     assert [row["node"] for row in wide.admin("GET", "/_cat/cluster_manager?format=json")] != [manager]
     assert [copies for _, copies in wide.moves[: nth + 1]] == [2] * (nth + 1)
-    if run.code:  # moved, but the manager that died was among those asked to say so
+    if run.code:  # moved, but the manager that crashed was among those that had to acknowledge it
         wide.expect(run, code=1, message="not every node acknowledged the switch")
         wide.revive()
         wide.heal()

@@ -9,12 +9,12 @@ import re
 
 import pytest
 import sandbox
-from fault_proxy import Exchange, Fault, after, answer, before, reset_in_answer
+from fault_proxy import Exchange, Fault, after, answer, reset_in_answer
 
 from .driver import NEW_ROWS, World, changes_state
 
 LISTING = "list-type=2"
-LOOKS = 2  # an object that is not whole in its head is looked at twice before it is read: in step 0, and by the load
+LOOKS = 2  # an object that is not whole in its head is read twice before it is loaded: in step 0, and by the load
 LARGE_CELL_BYTES = 22_500  # 30,000 characters: an object of 15 rows takes two reads of 256 KiB, packed too
 ONE_MORE = {"d.csv": b"n,half,word\n200,100.0,more\n"}
 
@@ -61,24 +61,19 @@ def watch_reads(world: World, key: str) -> list[tuple[int, str]]:
     """Return a list that fills up with first byte and `If-Match` of each read of an object that no rule takes."""
     reads: list[tuple[int, str]] = []
 
-    def note(exchange: Exchange) -> bool:
+    def record(exchange: Exchange) -> bool:
         if exchange.handler.path.endswith(key):
             headers = exchange.handler.headers
             reads.append((int(re.match(r"bytes=(\d+)-", headers["Range"])[1]), headers["If-Match"]))
         return False
 
-    world.s3_proxy.watch = note
+    world.s3_proxy.watch = record
     return reads
 
 
 def replace_by(world: World, key: str, body: bytes) -> None:
     world.objects[key] = body
     world.put({key: body})
-
-
-def delete(world: World, key: str) -> None:
-    world.objects.pop(key)
-    world.s3.delete_object(Bucket=sandbox.BUCKET, Key=world.prefix + key)
 
 
 # --- a connection that breaks -----------------------------------------------------------------------------------------
@@ -113,37 +108,6 @@ def test_an_object_whose_connection_breaks_is_read_on_from_there(world, key, off
     world.assert_done()
 
 
-@pytest.mark.long
-def test_an_object_whose_connection_breaks_while_it_is_looked_at_is_looked_at_again(world):
-    put_large(world)
-    rule = world.s3_proxy.on("GET", r"a\.csv", reset_in_answer(30_000), skip=1)
-    run = world.refresh()
-    world.expect(run, code=0)
-    assert rule.seen == LOOKS + 2
-    assert "reading on from there" in run.log
-    world.assert_done()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("listing", [0, 2], ids=["of step 0", "after the load"])
-def test_a_listing_whose_connection_breaks_is_asked_for_again(world, listing):
-    rule = world.s3_proxy.on("GET", LISTING, reset_in_answer(100), skip=listing)
-    world.expect(world.refresh(), code=0)
-    assert rule.seen == 4
-    world.assert_done()
-
-
-@pytest.mark.long
-def test_an_object_that_breaks_off_again_and_again_fails_the_load(world):
-    put_large(world)
-    rule = world.s3_proxy.on("GET", r"c\.csv", reset_in_answer(100_000), skip=LOOKS, times=None)
-    run = world.refresh(RETRY_SECONDS="3")
-    world.expect(run, code=1, message=r"s3://\S+c\.csv, byte 0: cannot be read on: .*(broken|reset)")
-    assert "FAILED at: 3 load" in run.err
-    assert rule.seen > LOOKS + 2
-    world.heal()
-
-
 # --- objects that change ----------------------------------------------------------------------------------------------
 
 
@@ -164,38 +128,6 @@ def test_an_object_that_is_replaced_while_it_is_read_fails_the_load(world):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("change", "key"), [("replace", "a.csv"), ("add", "d.csv"), ("delete", "d.csv")]
-)  # fmt: skip
-def test_an_object_that_changes_after_it_was_read_fails_the_load(world, change, key):
-    """The rows are in the index by then; the listing at the end tells."""
-    if change == "delete":
-        replace_by(world, key, ONE_MORE[key])
-    act = {
-        "replace": lambda: replace_by(world, key, world.objects[key].replace(b"new", b"own")),
-        "add": lambda: replace_by(world, key, ONE_MORE[key]),
-        "delete": lambda: delete(world, key),
-    }[change]
-    rule = world.s3_proxy.on("GET", LISTING, before(act), skip=2)
-    run = world.refresh()
-    world.expect(run, code=1, message=rf"changed during the load \({world.prefix}{key}\): .*run again when it has fini")
-    assert rule.seen == 3
-    assert "FAILED at: 3 load" in run.err
-    world.heal()
-
-
-@pytest.mark.long
-def test_a_busy_s3_is_waited_for_when_all_is_stored(world):
-    """Or the whole load would be repeated, for a listing that failed."""
-    rule = world.s3_proxy.on("GET", LISTING, SLOW_DOWN, skip=2, times=6)  # for about 20 s
-    run = world.refresh(RETRY_SECONDS="60")
-    world.expect(run, code=0)
-    assert rule.seen == 9
-    assert "listing again" in run.log
-    world.assert_done()
-
-
-@pytest.mark.long
 def test_an_object_that_appears_between_step_0_and_the_load_is_loaded(world):
     rule = world.s3_proxy.on("GET", LISTING, after(lambda: replace_by(world, "d.csv", ONE_MORE["d.csv"])))
     run = world.refresh()
@@ -203,22 +135,6 @@ def test_an_object_that_appears_between_step_0_and_the_load_is_loaded(world):
     assert rule.seen == 3
     assert "4 objects" in run.log
     world.assert_done()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("path", "skip", "step"),
-    [(LISTING, 0, "check the load"), (LISTING, 1, "3 load"), (r"d\.csv", 1, "3 load")],
-    ids=["listed in step 0", "listed by the load", "looked at by the load"],
-)
-def test_an_object_that_vanishes_before_it_is_read_fails_the_run(world, path, skip, step):
-    replace_by(world, "d.csv", large(200, 10))
-    world.s3_proxy.on("GET", path, after(lambda: delete(world, "d.csv")), skip=skip)
-    run = world.refresh()
-    world.expect(run, code=1, message=r"d\.csv was deleted since it was listed; run again")
-    assert f"FAILED at: {step}" in run.err
-    assert bool(changed(world)) == (step == "3 load")
-    world.heal()
 
 
 # --- refused by S3 ----------------------------------------------------------------------------------------------------
@@ -267,15 +183,3 @@ def test_credentials_that_expire_fail_the_run(world, status, path, skip, step):
     assert f"FAILED at: {step}" in run.err
     assert bool(changed(world)) == (step == "3 load")
     world.heal()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("fault", "advice"),
-    [(s3_error(400, "ExpiredToken", EXPIRED), "credentials"), (SLOW_DOWN, "again|later|fewer")], ids=["expired", "busy"]
-)  # fmt: skip
-def test_what_to_do_about_a_refusal_of_s3_is_said(world, fault, advice):
-    world.s3_proxy.on("GET", LISTING, fault, times=None)
-    run = world.refresh()
-    world.expect(run, code=1, message=advice)
-    assert "check its name and the region" not in run.err
