@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,8 @@ MODULES = {  # name: plugin class in 2.x, in 3.x, artifact
 REPLICATION_SPEED = "100kb"  # per second, where it is throttled: a replica gets 5,000 small documents in 6 s
 START_TIMEOUT_S = 180  # a cold disk and a busy machine; usually 8 s
 GIVES_UP = "uncaught exception in thread [main]"  # what the log of a server says that does not start
+READER_PAUSE_S = 0.005
+COUNT_ALL = {"size": 0, "track_total_hits": "true"}
 SECURITY_TIMEOUT_S = 30  # some tests at once change roles; each change takes 0.1 s
 
 SECURITY = "/_plugins/_security/api"
@@ -176,7 +179,7 @@ def install() -> Path:
             if not (home / "modules" / name).exists():  # made by an earlier version of this file
                 add_module(home, name)
         return home
-    say(f"fetching OpenSearch {VERSION}{' and its security plugin' if SECURE else ''} (130 MB, some minutes at most)")
+    say(f"fetching OpenSearch {VERSION} from Maven (once; 130 MB in all, some minutes at most): the server")
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         made = Path(scratch) / "home"
@@ -192,8 +195,10 @@ def install() -> Path:
         for single in singles:
             shutil.copy(only_jar(*single), made / "lib")
         for name in MODULES:
+            say(f"fetching its module {name}")
             add_module(made, name)
         if SECURE:
+            say("fetching its security plugin")
             add_security_plugin(made)
         made.rename(home)
     return home
@@ -585,6 +590,7 @@ def running(java: list[str] = JAVA) -> Iterator[Sandbox]:
     urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # the sandbox trusts what it has just made
     home = install()
     data = filled_data(home)
+    say(f"starting OpenSearch {VERSION}, S3 and Parameter Store (some seconds)")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE, prefix="run-")))
         server = OpenSearch(home, folder / "opensearch", data, java=java)
@@ -620,7 +626,43 @@ def command_environment(sandbox: Sandbox) -> dict[str, str]:
     hidden = {row.variable: kept.get(row.variable) or row.default or "none" for row in rows}
     hidden.update(dict.fromkeys(base.CREDENTIALS, "none"))
     admin = {"ENDPOINT": sandbox.server.endpoint, "ADMIN": f"{ADMIN}:{ADMIN_PASSWORD}"}
+    if SECURE:
+        admin["CA_BUNDLE"] = str(sandbox.server.run / "config" / "ca.pem")
     return {**kept, **hidden, **admin, **sandbox.environment, "PATH": path}
+
+
+class Reader(threading.Thread):
+    """Searches the alias every few milliseconds until it is stopped, as an application would during a refresh."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.server, self.stopped = server, threading.Event()
+        self.searches, self.errors = 0, 0
+        self.saw: list[int] = []
+
+    def run(self) -> None:
+        with requests.Session() as session:
+            session.trust_env, session.verify, session.auth = False, False, (ADMIN, ADMIN_PASSWORD)
+            while not self.stopped.wait(READER_PAUSE_S):
+                self.searches += 1
+                try:
+                    self.note(session.get(f"{self.server.endpoint}/{ALIAS}/_search", params=COUNT_ALL, timeout=30))
+                except (requests.RequestException, KeyError):
+                    self.errors += 1
+
+    def note(self, response: requests.Response) -> None:
+        response.raise_for_status()
+        answer = response.json()
+        self.errors += answer["_shards"]["failed"] > 0
+        documents = answer["hits"]["total"]["value"]
+        if self.saw[-1:] != [documents]:
+            self.saw.append(documents)
+
+    def report(self) -> str:
+        self.stopped.set()
+        self.join(60)
+        saw = ", then ".join(f"{documents:,}" for documents in self.saw) or "no"
+        return f"a reader of {ALIAS} saw {saw} documents; {self.errors:,} errors in {self.searches:,} searches"
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:
@@ -674,7 +716,13 @@ def main(argv: list[str]) -> int:
             command = argv or [os.environ.get("SHELL") or "bash"]
             if not argv:
                 say(f"OpenSearch {VERSION} at {sandbox.server.endpoint}, admin in $ADMIN; leave with exit")
-            return run_command(command, command_environment(sandbox))
+            reader = Reader(sandbox.server) if Path(command[0]).name == "run_refresh.sh" else None
+            if reader:
+                reader.start()
+            code = run_command(command, command_environment(sandbox))
+            if reader:
+                say(reader.report())
+            return code
     except FileNotFoundError as error:
         say(f"cannot run {error.filename}: {error.strerror}")
         return 127

@@ -22,6 +22,7 @@ make_venv() {
   [[ ! -x $top/.venv/bin/python ]] || return 0
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
     || die "$python is missing or too old; Python 3.10 or later is needed (PYTHON=...)" 2
+  echo "sandbox: making .venv with $("$python" --version)" >&2
   "$python" -m venv "$top/.venv" >/dev/null 2>&1 || {
     rm -rf "$top/.venv"
     die "$python cannot make $top/.venv; on Debian install python3-venv, and look for free disk space" 2
