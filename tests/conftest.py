@@ -40,9 +40,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # the names that tests may use, except the backup indices of recreate, with the role that the scripts need
 TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
-# tests run side by side on one server: what each process names begins with this
+OWN_PASSWORD = "of-the-Test-only-2026!"  # of users that a test creates
+NUMBER = {"n": {"type": "long"}}  # the mapping of most indices here
+WORDS = {"k": {"type": "keyword"}, "t": {"type": "keyword"}}
 RUNNER = Path(base.__file__).parent / "run_refresh.sh"
-OWN_PASSWORD = "of-the-Test-only-2026!"
+# tests run side by side on one server: the names of each process begin with this
 OWN = f"t-{os.environ.get('PYTEST_XDIST_WORKER', 'one')}"
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 READER_PAUSE_S = 0.02  # what a reader could notice lasts a change of the cluster's state at least, 40 ms and more

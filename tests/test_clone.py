@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import reindex
 import sandbox
-from conftest import count, fill, marker_of, secured, sources
+from conftest import NUMBER, count, fill, marker_of, secured, sources
 from fault_proxy import answer, lost_answer
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
-NUMBER = {"n": {"type": "long"}}
 RESIZE = "indices:admin/resize"
 
 

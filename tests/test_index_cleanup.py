@@ -7,10 +7,9 @@ import re
 
 import index_cleanup
 import pytest
-from conftest import count, marker_of, state_of
+from conftest import NUMBER, count, marker_of, state_of
 from fault_proxy import after, answer, at_the_end, edited
 
-NUMBER = {"n": {"type": "long"}}
 TASK = "/_tasks/[^/?]+$"
 
 
