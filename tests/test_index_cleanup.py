@@ -8,9 +8,7 @@ import re
 import index_cleanup
 import pytest
 from conftest import NUMBER, count, marker_of, state_of
-from fault_proxy import after, answer, at_the_end, edited
-
-TASK = "/_tasks/[^/?]+$"
+from fault_proxy import TASK, after, answer, at_the_end, edited
 
 
 @pytest.fixture

@@ -14,11 +14,10 @@ import opensearch_base_manager as base
 import pytest
 import reindex
 from conftest import NUMBER, OWN, count, fill, marker_of, running_copies, sources, state_of, wait_until
-from fault_proxy import after, answer, edited, lost_answer, refused
+from fault_proxy import TASK, after, answer, edited, lost_answer, refused
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
-TASK = "/_tasks/[^/?]+$"
 START = "/_reindex"
 
 

@@ -21,21 +21,10 @@ import bulkupdate
 import pytest
 import sandbox
 from conftest import OWN, count, digest_of, sources, state_of
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 
-set_hypothesis_home_dir(sandbox.CACHE / "hypothesis")  # or it leaves a folder wherever a test stands
-QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-
-
-def profiles(short: int, many: int) -> pytest.MarkDecorator:
-    """Run a test with `short` examples that never change, and in the long form with `many` new ones."""
-    few = settings(max_examples=short, derandomize=True, **QUIET)
-    long = settings(max_examples=many, print_blob=True, **QUIET)
-    marks = [pytest.mark.long, pytest.mark.timeout(3600)]
-    return pytest.mark.parametrize("profile", [pytest.param(few, id="few"), pytest.param(long, id="many", marks=marks)])
-
+from .driver import QUIET, profiles
 
 # --- what has to come out ---------------------------------------------------------------------------------------------
 
