@@ -40,9 +40,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # the names that tests may use, except the backup indices of recreate, with the role that the scripts need
 TEST_PATTERNS = ["/t-.*(?<!-recreate)/"]
-# tests run side by side on one server: what each process names begins with this
+OWN_PASSWORD = "of-the-Test-only-2026!"  # of users that a test creates
+NUMBER = {"n": {"type": "long"}}  # the mapping of most indices here
+WORDS = {"k": {"type": "keyword"}, "t": {"type": "keyword"}}
 RUNNER = Path(base.__file__).parent / "run_refresh.sh"
-OWN_PASSWORD = "of-the-Test-only-2026!"
+# tests run side by side on one server: the names of each process begin with this
 OWN = f"t-{os.environ.get('PYTEST_XDIST_WORKER', 'one')}"
 secured = pytest.mark.skipif(not sandbox.SECURE, reason="the server of this version runs without the security plugin")
 READER_PAUSE_S = 0.02  # what a reader could notice lasts a change of the cluster's state at least, 40 ms and more
@@ -50,6 +52,9 @@ READER_PAUSE_S = 0.02  # what a reader could notice lasts a change of the cluste
 NODES = tuple(path.name for path in Path(__file__).parent.rglob("test_*.py") if "pytest.mark.nodes" in path.read_text())
 counter = itertools.count(1)
 STARTED = pytest.StashKey[sandbox.Sandbox]()
+
+
+# --- which tests run, and on which worker -----------------------------------------------------------------------------
 
 
 class ByServer(LoadGroupScheduling):
@@ -77,6 +82,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unwanted)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+# --- the sandbox ------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -141,36 +149,44 @@ def own_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """The JSON line of stdout."""
-        parsed: dict[str, Any] = json.loads(self.out)
-        return parsed
-
-    @property
-    def last(self) -> str:
-        """The last line of stderr: the error, when there is one."""
-        return self.err.strip().splitlines()[-1]
+# --- proxies, and waiting ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a script in process, as the operator would: `run(reindex, "--source", "a", "--target", "b")`."""
+def proxy(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A scripted proxy in front of the server; the scripts talk to it instead."""
+    with FaultProxy(box.server.endpoint) as running:
+        monkeypatch.setenv("OPENSEARCH_ENDPOINT", running.endpoint)
+        monkeypatch.setenv("OPENSEARCH_USERNAME", sandbox.USER)
+        monkeypatch.setenv("OPENSEARCH_PASSWORD", sandbox.PASSWORD)
+        yield running
 
-    def run_script(script: Any, *argv: str) -> Outcome:
-        capsys.readouterr()
-        code = script.main([str(word) for word in argv])
-        captured = capsys.readouterr()
-        assert sandbox.PASSWORD not in captured.out + captured.err
-        return Outcome(code, captured.out, captured.err)
 
-    return run_script
+@pytest.fixture
+def s3_proxy(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A scripted proxy in front of S3; the scripts talk to it instead."""
+    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as running:
+        environment["AWS_ENDPOINT_URL"] = running.endpoint  # of processes that the test starts
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
+        yield running
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let retries begin with a pause of 50 ms; for `usefixtures`."""
+    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Return the first result of `condition` that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"did not happen within {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+# --- indices, aliases and documents -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -199,6 +215,14 @@ def make_index(admin: Callable[..., Any], name: Callable[[str], str]) -> Callabl
         return index
 
     return make
+
+
+def fill(admin: Callable[..., Any], index: str, docs: list[dict[str, Any]]) -> None:
+    """Add documents to an index, past the scripts."""
+    if docs:
+        lines = "".join(f'{{"index":{{}}}}\n{json.dumps(doc)}\n' for doc in docs)
+        headers = {"Content-Type": "application/x-ndjson"}
+        assert not admin("POST", f"/{index}/_bulk?refresh=true", data=lines, headers=headers)["errors"]
 
 
 @pytest.fixture
@@ -246,56 +270,6 @@ def move_alias(admin: Callable[..., Any], alias: str) -> Callable[[str, str], No
     return move
 
 
-def fill(admin: Callable[..., Any], index: str, docs: list[dict[str, Any]]) -> None:
-    """Add documents to an index, past the scripts."""
-    if docs:
-        lines = "".join(f'{{"index":{{}}}}\n{json.dumps(doc)}\n' for doc in docs)
-        headers = {"Content-Type": "application/x-ndjson"}
-        assert not admin("POST", f"/{index}/_bulk?refresh=true", data=lines, headers=headers)["errors"]
-
-
-class Reader(threading.Thread):
-    """Asks the alias for the count and a sum in one search, again and again until stopped; each copy now and then."""
-
-    def __init__(self, endpoint: str, alias: str, field: str, *, outage_is_an_error: bool = True) -> None:
-        super().__init__(daemon=True)
-        self.url, self.outage_is_an_error = f"{endpoint}/{alias}/_search", outage_is_an_error
-        self.body = {"size": 0, "track_total_hits": True, "aggs": {"sum": {"sum": {"field": field}}}}
-        self.seen: list[tuple[int, float]] = []
-        self.errors: list[str] = []
-        self.stopped = threading.Event()
-
-    def run(self) -> None:
-        login = urllib3.make_headers(basic_auth=f"{sandbox.ADMIN}:{sandbox.ADMIN_PASSWORD}")
-        with urllib3.PoolManager(headers=login, cert_reqs="CERT_NONE", retries=False, timeout=30) as http:
-            for number in itertools.takewhile(lambda _: not self.stopped.wait(READER_PAUSE_S), itertools.count()):
-                try:
-                    url = f"{self.url}?preference=reader-{number}"
-                    answer = http.request("POST", url, json=self.body, headers=login)
-                    parsed = answer.json()
-                except (urllib3.exceptions.HTTPError, ValueError) as error:
-                    self.outage(str(error))
-                    continue
-                if answer.status in (502, 503, 504):
-                    self.outage(answer.data.decode())
-                elif answer.status != 200 or parsed["_shards"]["failed"]:
-                    self.errors.append(answer.data.decode()[:300])
-                else:
-                    found = (parsed["hits"]["total"]["value"], parsed["aggregations"]["sum"]["value"])
-                    if not self.seen or self.seen[-1] != found:
-                        self.seen.append(found)
-
-    def outage(self, text: str) -> None:
-        if self.outage_is_an_error:
-            self.errors.append(text[:300])
-        time.sleep(0.1)
-
-    def finish(self) -> list[tuple[int, float]]:
-        self.stopped.set()
-        self.join(60)
-        return self.seen
-
-
 def sources(admin: Callable[..., Any], index: str) -> list[dict[str, Any]]:
     """Return `_source` of all documents (at most 10,000), in the order of their ids."""
     answer = admin("POST", f"/{index}/_search", {"size": 10_000, "query": {"match_all": {}}})
@@ -341,66 +315,6 @@ def marker_of(admin: Callable[..., Any], index: str) -> Any:
     return meta_of(admin, index).get(base.SUITE)
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    """Return the first result of `condition` that is true."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"did not happen within {seconds} s"
-        time.sleep(0.05)
-    return found
-
-
-@pytest.fixture
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let retries begin with a pause of 50 ms; for `usefixtures`."""
-    monkeypatch.setattr(base, "BACKOFF_FIRST_S", 0.05)
-
-
-@pytest.fixture
-def rejected(tmp_path: Path) -> Callable[..., list[Any]]:
-    """Return the entries of all rejects files."""
-
-    def read(parse: Callable[[str], Any] = json.loads) -> list[Any]:
-        return [parse(line) for file in sorted((tmp_path / "logs").glob("rejects-*")) for line in file.open()]
-
-    return read
-
-
-@pytest.fixture
-def put_csv(box: sandbox.Sandbox, name: Callable[[str], str]) -> Callable[..., str]:
-    """Store objects under a prefix of one's own and return the prefix: `put_csv({"a.csv": "n\\n1\\n"})`."""
-    s3 = sandbox.aws_client("s3", box.environment)
-
-    def put(objects: dict[str, str | bytes]) -> str:
-        prefix = f"{name('prefix')}/"
-        for key, content in objects.items():
-            body = content.encode() if isinstance(content, str) else content
-            s3.put_object(Bucket=sandbox.BUCKET, Key=prefix + key, Body=body)
-        return prefix
-
-    return put
-
-
-@pytest.fixture
-def switch(run: Callable[..., Outcome], alias: str) -> Callable[..., Outcome]:
-    """Switch the alias: `switch(source, target, "--threshold", "5")`."""
-    words = ["--alias", alias]
-    return lambda source, target, *more: run(switch_alias, *words, "--source", source, "--target", target, *more)
-
-
-@pytest.fixture
-def copy(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
-    """Copy an index: `copy(source, target, "--dry-run")`."""
-    return lambda source, target, *more: run(reindex, "--source", source, "--target", target, *more)
-
-
-def command_in(text: str, before: str = "") -> list[str]:
-    """Return the arguments of the last switch_alias.py command in a text, as bash reads them."""
-    command = text.split(f"{before}python switch_alias.py ")[-1].splitlines()[0]
-    shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
-    return shown.stdout.split("\0")[:-1]
-
-
 def running_copies(admin: Callable[..., Any], index: str) -> list[str]:
     """Return the copies from or to an index that the server is working on; requests for permissions are none."""
     nodes = admin("GET", "/_tasks?actions=*reindex&detailed=true")["nodes"].values()
@@ -428,6 +342,106 @@ def foreign_copy(make_index: Callable[..., str], admin: Callable[..., Any]) -> I
             admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
 
 
+# --- objects in S3 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3(box: sandbox.Sandbox) -> Any:
+    return sandbox.aws_client("s3", box.environment)
+
+
+@pytest.fixture
+def put_csv(box: sandbox.Sandbox, name: Callable[[str], str]) -> Callable[..., str]:
+    """Store objects under a prefix of one's own and return the prefix: `put_csv({"a.csv": "n\\n1\\n"})`."""
+    s3 = sandbox.aws_client("s3", box.environment)
+
+    def put(objects: dict[str, str | bytes]) -> str:
+        prefix = f"{name('prefix')}/"
+        for key, content in objects.items():
+            body = content.encode() if isinstance(content, str) else content
+            s3.put_object(Bucket=sandbox.BUCKET, Key=prefix + key, Body=body)
+        return prefix
+
+    return put
+
+
+# --- the four scripts -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The JSON line of stdout."""
+        parsed: dict[str, Any] = json.loads(self.out)
+        return parsed
+
+    @property
+    def last(self) -> str:
+        """The last line of stderr: the error, when there is one."""
+        return self.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a script in process, as the operator would: `run(reindex, "--source", "a", "--target", "b")`."""
+
+    def run_script(script: Any, *argv: str) -> Outcome:
+        capsys.readouterr()
+        code = script.main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        assert sandbox.PASSWORD not in captured.out + captured.err
+        return Outcome(code, captured.out, captured.err)
+
+    return run_script
+
+
+@pytest.fixture
+def copy(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Copy an index: `copy(source, target, "--dry-run")`."""
+    return lambda source, target, *more: run(reindex, "--source", source, "--target", target, *more)
+
+
+@pytest.fixture
+def switch(run: Callable[..., Outcome], alias: str) -> Callable[..., Outcome]:
+    """Switch the alias: `switch(source, target, "--threshold", "5")`."""
+    words = ["--alias", alias]
+    return lambda source, target, *more: run(switch_alias, *words, "--source", source, "--target", target, *more)
+
+
+def load_arguments(prefix: str, index: str, *more: str) -> list[str]:
+    return ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index, *more]
+
+
+@pytest.fixture
+def load(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Load a prefix, see that it ends as expected and that its sums are right: `load(prefix, index, code=3)`."""
+
+    def do(prefix: str, index: str, *more: str, code: int = 0) -> Outcome:
+        outcome = run(bulkupdate, *load_arguments(prefix, index, *more))
+        assert outcome.code == code, outcome.err
+        if outcome.out and "read" in outcome.result:
+            sums = outcome.result
+            assert sums["read"] == sums["stored"] + sums["rejected"] + sums["skipped"] + sums["dropped"]
+        return outcome
+
+    return do
+
+
+@pytest.fixture
+def rejected(tmp_path: Path) -> Callable[..., list[Any]]:
+    """Return the entries of all rejects files."""
+
+    def read(parse: Callable[[str], Any] = json.loads) -> list[Any]:
+        return [parse(line) for file in sorted((tmp_path / "logs").glob("rejects-*")) for line in file.open()]
+
+    return read
+
+
 @pytest.fixture
 def queries(tmp_path: Path) -> Callable[..., str]:
     """Write a file of readers' queries, one a line, and return its name."""
@@ -439,6 +453,16 @@ def queries(tmp_path: Path) -> Callable[..., str]:
         return str(file)
 
     return write
+
+
+def command_in(text: str, before: str = "") -> list[str]:
+    """Return the arguments of the last switch_alias.py command in a text, as bash reads them."""
+    command = text.split(f"{before}python switch_alias.py ")[-1].splitlines()[0]
+    shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
+    return shown.stdout.split("\0")[:-1]
+
+
+# --- run_refresh.sh ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -475,23 +499,22 @@ def log_of(folder: Path) -> str:
     return max((folder / "logs").glob("refresh-*.log"), key=lambda path: path.stat().st_mtime_ns).read_text()
 
 
-def load_arguments(prefix: str, index: str, *more: str) -> list[str]:
-    return ["--bucket", sandbox.BUCKET, "--prefix", prefix, "--index", index, *more]
+def on_terminal(words: list[str], environment: dict[str, str], columns: int = 80) -> tuple[int, str]:
+    """Run a command on a terminal of its own; return its exit code and all that was written there."""
+    child, terminal = pty.fork()
+    if not child:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        os.execvpe(words[0], words, environment)  # noqa: S606
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal is gone with its last process
+        while part := os.read(terminal, 65536):
+            shown += part
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(status), shown.decode()
 
 
-@pytest.fixture
-def load(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
-    """Load a prefix, see that it ends as expected and that its sums are right: `load(prefix, index, code=3)`."""
-
-    def do(prefix: str, index: str, *more: str, code: int = 0) -> Outcome:
-        outcome = run(bulkupdate, *load_arguments(prefix, index, *more))
-        assert outcome.code == code, outcome.err
-        if outcome.out and "read" in outcome.result:
-            sums = outcome.result
-            assert sums["read"] == sums["stored"] + sums["rejected"] + sums["skipped"] + sums["dropped"]
-        return outcome
-
-    return do
+# --- users and their roles --------------------------------------------------------------------------------------------
 
 
 class Account:
@@ -567,40 +590,46 @@ def may_recreate(box: sandbox.Sandbox) -> Callable[..., None]:
     return allow
 
 
-@pytest.fixture
-def s3(box: sandbox.Sandbox) -> Any:
-    return sandbox.aws_client("s3", box.environment)
+# --- a reader of the alias --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def s3_proxy(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """A scripted proxy in front of S3; the scripts talk to it instead."""
-    with FaultProxy(environment["AWS_ENDPOINT_URL"]) as running:
-        environment["AWS_ENDPOINT_URL"] = running.endpoint  # of processes that the test starts
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        yield running
+class Reader(threading.Thread):
+    """Asks the alias for the count and a sum in one search, again and again until stopped; each copy now and then."""
 
+    def __init__(self, endpoint: str, alias: str, field: str, *, outage_is_an_error: bool = True) -> None:
+        super().__init__(daemon=True)
+        self.url, self.outage_is_an_error = f"{endpoint}/{alias}/_search", outage_is_an_error
+        self.body = {"size": 0, "track_total_hits": True, "aggs": {"sum": {"sum": {"field": field}}}}
+        self.seen: list[tuple[int, float]] = []
+        self.errors: list[str] = []
+        self.stopped = threading.Event()
 
-@pytest.fixture
-def proxy(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """A scripted proxy in front of the server; the scripts talk to it instead."""
-    with FaultProxy(box.server.endpoint) as running:
-        monkeypatch.setenv("OPENSEARCH_ENDPOINT", running.endpoint)
-        monkeypatch.setenv("OPENSEARCH_USERNAME", sandbox.USER)
-        monkeypatch.setenv("OPENSEARCH_PASSWORD", sandbox.PASSWORD)
-        yield running
+    def run(self) -> None:
+        login = urllib3.make_headers(basic_auth=f"{sandbox.ADMIN}:{sandbox.ADMIN_PASSWORD}")
+        with urllib3.PoolManager(headers=login, cert_reqs="CERT_NONE", retries=False, timeout=30) as http:
+            for number in itertools.takewhile(lambda _: not self.stopped.wait(READER_PAUSE_S), itertools.count()):
+                try:
+                    url = f"{self.url}?preference=reader-{number}"
+                    answer = http.request("POST", url, json=self.body, headers=login)
+                    parsed = answer.json()
+                except (urllib3.exceptions.HTTPError, ValueError) as error:
+                    self.outage(str(error))
+                    continue
+                if answer.status in (502, 503, 504):
+                    self.outage(answer.data.decode())
+                elif answer.status != 200 or parsed["_shards"]["failed"]:
+                    self.errors.append(answer.data.decode()[:300])
+                else:
+                    found = (parsed["hits"]["total"]["value"], parsed["aggregations"]["sum"]["value"])
+                    if not self.seen or self.seen[-1] != found:
+                        self.seen.append(found)
 
+    def outage(self, text: str) -> None:
+        if self.outage_is_an_error:
+            self.errors.append(text[:300])
+        time.sleep(0.1)
 
-def on_terminal(words: list[str], environment: dict[str, str], columns: int = 80) -> tuple[int, str]:
-    """Run a command on a terminal of its own; return its exit code and all that was written there."""
-    child, terminal = pty.fork()
-    if not child:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        os.execvpe(words[0], words, environment)  # noqa: S606
-    shown = b""
-    with contextlib.suppress(OSError):  # the terminal is gone with its last process
-        while part := os.read(terminal, 65536):
-            shown += part
-    _, status = os.waitpid(child, 0)
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(status), shown.decode()
+    def finish(self) -> list[tuple[int, float]]:
+        self.stopped.set()
+        self.join(60)
+        return self.seen

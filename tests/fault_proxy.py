@@ -26,6 +26,7 @@ from typing import Any
 
 import requests
 
+TASK = "/_tasks/[^/?]+$"  # the path of a request about one task
 # and what the proxy itself undoes: an answer that came packed is handed on unpacked
 HOP_BY_HOP = {
     "connection", "keep-alive", "transfer-encoding", "content-length", "content-encoding", "host", "accept-encoding",

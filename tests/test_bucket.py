@@ -11,13 +11,12 @@ import bulkupdate
 import opensearch_base_manager as base
 import pytest
 import sandbox
-from conftest import count, finish, load_arguments, marker_of, sources
+from conftest import WORDS, count, finish, load_arguments, marker_of, sources
 from fault_proxy import after, refused
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 COLUMNS = {"k": {"type": "keyword"}, "n": {"type": "long"}, "d": {"type": "date"}}
-WORDS = {"k": {"type": "keyword"}, "t": {"type": "keyword"}}
 ROWS = "k,n\na,1\nb,2\n"
 BOM = "\ufeff"
 

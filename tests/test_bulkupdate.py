@@ -21,15 +21,13 @@ import opensearch_base_manager as base
 import pytest
 import sandbox
 from conftest import (
-    by_id, count, digest_of, load_arguments, marker_of, meta_of, sources, state_of, wait_until,
+    NUMBER, WORDS, by_id, count, digest_of, load_arguments, marker_of, meta_of, sources, state_of, wait_until,
 )  # fmt: skip
 from fault_proxy import after, answer, delayed, edited_items, gateway, lost_answer, refused
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 SCRIPT = Path(bulkupdate.__file__)
-WORDS = {"k": {"type": "keyword"}, "t": {"type": "keyword"}}
-NUMBERS = {"n": {"type": "long"}}
 MIB = 1024 * 1024
 
 
@@ -140,7 +138,7 @@ def test_every_readable_kind_of_file_gives_its_rows(make_index, put_csv, load, b
 
 
 def test_the_objects_are_logged_and_read_in_key_order(make_index, put_csv, load, proxy):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     objects = {"b/2.csv": numbers(20, 29), "a.csv": numbers(1, 3), "b/1.CSV": numbers(10, 11), "c.txt": "no"}
     prefix = put_csv(objects)
     outcome = load(prefix, index, "--workers", "1", "--batch-size", "4")
@@ -291,7 +289,7 @@ def test_large_cells_are_kept_and_no_request_exceeds_8_mib(make_index, put_csv, 
 
 
 def test_ids_are_made_of_the_place_of_a_row_alone(make_index, put_csv, load, admin):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     prefix = put_csv({"a.csv": numbers(1, 3), "b/ü.csv": "n\n\n7\n"})
     load(prefix, index)
     ids = [hit["_id"] for hit in admin("POST", f"/{index}/_search", {"sort": ["n"]})["hits"]["hits"]]
@@ -313,7 +311,7 @@ def test_ids_are_made_of_the_place_of_a_row_alone(make_index, put_csv, load, adm
 def test_a_request_without_a_complete_answer_is_sent_again_and_each_row_is_stored_once(
     fault, make_index, put_csv, load, proxy, admin
 ):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     proxy.on("POST", "/_bulk", fault, skip=1)
     outcome = load(put_csv({"a.csv": numbers(1, 25)}), index, "--batch-size", "10")
     assert sorted(document["n"] for document in sources(admin, index)) == list(range(1, 26))
@@ -324,7 +322,7 @@ def test_a_request_without_a_complete_answer_is_sent_again_and_each_row_is_store
 
 
 def test_429_halves_the_number_of_requests_at_a_time(make_index, put_csv, load, proxy):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     began, ended = {}, {}  # by number of the request; one document each
 
     def timed(exchange):
@@ -350,7 +348,7 @@ def test_a_document_of_another_client_with_the_id_of_a_row_is_decided_by_the_cou
     stays, make_index, put_csv, load, proxy, admin
 ):
     """Its id can hardly be anything but that row; where it is deleted again, the row is missing, and the load fails."""
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     prefix = put_csv({"a.csv": numbers(1, 3)})
     intruder = f"/{index}/_doc/{digest_of(prefix + 'a.csv')}-000000002"
 
@@ -370,7 +368,7 @@ def test_a_document_of_another_client_with_the_id_of_a_row_is_decided_by_the_cou
 
 
 def test_a_missing_permission_ends_the_load_and_is_named_with_the_user(make_index, put_csv, load, proxy):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     error = {"type": "security_exception", "reason": "no permissions for [indices:data/write/bulk[s]] and User [x]"}
     items = [{"create": {"status": 403, "error": error}}] * 3
     proxy.on("POST", "/_bulk", answer(200, {"errors": True, "items": items}), times=None)
@@ -453,7 +451,7 @@ def test_a_newer_document_in_the_way_of_a_row_is_a_reject_and_no_later_row(make_
 
 
 def test_no_cleanup_adds_to_a_live_index_and_leaves_its_settings_alone(make_index, put_csv, load, proxy, admin, name):
-    index = make_index("index", NUMBERS, docs=[{"n": -1}], alias=name("alias"), settings={"refresh_interval": "7s"})
+    index = make_index("index", NUMBER, docs=[{"n": -1}], alias=name("alias"), settings={"refresh_interval": "7s"})
     before = admin("GET", f"/{index}")
     outcome = load(put_csv({"a.csv": numbers(1, 5)}), index, "--no-cleanup", "--no-replicas")
     assert sorted(document["n"] for document in sources(admin, index)) == [-1, 1, 2, 3, 4, 5]
@@ -463,7 +461,7 @@ def test_no_cleanup_adds_to_a_live_index_and_leaves_its_settings_alone(make_inde
 
 
 def test_no_cleanup_replaces_documents_of_the_same_id(make_index, put_csv, load, admin, s3):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     prefix = put_csv({"a.csv": numbers(1, 3)})
     load(prefix, index)
     s3.put_object(Bucket=sandbox.BUCKET, Key=f"{prefix}a.csv", Body=numbers(11, 14))
@@ -483,7 +481,7 @@ def test_no_cleanup_with_an_id_column_replaces_documents_of_the_same_id(make_ind
 
 
 def test_two_loads_that_add_may_run_side_by_side_and_store_each_row_once(make_index, put_csv, start, proxy, admin):
-    index = make_index("index", NUMBERS, docs=[{"n": 0}])
+    index = make_index("index", NUMBER, docs=[{"n": 0}])
     both = threading.Barrier(2, timeout=30)
 
     def meet(exchange):
@@ -503,7 +501,7 @@ def test_two_loads_that_add_may_run_side_by_side_and_store_each_row_once(make_in
 
 def test_two_loads_of_the_same_second_each_keep_their_rejects(make_index, put_csv, load, rejected, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda *_: "20260102T030405Z")
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     prefixes = [put_csv({f"{place}/a.csv": f"n\n{place}\nx{place}\n"}) + f"{place}/" for place in (1, 2)]
     for prefix in prefixes:
         load(prefix, index, "--no-cleanup", code=3)
@@ -520,7 +518,7 @@ def test_two_loads_of_the_same_second_each_keep_their_rejects(make_index, put_cs
 )  # fmt: skip
 def test_rejects_are_accepted_up_to_max_rejects(words, variable, code, make_index, put_csv, load, monkeypatch, admin):
     monkeypatch.setenv("MAX_REJECTS", variable)
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     outcome = load(put_csv({"a.csv": "n\n1\nx\n\n2\ny\n"}), index, *words, code=code)
     sums = [outcome.result[name] for name in ("read", "stored", "rejected", "skipped", "documents")]
     assert sums == [5, 2, 2, 1, 2]
@@ -534,7 +532,7 @@ def test_the_rejects_file_is_named_in_the_result_and_private_and_old_ones_go(mak
     for days in (29, 31):
         (logs / f"rejects-x-{days}.ndjson").write_text("")
         os.utime(logs / f"rejects-x-{days}.ndjson", (time.time() - days * 86400,) * 2)
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     outcome = load(put_csv({"a.csv": "n\n1\nx\n"}), index, code=3)
     file = Path(outcome.result["rejects_file"])
     assert file.parent == logs
@@ -546,7 +544,7 @@ def test_the_rejects_file_is_named_in_the_result_and_private_and_old_ones_go(mak
 
 
 def test_more_than_10_000_rejects_end_the_load_unless_more_are_accepted(make_index, put_csv, load, admin):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     prefix = put_csv({"a.csv": "n\n1\n" + "x\n" * 10_001})
     outcome = load(prefix, index, code=1)
     assert "10,000" in outcome.last
@@ -574,7 +572,7 @@ CHANGES = {
 def test_a_producer_that_is_still_writing_fails_the_load(
     change, key, words, method, path, make_index, put_csv, load, proxy, s3, admin
 ):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     prefix = put_csv({"a.csv": numbers(1, 3), "b.csv": numbers(4, 6)})
     proxy.on(method, path, after(lambda: CHANGES[change](s3, prefix)))
     outcome = load(prefix, index, *words, code=1)
@@ -583,7 +581,7 @@ def test_a_producer_that_is_still_writing_fails_the_load(
 
 
 def test_another_client_that_writes_meanwhile_fails_the_load(make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     proxy.on("POST", "/_bulk", after(lambda: admin("POST", f"/{index}/_doc", {"n": 0})))
     outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, code=1)
     assert "4" in outcome.last
@@ -593,11 +591,11 @@ def test_another_client_that_writes_meanwhile_fails_the_load(make_index, put_csv
 
 @pytest.mark.parametrize("words", [[], ["--no-cleanup"]])
 def test_an_index_that_another_client_replaced_meanwhile_fails_the_load(words, make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
 
     def replace():
         admin("DELETE", f"/{index}")
-        admin("PUT", f"/{index}", {"mappings": {"properties": NUMBERS}})
+        admin("PUT", f"/{index}", {"mappings": {"properties": NUMBER}})
         for n in (1, 2, 3):
             admin("POST", f"/{index}/_doc", {"n": n})
 
@@ -627,7 +625,7 @@ def test_settings_and_meta_change_for_the_time_of_the_load_only(
 ):
     settings = {"number_of_replicas": 1, **({"refresh_interval": interval} if interval else {})}
     foreign = {"owner": "team a", "nested": {"deep": [1, None]}}
-    index = make_index("index", NUMBERS, docs=3, settings=settings, _meta=foreign)
+    index = make_index("index", NUMBER, docs=3, settings=settings, _meta=foreign)
     before = admin("GET", f"/{index}")
     seen = seen_meanwhile(index)
     load(put_csv({"a.csv": numbers(1, 9)}), index, "--no-replicas")
@@ -645,7 +643,7 @@ def test_replicas_stay_as_they_are_unless_asked_and_never_where_they_expand_by_t
     words, replicas, make_index, put_csv, load, proxy, admin
 ):
     setting = "auto_expand_replicas" if "-" in replicas else "number_of_replicas"
-    index = make_index("index", NUMBERS, settings={setting: replicas})
+    index = make_index("index", NUMBER, settings={setting: replicas})
     before = settings_of(admin, index)
     load(put_csv({"a.csv": numbers(1, 3)}), index, *words)
     assert settings_of(admin, index) == before
@@ -655,7 +653,7 @@ def test_replicas_stay_as_they_are_unless_asked_and_never_where_they_expand_by_t
 
 
 def test_a_failed_load_keeps_its_marker_and_restores_settings(make_index, put_csv, load, proxy, admin):
-    index = make_index("index", NUMBERS, settings={"refresh_interval": "7s", "number_of_replicas": 1}, _meta={"a": 1})
+    index = make_index("index", NUMBER, settings={"refresh_interval": "7s", "number_of_replicas": 1}, _meta={"a": 1})
     before = settings_of(admin, index)
     proxy.on("POST", "/_bulk", answer(400, {"error": {"type": "odd_exception", "reason": "no"}, "status": 400}))
     outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, "--no-replicas", code=1)
@@ -669,7 +667,7 @@ def test_a_failed_load_keeps_its_marker_and_restores_settings(make_index, put_cs
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_next_run_restores_the_settings_of_a_stopped_one(number, make_index, put_csv, load, start, proxy, admin):
-    index = make_index("index", NUMBERS, docs=2, settings={"refresh_interval": "7s", "number_of_replicas": 1})
+    index = make_index("index", NUMBER, docs=2, settings={"refresh_interval": "7s", "number_of_replicas": 1})
     before = settings_of(admin, index)
     prefix = put_csv({"a.csv": numbers(1, 40)})
     released = threading.Event()
@@ -706,7 +704,7 @@ def test_the_next_run_restores_the_settings_of_a_stopped_one(number, make_index,
 def test_a_dry_run_changes_nothing_and_only_logs_that_an_index_is_live(
     words, make_index, put_csv, load, proxy, admin, name, tmp_path
 ):
-    index = make_index("index", NUMBERS, docs=3, alias=name("alias"))
+    index = make_index("index", NUMBER, docs=3, alias=name("alias"))
     before = state_of(admin, index)
     outcome = load(put_csv({"a.csv": "n,new\n1,2\n"}), index, "--dry-run", *words)
     assert state_of(admin, index) == before
@@ -764,7 +762,7 @@ def test_a_record_may_be_larger_than_one_cell_may_be(make_index, put_csv, load, 
 def test_a_signal_while_settings_are_restored_after_a_failure_does_not_stop_that(
     make_index, put_csv, start, proxy, admin
 ):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     proxy.on("POST", "/_bulk", answer(400, {"error": {"type": "x", "reason": "y"}}), times=None)
     proxy.on("PUT", "/_settings", answer(503), skip=1, times=None)  # the first one sets the refresh interval to -1
     process = start(put_csv({"a.csv": numbers(1, 5)}), index, proxy=proxy)
@@ -880,7 +878,7 @@ def test_an_object_that_is_written_again_as_it_was_is_no_change(load_of, put_csv
 
 @pytest.mark.parametrize("by", ["flag", "variable"])
 def test_a_load_and_its_deletion_are_throttled_evenly(by, make_index, put_csv, load, proxy, monkeypatch):
-    index = make_index("index", NUMBERS, docs=30)
+    index = make_index("index", NUMBER, docs=30)
     if by == "variable":
         monkeypatch.setenv("REQUESTS_PER_SECOND", "100")
     outcome = load(put_csv({"a.csv": numbers(1, 90)}), index, *["--requests-per-second=100"] * (by == "flag"))
@@ -895,7 +893,7 @@ def test_a_load_and_its_deletion_are_throttled_evenly(by, make_index, put_csv, l
 
 def test_the_number_of_requests_follows_a_distant_cluster_and_is_reported(make_index, put_csv, load, proxy):
     proxy.on("POST", "/_bulk", delayed(0.5), times=None)
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     prefix = put_csv({"a.csv": numbers(1, 120)})
     outcome = load(prefix, index, "--batch-size", "1")
     assert outcome.result["requests_under_way"] == 64  # 120 batches for a cluster that seems to work on all at once
@@ -912,7 +910,7 @@ def test_a_read_that_hangs_does_not_keep_the_process(part, make_index, put_csv, 
     skip = 2 if part == "body" else 0
     files = {"a.csv": numbers(1, 30_000), "b.csv": numbers(1, 30_000)}
     rule = s3_proxy.on("GET", r"\.csv", lambda exchange: released.wait(60), skip=skip, times=None)
-    process = start(put_csv(files), make_index("index", NUMBERS))
+    process = start(put_csv(files), make_index("index", NUMBER))
     wait_until(lambda: rule.seen > skip)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)

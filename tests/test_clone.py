@@ -7,12 +7,11 @@ import threading
 import pytest
 import reindex
 import sandbox
-from conftest import count, fill, marker_of, secured, sources
+from conftest import NUMBER, count, fill, marker_of, secured, sources
 from fault_proxy import answer, lost_answer
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
-NUMBER = {"n": {"type": "long"}}
 RESIZE = "indices:admin/resize"
 
 

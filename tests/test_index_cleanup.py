@@ -7,11 +7,8 @@ import re
 
 import index_cleanup
 import pytest
-from conftest import count, marker_of, state_of
-from fault_proxy import after, answer, at_the_end, edited
-
-NUMBER = {"n": {"type": "long"}}
-TASK = "/_tasks/[^/?]+$"
+from conftest import NUMBER, count, marker_of, state_of
+from fault_proxy import TASK, after, answer, at_the_end, edited
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import Reader
+from conftest import NUMBER, Reader
 
 pytestmark = pytest.mark.quick
 
-NUMBER = {"n": {"type": "long"}}
 TIMES = 5  # on a busy machine a state of 40 ms may pass between two searches, but not each time
 
 

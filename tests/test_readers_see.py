@@ -14,10 +14,9 @@ import opensearch_base_manager as base
 import pytest
 import sandbox
 import switch_alias
-from conftest import fill, secured, sources, state_of
+from conftest import NUMBER, fill, secured, sources, state_of
 from fault_proxy import answer, delayed, edited
 
-NUMBER = {"n": {"type": "long"}}
 WORD = {"type": "keyword"}
 
 

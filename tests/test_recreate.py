@@ -13,10 +13,9 @@ import opensearch_base_manager as base
 import pytest
 import reindex
 import sandbox
-from conftest import Reader, count, marker_of, meta_of, secured, sources, state_of
+from conftest import NUMBER, Reader, count, marker_of, meta_of, secured, sources, state_of
 from fault_proxy import Exchange, after, answer, before, lost_answer
 
-NUMBER = {"n": {"type": "long"}}
 SETTINGS = {
     "number_of_shards": 2, "number_of_replicas": 1, "refresh_interval": "7s",
     "analysis": {"analyzer": {"own": {"type": "custom", "tokenizer": "standard", "filter": ["lowercase"]}}},

@@ -13,13 +13,11 @@ import time
 import opensearch_base_manager as base
 import pytest
 import reindex
-from conftest import OWN, count, fill, marker_of, running_copies, sources, state_of, wait_until
-from fault_proxy import after, answer, edited, lost_answer, refused
+from conftest import NUMBER, OWN, count, fill, marker_of, running_copies, sources, state_of, wait_until
+from fault_proxy import TASK, after, answer, edited, lost_answer, refused
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
-NUMBER = {"n": {"type": "long"}}
-TASK = "/_tasks/[^/?]+$"
 START = "/_reindex"
 
 
@@ -56,7 +54,7 @@ def own_settings(admin):
     return read
 
 
-def numbers(admin, index):
+def numbers_in(admin, index):
     admin("POST", f"/{index}/_refresh")
     return sorted(doc["n"] for doc in sources(admin, index))
 
@@ -69,7 +67,7 @@ def test_the_target_holds_the_documents_of_the_source_and_nothing_else(pair, cop
     source, target = pair
     outcome = copy(source, target)
     assert outcome.code == 0, outcome.err
-    assert numbers(admin, target) == numbers(admin, source) == [0, 1, 2]
+    assert numbers_in(admin, target) == numbers_in(admin, source) == [0, 1, 2]
     assert marker_of(admin, target) is None
     assert own_settings(target) == {"refresh_interval": None, "number_of_replicas": "1"}
     result = outcome.result
@@ -99,7 +97,7 @@ def test_all_shards_are_copied_in_parallel(make_index, copy, admin, proxy):
     shards = {"number_of_shards": 3}
     source, target = make_index("source", NUMBER, docs=30, settings=shards), make_index("target", NUMBER)
     assert copy(source, target).code == 0
-    assert numbers(admin, target) == list(range(30))
+    assert numbers_in(admin, target) == list(range(30))
     assert any("slices=auto" in path and "wait_for_completion=false" in path for _, path, _ in proxy.requests)
     assert json.loads(proxy.seen("POST", START)[0])["source"]["size"] == 5000
 
@@ -109,7 +107,7 @@ def test_documents_that_no_search_sees_yet_are_copied(make_index, copy, admin):
     target = make_index("target", NUMBER)
     admin("POST", f"/{source}/_doc", {"n": 1})
     assert copy(source, target).code == 0
-    assert numbers(admin, target) == [1]
+    assert numbers_in(admin, target) == [1]
 
 
 @pytest.mark.parametrize("dynamic", ["true", "strict", "false"])
@@ -190,7 +188,7 @@ def test_a_setting_that_the_cluster_refuses_is_gone_without(pair, copy, admin, p
     assert "continuing without index.refresh_interval=-1" in outcome.err
     assert "too low" in outcome.err
     assert own_settings(pair[1])["refresh_interval"] is None
-    assert numbers(admin, pair[1]) == [0, 1, 2]
+    assert numbers_in(admin, pair[1]) == [0, 1, 2]
 
 
 def test_where_no_marker_can_be_written_the_settings_stay_untouched(pair, copy, admin, proxy):
@@ -201,7 +199,7 @@ def test_where_no_marker_can_be_written_the_settings_stay_untouched(pair, copy, 
     assert "the marker cannot be written" in outcome.err
     assert "lacks indices:admin/mapping/put" in outcome.err
     assert proxy.seen("PUT", "_settings") == []
-    assert numbers(admin, pair[1]) == [0, 1, 2]
+    assert numbers_in(admin, pair[1]) == [0, 1, 2]
 
 
 def unfinished(admin, index, **changed):
@@ -316,7 +314,7 @@ def test_a_copy_whose_start_got_no_answer_is_found_and_not_started_twice(pair, c
     assert outcome.code == 0, outcome.err
     assert "looking whether the task was started" in outcome.err
     assert len(proxy.seen("POST", START)) == 1
-    assert numbers(admin, pair[1]) == [0, 1, 2]
+    assert numbers_in(admin, pair[1]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("fault", [refused, answer(503)], ids=["refused", "503"])
@@ -325,7 +323,7 @@ def test_a_copy_that_was_not_started_is_started_again(fault, pair, copy, admin, 
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
     assert len(proxy.seen("POST", START)) == 2
-    assert numbers(admin, pair[1]) == [0, 1, 2]
+    assert numbers_in(admin, pair[1]) == [0, 1, 2]
 
 
 def test_a_source_that_changes_during_the_copy_is_a_failure_that_says_so(own_pair, copy, admin, proxy):
@@ -411,7 +409,7 @@ def test_a_signal_cancels_the_copy_and_restores_settings(number, start, pair, co
     assert marker_of(admin, pair[1])
     if number == signal.SIGTERM:
         assert copy(*pair).code == 0
-        assert numbers(admin, pair[1]) == [0, 1, 2]
+        assert numbers_in(admin, pair[1]) == [0, 1, 2]
         assert marker_of(admin, pair[1]) is None
 
 
@@ -426,7 +424,7 @@ def test_after_a_kill_the_next_run_cancels_the_orphan_and_copies_again(start, pa
     assert outcome.code == 0, outcome.err
     assert f"cancelling task {orphans[0]} on index {pair[1]}, left by a run that died" in outcome.err
     assert running_copies(admin, pair[1]) == []
-    assert numbers(admin, pair[1]) == [0, 1, 2]
+    assert numbers_in(admin, pair[1]) == [0, 1, 2]
     assert marker_of(admin, pair[1]) is None
     assert own_settings(pair[1])["refresh_interval"] is None
 
@@ -466,7 +464,7 @@ def test_a_copy_of_ours_from_another_host_is_awaited_and_then_refuses(foreign_co
 def test_a_copy_of_ours_from_another_host_that_ends_in_time_is_followed_by_ours(foreign_copy, pair, copy, admin):
     foreign_copy(pair[1], f"{base.SUITE}/otherhost/x", rate=2)
     assert copy(*pair).code == 0
-    assert numbers(admin, pair[1]) == [0, 1, 2]
+    assert numbers_in(admin, pair[1]) == [0, 1, 2]
 
 
 def test_a_copy_into_an_index_with_a_longer_name_is_no_obstacle(pair, make_index, foreign_copy, copy):

@@ -22,7 +22,7 @@ import opensearch_base_manager as base
 import pytest
 import sandbox
 from conftest import (
-    RUNNER, Reader, count, finish, log_of, on_terminal, running_copies, sources, state_of, wait_until,
+    NUMBER, RUNNER, Reader, count, finish, log_of, on_terminal, running_copies, sources, state_of, wait_until,
 )  # fmt: skip
 from fault_proxy import answer
 
@@ -30,7 +30,6 @@ TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = ["opensearch_base_manager.py", "reindex.py", "switch_alias.py", "bulkupdate.py", "index_cleanup.py"]
 
 
-NUMBER = {"n": {"type": "long"}}
 BLANK_LINES = "\n" * 100  # step 0 renders as many of each object; what comes behind them, the load finds
 
 

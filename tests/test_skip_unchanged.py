@@ -15,7 +15,7 @@ import sandbox
 from conftest import count, finish, meta_of
 from fault_proxy import after, edited
 
-NUMBER = {"n": {"type": "long"}, "k": {"type": "keyword"}}
+PROPERTIES = {"n": {"type": "long"}, "k": {"type": "keyword"}}
 FILES = {"a.csv": "n,k\n1,a\n2,b\n", "b.csv": "n,k\n3,c\n"}
 
 
@@ -27,7 +27,7 @@ def skip(monkeypatch):
 @pytest.fixture
 def loaded(skip, make_index, put_csv, load):
     """Load an index; return it, the prefix, and a function that says whether it counts as unchanged."""
-    index, prefix = make_index("index", NUMBER, settings={"number_of_shards": 2}), put_csv(FILES)
+    index, prefix = make_index("index", PROPERTIES, settings={"number_of_shards": 2}), put_csv(FILES)
     load(prefix, index)
 
     def unchanged(other=prefix, *more):
@@ -133,7 +133,7 @@ def test_an_index_that_was_recreated_with_its_record_is_changed(loaded, admin):
 
 def test_a_copy_into_it_and_one_of_it_have_no_record(loaded, make_index, run, admin, load):
     index, prefix, unchanged = loaded
-    other = make_index("other", NUMBER)
+    other = make_index("other", PROPERTIES)
     assert run(reindex, "--source", index, "--target", other).code == 0
     assert record_of(admin, other) is None
     assert "unchanged" not in load(prefix, other, "--dry-run").result
@@ -155,7 +155,7 @@ def test_a_cleanup_and_a_load_beside_what_it_holds_are_changes(loaded, load, run
 @pytest.mark.parametrize("when", ["while it is loaded", "between the count and the record"])
 def test_a_stray_write_during_the_load_leaves_no_record(when, skip, make_index, put_csv, load, proxy, admin):
     """The count is as it should be: one was added, one deleted."""
-    index, prefix = make_index("index", NUMBER, settings={"number_of_shards": 2}), put_csv(FILES)
+    index, prefix = make_index("index", PROPERTIES, settings={"number_of_shards": 2}), put_csv(FILES)
 
     def stray():
         add(admin, index)
@@ -172,7 +172,7 @@ def test_a_stray_write_during_the_load_leaves_no_record(when, skip, make_index, 
 def test_neither_rejects_nor_a_load_without_the_setting_leave_a_record(
     skip, make_index, put_csv, load, admin, monkeypatch
 ):
-    index = make_index("index", NUMBER)
+    index = make_index("index", PROPERTIES)
     load(put_csv({"a.csv": "n,k\n1,a\nx,b\n"}), index, "--max-rejects", "1")
     assert record_of(admin, index) is None
     monkeypatch.setenv("SKIP_UNCHANGED", "false")
@@ -207,7 +207,7 @@ def test_an_unfinished_index_is_changed(loaded, admin):
 def test_a_night_with_nothing_new_is_over_at_once(
     strategy, make_pair, refresh, put_csv, admin, s3, proxy, tmp_path, alias, behind_alias
 ):
-    make_pair(NUMBER, 3, 0)
+    make_pair(PROPERTIES, 3, 0)
     prefix = put_csv(FILES)
     night = {
         "SKIP_UNCHANGED": "true", "REFRESH_STRATEGY": strategy, "OPENSEARCH_ENDPOINT": proxy.endpoint,

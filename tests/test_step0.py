@@ -14,10 +14,9 @@ import pytest
 import reindex
 import sandbox
 import switch_alias
-from conftest import count, fill, load_arguments, secured, state_of
+from conftest import NUMBER, count, fill, load_arguments, secured, state_of
 from fault_proxy import answer, edited
 
-NUMBERS = {"n": {"type": "long"}}
 CSV = {"a.csv": "n\n1\n2\n3\n"}
 
 
@@ -25,7 +24,7 @@ CSV = {"a.csv": "n\n1\n2\n3\n"}
 def pair(make_pair, alias, monkeypatch):
     """Primary with three documents and the alias, and an empty secondary."""
     monkeypatch.setenv("INDEX_ALIAS", alias)
-    return make_pair(NUMBERS, 3, 0)
+    return make_pair(NUMBER, 3, 0)
 
 
 @pytest.fixture
@@ -244,11 +243,11 @@ def test_a_mapping_beyond_its_limit_takes_a_load_without_new_columns(make_index,
 @pytest.mark.parametrize(
     ("properties", "mapping", "header", "named"),
     [
-        ({**NUMBERS, "b": {"type": "alias", "path": "n"}}, {}, "n,b", "b"),
-        (NUMBERS, {"_routing": {"required": True}}, "n", "_routing"),
-        ({**NUMBERS, "o": {"type": "nested", "properties": {"y": {"type": "long"}}}}, {}, "n,o.y", r"o\.y"),
-        ({**NUMBERS, "o": {"type": "nested"}}, {}, "n,o.new", r"o\.new"),
-        *((NUMBERS, {}, f"n,{name}", name) for name in ("_doc_count", "_nested_path", "_primary_term")),
+        ({**NUMBER, "b": {"type": "alias", "path": "n"}}, {}, "n,b", "b"),
+        (NUMBER, {"_routing": {"required": True}}, "n", "_routing"),
+        ({**NUMBER, "o": {"type": "nested", "properties": {"y": {"type": "long"}}}}, {}, "n,o.y", r"o\.y"),
+        ({**NUMBER, "o": {"type": "nested"}}, {}, "n,o.new", r"o\.new"),
+        *((NUMBER, {}, f"n,{name}", name) for name in ("_doc_count", "_nested_path", "_primary_term")),
     ],
 )
 @pytest.mark.parametrize("arguments", [["--dry-run"], []])
@@ -268,7 +267,7 @@ def test_a_column_that_no_row_could_bring_is_refused_before_the_index_is_emptied
 
 def test_a_nested_field_takes_json_and_an_object_takes_dots(make_index, put_csv, load):
     nested = {"type": "nested", "properties": {"y": {"type": "long"}}}
-    index = make_index("index", {**NUMBERS, "l": nested, "o": {"properties": {"y": {"type": "long"}}}})
+    index = make_index("index", {**NUMBER, "l": nested, "o": {"properties": {"y": {"type": "long"}}}})
     load(put_csv({"a.csv": 'n,l,o.y\n1,"[{""y"": 1}]",2\n'}), index)
 
 
@@ -322,7 +321,7 @@ def test_an_index_that_cannot_be_filled_is_refused_in_a_dry_run_and_a_run(pair, 
 
 
 def test_an_append_only_index_is_refused(pair, make_index, run, put_csv):
-    index = make_index("append", NUMBERS, settings={"index.append_only.enabled": True})
+    index = make_index("append", NUMBER, settings={"index.append_only.enabled": True})
     outcome = run(bulkupdate, *load_arguments(put_csv(CSV), index, "--dry-run"))
     assert outcome.code == 4
     assert "index.append_only.enabled" in outcome.last
@@ -357,7 +356,7 @@ def red(admin, name):
 
 def test_a_red_index_is_refused_after_it_had_time_to_recover(pair, run, red, monkeypatch, put_csv, name):
     _, secondary = pair
-    index = red("red", mappings={"properties": NUMBERS}, aliases={name("other"): {}})
+    index = red("red", mappings={"properties": NUMBER}, aliases={name("other"): {}})
     monkeypatch.setenv("INDEX_ALIAS", name("other"))
     monkeypatch.setenv("RETRY_SECONDS", "1")
     for outcome in (
@@ -371,7 +370,7 @@ def test_a_red_index_is_refused_after_it_had_time_to_recover(pair, run, red, mon
 
 def test_a_red_standby_that_would_be_recreated_passes(pair, run, show, red, may_recreate, monkeypatch):
     primary, _ = pair
-    index = red("red", mappings={"properties": NUMBERS})
+    index = red("red", mappings={"properties": NUMBER})
     monkeypatch.setenv("RETRY_SECONDS", "1")
     monkeypatch.setenv("CLEANUP_METHOD", "recreate")
     assert run(reindex, "--source", primary, "--target", index, "--dry-run").code == 0
@@ -382,7 +381,7 @@ def test_a_red_standby_that_would_be_recreated_passes(pair, run, show, red, may_
 
 
 def test_rows_that_would_be_rejected_are_counted_in_a_dry_run(make_index, put_csv, run, admin):
-    index = make_index("index", {**NUMBERS, "k": {"type": "keyword"}}, docs=3)
+    index = make_index("index", {**NUMBER, "k": {"type": "keyword"}}, docs=3)
     ragged = "".join(f"a,{n},\n" for n in range(12_000))
     prefix = put_csv({"a.csv": f"k,n\n{ragged}"})
     before = state_of(admin, index)
@@ -396,14 +395,14 @@ def test_rows_that_would_be_rejected_are_counted_in_a_dry_run(make_index, put_cs
 
 @pytest.mark.parametrize(("accepted", "code"), [(1, 4), (2, 0), (3, 0)])
 def test_as_many_rejects_as_are_accepted_pass(make_index, put_csv, run, accepted, code):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     prefix = put_csv({"a.csv": "n\n1\nx\n", "b.csv": "n\n1\n2,3\n4\n"})
     outcome = run(bulkupdate, *load_arguments(prefix, index, "--dry-run", "--max-rejects", str(accepted)))
     assert outcome.code == code, outcome.err
 
 
 def test_only_the_first_hundred_rows_of_each_head_are_rendered(make_index, put_csv, run):
-    index = make_index("index", NUMBERS)
+    index = make_index("index", NUMBER)
     good = "".join(f"{n}\n" for n in range(100))
     prefix = put_csv({"a.csv": f"n\n{good}x\n", "b.csv": f"n\n{good}y\n"})
     assert run(bulkupdate, *load_arguments(prefix, index, "--dry-run")).code == 0
@@ -412,7 +411,7 @@ def test_only_the_first_hundred_rows_of_each_head_are_rendered(make_index, put_c
 
 
 def test_ids_that_are_no_ids_count_too(make_index, put_csv, run):
-    index = make_index("index", {**NUMBERS, "k": {"type": "keyword"}})
+    index = make_index("index", {**NUMBER, "k": {"type": "keyword"}})
     prefix = put_csv({"a.csv": "k,n\n,1\nb,2\n"})
     assert run(bulkupdate, *load_arguments(prefix, index, "--dry-run", "--id-column", "k")).code == 4
     assert run(bulkupdate, *load_arguments(prefix, index, "--dry-run")).code == 0
@@ -503,7 +502,7 @@ TEXT = b"n,k\n1,a\n2,b\n"
     ids=lambda part: part if isinstance(part, str) else "",  # archives contain the time
 )
 def test_a_header_that_is_no_csv_says_why(make_index, put_csv, run, content, said):
-    index = make_index("index", {**NUMBERS, "k": {"type": "keyword"}})
+    index = make_index("index", {**NUMBER, "k": {"type": "keyword"}})
     outcome = run(bulkupdate, *load_arguments(put_csv({"a.csv": content}), index, "--dry-run"))
     assert outcome.code == 4, outcome.err
     assert said in outcome.last
@@ -558,7 +557,7 @@ def test_the_reason_at_the_bottom_is_given():
 
 
 def test_nothing_was_changed_is_not_said_after_a_first_round_of_deleting(make_index, run, admin, proxy, name):
-    index = make_index("index", NUMBERS, docs=30)
+    index = make_index("index", NUMBER, docs=30)
 
     def add(exchange):
         exchange.pass_on()

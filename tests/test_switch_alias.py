@@ -7,13 +7,10 @@ import json
 import opensearch_base_manager as base
 import pytest
 import switch_alias
-from conftest import command_in, state_of
+from conftest import NUMBER, command_in, state_of
 from fault_proxy import after, answer, before, edited, lost_answer, refused
 
 pytestmark = pytest.mark.quick
-
-
-NUMBER = {"n": {"type": "long"}}
 
 
 @pytest.fixture

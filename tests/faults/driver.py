@@ -22,9 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sandbox
 from conftest import TEST_PATTERNS, Reader, by_id, digest_of, fill
 from fault_proxy import FaultProxy
+from hypothesis import HealthCheck, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 TOP = Path(__file__).resolve().parents[2]
 TYPES = {"n": "long", "half": "double", "word": "keyword"}
@@ -37,6 +40,16 @@ SECRETS = [sandbox.PASSWORD, b64encode(f"{sandbox.USER}:{sandbox.PASSWORD}".enco
 # by the server, to each index that is created or cloned
 GIVEN = ("uuid", "creation_date", "resize", "routing", "routing_partition_size")
 READ_ONLY = re.compile(r"/(_refresh|_search|_count|_flush|_forcemerge)\b")
+set_hypothesis_home_dir(sandbox.CACHE / "hypothesis")  # or it leaves a folder wherever a test stands
+QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+def profiles(short: int, many: int) -> pytest.MarkDecorator:
+    """Run a test with `short` examples that never change, and in the long form with `many` new ones."""
+    few = settings(max_examples=short, derandomize=True, **QUIET)
+    long = settings(max_examples=many, print_blob=True, **QUIET)
+    marks = [pytest.mark.long, pytest.mark.timeout(7200)]
+    return pytest.mark.parametrize("profile", [pytest.param(few, id="few"), pytest.param(long, id="many", marks=marks)])
 
 
 def new_objects() -> dict[str, bytes]:

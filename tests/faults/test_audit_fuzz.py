@@ -11,21 +11,12 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-import sandbox
 import switch_alias
 from conftest import fill
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 
-set_hypothesis_home_dir(sandbox.CACHE / "hypothesis")
-QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-FEW = settings(max_examples=12, derandomize=True, **QUIET)
-MANY = settings(max_examples=400, print_blob=True, **QUIET)
-profiles = pytest.mark.parametrize(
-    "profile",
-    [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=[pytest.mark.long, pytest.mark.timeout(7200)])],
-)
+from .driver import profiles
 
 # definition and values of each kind of leaf; the last is whether the server sees the value
 SEEN = [
@@ -95,7 +86,7 @@ def audited(admin, name, run):
     return compare
 
 
-@profiles
+@profiles(12, 400)
 def test_the_same_contents_are_never_refused(profile, audited):
     @profile
     @given(leaves(), st.integers(1, 30), st.integers(0, 2**32), st.sampled_from(["0", "0.1", "10", "99.9"]))
@@ -111,7 +102,7 @@ def test_the_same_contents_are_never_refused(profile, audited):
     check()
 
 
-@profiles
+@profiles(12, 400)
 def test_a_field_removed_from_more_documents_than_allowed_is_always_refused(profile, audited):
     @profile
     @given(leaves(), st.data(), st.integers(1, 40), st.integers(0, 2**32), st.decimals(0, 99, places=1))

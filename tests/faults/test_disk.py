@@ -9,17 +9,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import RUNNER
 from fault_proxy import after
 
-from .driver import NEW_ROWS, TOP, Run, World
+from .driver import NEW_ROWS, Run, World
 
-RUNNER = str(TOP / "run_refresh.sh")
 NOWHERE = "/proc"  # a folder in which not even root can create a file
 
 
 def through_shell(world: World, command: str, **variables: str) -> Run:
     """Run a shell command, in which "$0" is the runner."""
-    return world.finish(world.start("bash", "-c", command, RUNNER, **variables))
+    return world.finish(world.start("bash", "-c", command, str(RUNNER), **variables))
 
 
 def with_small_files(world: World, kib: int, **variables: str) -> Run:
@@ -35,7 +35,7 @@ def start_on_small_disk(world):
     logs = Path(world.environment["LOG_DIR"])
     logs.mkdir()
     command = f'mount -t tmpfs -o size=64k,mode=700 tmpfs {logs} && exec "$0"'
-    return lambda: world.start("unshare", "--mount", "bash", "-c", command, RUNNER)
+    return lambda: world.start("unshare", "--mount", "bash", "-c", command, str(RUNNER))
 
 
 def fill_disk(world: World, pid: int, *, log_page: bool = True) -> None:

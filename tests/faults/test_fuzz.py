@@ -21,21 +21,10 @@ import bulkupdate
 import pytest
 import sandbox
 from conftest import OWN, count, digest_of, sources, state_of
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 
-set_hypothesis_home_dir(sandbox.CACHE / "hypothesis")  # or it leaves a folder wherever a test stands
-QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-
-
-def profiles(short: int, many: int) -> pytest.MarkDecorator:
-    """Run a test with `short` examples that never change, and in the long form with `many` new ones."""
-    few = settings(max_examples=short, derandomize=True, **QUIET)
-    long = settings(max_examples=many, print_blob=True, **QUIET)
-    marks = [pytest.mark.long, pytest.mark.timeout(3600)]
-    return pytest.mark.parametrize("profile", [pytest.param(few, id="few"), pytest.param(long, id="many", marks=marks)])
-
+from .driver import QUIET, profiles
 
 # --- what has to come out ---------------------------------------------------------------------------------------------
 
@@ -355,7 +344,7 @@ def visible(admin):
 
 
 @pytest.fixture
-def load(run, s3, name, make_index, admin, tmp_path, monkeypatch):
+def load_contents(run, s3, name, make_index, admin, tmp_path, monkeypatch):
     """Load contents into an index as the objects 0.csv, 1.csv, ...; return the outcome and the prefix."""
     bystander = make_index("bystander", docs=3, alias=name("alias"))
     before = state_of(admin, bystander)
@@ -402,7 +391,7 @@ PROPERTIES = {name: {"type": kind} for name, kind in TYPES.items()} | {"any": {"
 
 @profiles(12, 400)
 def test_whatever_files_come_the_index_holds_their_good_rows_and_the_rejects_file_the_others(
-    load, make_index, admin, box, profile
+    load_contents, make_index, admin, box, profile
 ):
     index = make_index("target", PROPERTIES, docs=[{"n": 1}])
     loaded = []
@@ -413,7 +402,7 @@ def test_whatever_files_come_the_index_holds_their_good_rows_and_the_rejects_fil
         before = stored(box, index)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bulkupdate, "CHUNK_BYTES", chunk)
-            outcome, prefix = load(index, case.contents, f"--delimiter={case.delimiter}", "--batch-size", "7")
+            outcome, prefix = load_contents(index, case.contents, f"--delimiter={case.delimiter}", "--batch-size", "7")
         wanted = [expected(content, case.columns, case.delimiter) for content in case.contents]
         utf_16 = any(content.count(0) > len(content) // 4 for content in case.contents)
         if utf_16 or all(not (one.documents or one.rejects) for one in wanted):
@@ -458,7 +447,7 @@ def header_line(names: list[str]) -> str:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dynamic", [True, False, "strict"])
 def test_whatever_the_columns_are_called_they_are_stored_so_or_the_load_is_refused_with_the_index_as_it_was(
-    load, make_index, admin, box, dynamic
+    load_contents, make_index, admin, box, dynamic
 ):
     codes = []
 
@@ -472,7 +461,7 @@ def test_whatever_the_columns_are_called_they_are_stored_so_or_the_load_is_refus
         names = ["known", *names]
         index = make_index(f"target-{number}", {"known": {"type": "keyword"}}, docs=[{"known": "old"}], dynamic=dynamic)
         content = header_line(names) + header_line([f"x{place}" for place in range(len(names))])
-        outcome, prefix = load(index, [content.encode()])
+        outcome, prefix = load_contents(index, [content.encode()])
         codes.append(outcome.code)
         stripped = [name.strip() for name in names]
         if outcome.code in (0, 3):
@@ -494,7 +483,7 @@ def test_whatever_the_columns_are_called_they_are_stored_so_or_the_load_is_refus
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_whatever_bytes_stand_in_the_place_of_a_header_the_load_is_refused_or_stores_by_it(
-    load, make_index, admin, box
+    load_contents, make_index, admin, box
 ):
     codes = []
 
@@ -508,7 +497,7 @@ def test_whatever_bytes_stand_in_the_place_of_a_header_the_load_is_refused_or_st
         content = first + b"".join(tokens) + b"\nx1\nx1,x2\nx1,x2,x3\n"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bulkupdate, "CHUNK_BYTES", chunk)
-            outcome, prefix = load(index, [content])
+            outcome, prefix = load_contents(index, [content])
         codes.append(outcome.code)
         found = sources(admin, index)
         if outcome.code in (0, 3):

@@ -37,11 +37,11 @@ def revive(nodes: Nodes) -> None:
     nodes[0].request("GET", f"/_cluster/health?{query}")
 
 
-def finish(world: World, process: subprocess.Popen[str]) -> Run:
+def await_run(world: World, process: subprocess.Popen[str]) -> Run:
     return world.finish(process, timeout=280)
 
 
-def log_of(world: World) -> str:
+def logs_of(world: World) -> str:
     return "".join(path.read_text() for path in (world.folder / "logs").glob("refresh-*.log"))
 
 
@@ -136,7 +136,7 @@ def test_a_copy_that_vanished_with_its_node_fails_and_the_next_run_heals(world, 
     process = world.start(**FEW_AT_A_TIME, **PATIENCE)
     copied = half_done(world, "reindex", "created")
     node.restart()
-    run = finish(world, process)
+    run = await_run(world, process)
     node.wait()
     message = rf"copying {world.primary} to {world.secondary}: task \S+ vanished with its node.*run it again"
     world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 1 copy")
@@ -151,7 +151,7 @@ def test_an_emptying_that_vanished_with_its_node_fails_and_the_next_run_heals(wo
     process = world.start(**PATIENCE)
     deleted = half_done(world, "byquery", "deleted")
     node.restart()
-    run = finish(world, process)
+    run = await_run(world, process)
     node.wait()
     message = rf"emptying {world.primary}: task \S+ vanished with its node.*run it again"
     world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 3 load")
@@ -175,7 +175,7 @@ def test_goes_on_when_the_node_is_back(world, node, point, when):
     method, path, skip = POINTS[point]
     answers: list[int] = []
     world.proxy.on(method, path, restarted(node, when, answers), skip=skip)
-    run = finish(world, world.start(**PATIENCE))
+    run = await_run(world, world.start(**PATIENCE))
     world.expect(run, code=0)
     assert answers == [0 if when == "before" else 200]
     assert_outage_seen(world, run)
@@ -193,10 +193,10 @@ def test_goes_on_when_the_node_is_back(world, node, point, when):
 )
 def test_node_away_between_steps(world, node, step, following):
     process = world.start(STEP_DELAY_SECONDS="8", OPENSEARCH_ENDPOINT=node.endpoint)
-    wait_until(lambda: f"<== {step}" in log_of(world), 90)
+    wait_until(lambda: f"<== {step}" in logs_of(world), 90)
     node.kill()
-    assert f"==> {following}" not in log_of(world)
-    run = finish(world, process)
+    assert f"==> {following}" not in logs_of(world)
+    run = await_run(world, process)
     revive([node])
     message = rf"GET /\S+ at {re.escape(node.endpoint)}: .*refused"
     world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: {following}")
@@ -220,7 +220,7 @@ def test_a_standby_that_has_lost_its_data_is_recreated(world, node):
     node.start()
     wait_until(lambda: is_whole(world, world.primary), 90)
     assert not is_whole(world, world.secondary)
-    run = finish(world, world.start(**PATIENCE))
+    run = await_run(world, world.start(**PATIENCE))
     world.expect(run, code=0)
     assert f"deleting all documents from {world.secondary}" in run.log
     assert (world.behind_alias(), is_whole(world, world.secondary)) == ([world.secondary], True)
@@ -331,7 +331,7 @@ def test_one_of_three_away_during_the_copy(wide):
     process = wide.start(**FEW_AT_A_TIME, **PATIENCE)
     half_done(wide, "reindex", "created")
     wide.lose(wide.scrolled())
-    run = finish(wide, process)
+    run = await_run(wide, process)
     message = rf"copying {wide.primary} to {wide.secondary}: .*"
     wide.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 1 copy")
     assert wide.moves == []
@@ -347,7 +347,7 @@ def test_one_of_three_away_during_the_emptying(wide):
     process = wide.start(**PATIENCE)
     half_done(wide, "byquery", "deleted")
     wide.lose(wide.scrolled())
-    run = finish(wide, process)
+    run = await_run(wide, process)
     wide.expect(run, code=1, message=rf"(?s)emptying {wide.primary}: .*FAILED at: 3 load")
     assert wide.moves == [(wide.secondary, 2)]
     wide.revive()
@@ -360,7 +360,7 @@ def test_one_of_three_restarts_during_the_load(wide):
     victim = wide.holder(wide.primary)
     wide.talk_to(wide.holder(wide.secondary))
     rule = wide.proxy.on("POST", "/_bulk", before(wide.nodes[victim].restart), skip=2)
-    run = finish(wide, wide.start(**PATIENCE))
+    run = await_run(wide, wide.start(**PATIENCE))
     wide.expect(run, code=0)
     assert rule.seen > 2
     assert wide.copies(wide.primary)["p"] != victim
@@ -374,7 +374,7 @@ def test_one_of_three_away_since_the_load(wide):
     victim = wide.holder(wide.primary)
     wide.talk_to(wide.holder(wide.secondary))
     wide.proxy.on("POST", "/_bulk", before(wide.nodes[victim].kill), skip=2)
-    run = finish(wide, wide.start(RETRY_SECONDS="150", WAIT_SECONDS="3"))
+    run = await_run(wide, wide.start(RETRY_SECONDS="150", WAIT_SECONDS="3"))
     message = rf"index {wide.primary}: 1 of 1 shards have fewer than 2 active copies after 3 s.*run again"
     wide.expect(run, code=4, message=rf"(?s){message}.*FAILED at: 4 switch")
     assert wide.moves == [(wide.secondary, 2)]
@@ -394,7 +394,7 @@ def test_a_switch_waits_for_the_copies_of_a_node_that_restarts(wide, nth):
     wait_until(lambda: rule.seen >= nth + 3, 240)
     assert len(wide.moves) == nth
     wide.nodes[victim].start()
-    run = finish(wide, process)
+    run = await_run(wide, process)
     wide.expect(run, code=0)
     assert wide.moves == [(wide.secondary, 2), (wide.primary, 2)]
     wide.assert_done()
@@ -413,7 +413,7 @@ def test_the_cluster_manager_restarts_during_a_switch(wide, nth):
         exchange.pass_on()
 
     rule = wide.proxy.on("POST", "/_aliases", fault, skip=nth)
-    run = finish(wide, wide.start(**PATIENCE))
+    run = await_run(wide, wide.start(**PATIENCE))
     assert rule.seen > nth
     assert [row["node"] for row in wide.admin("GET", "/_cat/cluster_manager?format=json")] != [manager]
     assert [copies for _, copies in wide.moves[: nth + 1]] == [2] * (nth + 1)
