@@ -59,6 +59,14 @@ def test_no_line_is_too_long_but_those_of_tables_and_outputs():
 
 
 @pytest.mark.quick
+def test_each_link_leads_somewhere():
+    titles = re.findall(r"^#+ (.*)$", README, re.M)
+    headings = [re.sub("[^a-z ]", "", title.lower()).replace(" ", "-") for title in titles]
+    for target in re.findall(r"\]\((.*?)\)", README):
+        assert target[1:] in headings if target.startswith("#") else (TOP / target).exists(), target
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_flag_is_mentioned(script):
     assert {flag for flag in flags(SCRIPTS[script].build_parser()) if flag not in README} == set()
