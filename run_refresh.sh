@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Replace the data behind an alias: copy, switch readers to the copy, load, switch readers back (copy-back);
-# or load the index that is not live and switch readers to it (alternate).
+# Replace the data behind an alias: copy the index, switch readers to the copy, load, switch readers back (copy-back);
+# or load the index that is not live, and switch readers to it (alternate).
 #
 # Usage: run_refresh.sh [--dry-run] [--verbose]
 #        run_refresh.sh --hold WHY | --release | --status [--max-age HOURS] | --help
@@ -12,9 +12,9 @@
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
 #        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/; '*' is the whole bucket)  BATCH_SIZE (1000)
 #        STEP_DELAY_SECONDS (5)  REFRESH_STRATEGY (copy-back, or alternate)
-#        READER_QUERIES (unset: searches that are tried before each switch; here on the live index, before anything)
-#        SKIP_UNCHANGED (false; true ends at once when the live index provably holds what S3 holds)
-#        PYTHON (.venv/bin/python beside this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
+#        READER_QUERIES (unset: searches that run before each switch, and on the live index in step 0)
+#        SKIP_UNCHANGED (false; true: exit with 0 immediately if the live index provably holds the data in S3)
+#        PYTHON (.venv/bin/python next to this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
 # Files: LOCK_DIR/HOLD-<alias> is the hold, its first line says why and since when; LOG_DIR/last-<alias>.json tells a
 #        monitor how the last run ended, and when one last succeeded
 # Exit:  0 readers are on the fresh data; otherwise the code of the step that failed (see README), 2 usage, 75 locked
@@ -76,15 +76,15 @@ choose_python() {
   if [[ -z ${PYTHON:-} ]]; then
     if [[ -x $own ]]; then PYTHON=$own; else PYTHON=python3; fi
   fi
-  command -v "$PYTHON" >/dev/null || die "no $PYTHON: set PYTHON" 2
+  command -v "$PYTHON" >/dev/null || die "cannot run $PYTHON; set PYTHON to a Python 3.10 or later" 2
 }
 
-read_settings() { # from the environment or .env, by the table of settings that the scripts use
+read_settings() { # from the environment or .env, with the table of settings that the scripts use
   local values line
   values=$("$PYTHON" -c 'import opensearch_base_manager as base; base.print_settings("run_refresh")') || exit 2
   while IFS= read -r line; do setting[${line%%=*}]=${line#*=}; done <<<"$values"
   PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
-  export INDEX_ALIAS=$ALIAS # the load knows by it which alias will have left the index
+  export INDEX_ALIAS=$ALIAS # tells the load which alias will have left the index
   LOG_DIR=${setting[LOG_DIR]} LOCK_DIR=${setting[LOCK_DIR]}
   hold="$LOCK_DIR/HOLD-$ALIAS" lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
   [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
@@ -92,15 +92,15 @@ read_settings() { # from the environment or .env, by the table of settings that 
 
 open_log() {
   mkdir -p "$LOG_DIR" "$LOCK_DIR" \
-    || die "LOG_DIR ($LOG_DIR) and LOCK_DIR ($LOCK_DIR) have to be folders that can be written to" 1
+    || die "cannot create LOG_DIR ($LOG_DIR) or LOCK_DIR ($LOCK_DIR); set both to folders that this user may write to" 1
   find "$LOG_DIR" -maxdepth 1 -type f \( -name 'refresh-*.log' -o -name '.result-*' \) -mtime +"$KEEP_DAYS" \
     -delete || true
   log_file="$LOG_DIR/refresh-$ALIAS-$(date -u +%Y%m%dT%H%M%SZ)-$$.log"
-  result=$(mktemp "$LOG_DIR/.result-XXXXXX") || die "LOG_DIR ($LOG_DIR) has to be a folder that can be written to" 1
+  result=$(mktemp "$LOG_DIR/.result-XXXXXX") || die "cannot write to LOG_DIR ($LOG_DIR); set it to another folder" 1
   : >>"$log_file" || die "cannot write $log_file" 1
 }
 
-open_step_log() { # descriptor 8 is the stderr of the steps: the log file; or that of the runner, if it is shown
+open_step_log() { # descriptor 8 is the steps' stderr: the log file, or the runner's own stderr where it is shown
   unset REFRESH_LOG_FILE
   if [[ -t 2 || -n $verbose ]]; then
     exec 8>&2
@@ -111,8 +111,9 @@ open_step_log() { # descriptor 8 is the stderr of the steps: the log file; or th
 }
 
 write_hold() { # every refresh is refused from now on
-  mkdir -p "$LOCK_DIR" || die "cannot create $LOCK_DIR; set LOCK_DIR to a folder that can be written to" 1
-  printf '%s (since %s)\n' "${why//[[:cntrl:]]/ }" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" >"$hold" || die "cannot write $hold" 1
+  mkdir -p "$LOCK_DIR" || die "cannot create LOCK_DIR ($LOCK_DIR); set it to another folder" 1
+  printf '%s (since %s)\n' "${why//[[:cntrl:]]/ }" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" >"$hold" \
+    || die "cannot write $hold" 1
   echo "refreshes of $ALIAS are refused from now on; one that is running continues. --release deletes $hold"
 }
 
@@ -131,15 +132,15 @@ print_status() { # fails if the last success is older than max_age
 refuse_hold() { # an operator wants readers to stay on their index
   local why=""
   [[ -e $hold || -L $hold ]] || return 0
-  if [[ -f $hold ]]; then # without bytes that are no text, and without control characters
+  if [[ -f $hold ]]; then # drop invalid UTF-8, replace control characters
     why=$(head -c 1000 "$hold" | iconv -c -f UTF-8 -t UTF-8 | LC_ALL=C.UTF-8 sed 's/[[:cntrl:]]/?/g; q') || true
   fi
   die "held: ${why:-no reason given}; to continue, delete $hold, or run this script with --release" 4
 }
 
-take_lock() { # the steps inherit it: no other refresh starts while one of them is running
+take_lock() { # the steps inherit the lock: no other refresh starts while one of them is running
   local rc=0
-  : >>"$lock" || die "LOCK_DIR ($LOCK_DIR) has to be a folder that can be written to" 1
+  : >>"$lock" || die "cannot write to LOCK_DIR ($LOCK_DIR); set it to another folder" 1
   exec 9>>"$lock"
   "$PYTHON" -ISc 'import fcntl, sys, time
 for wait_s in 0.2, 0: # a second attempt: --status holds it for a moment
@@ -174,7 +175,7 @@ run_step() { # run_step NAME SCRIPT ARGUMENT...: a failing step ends the run wit
 
 explain() { # explain CODE: say why the step failed, unless its own message is on stderr already
   local error no_error='^(\$|[0-9TZ:-]* (DEBUG|INFO|WARNING)) '
-  error=$(sed -n -e '/^\$ /{s/.*//;h;}' -e '/^[0-9TZ:-]* ERROR /h' -e '$!d;g;p' "$log_file") # since the last `$ ...`
+  error=$(sed -n -e '/^\$ /{s/.*//;h;}' -e '/^[0-9TZ:-]* ERROR /h' -e '$!d;g;p' "$log_file") # of the last command
   message=${error:-$last_line}
   message=${message#* } # without the time
   if (($1 > 128)) && [[ $error != *": stopped by SIG"* ]]; then
@@ -192,12 +193,12 @@ value_of() { # value_of NAME: this value in the JSON result of the last step; no
 }
 
 # shellcheck disable=SC2329  # called by a trap
-on_signal() { # on_signal NAME CODE: forward it at once, and wait until the step has restored settings
+on_signal() { # on_signal NAME CODE: forward it immediately, and wait until the step has restored settings
   local child
   trap '' HUP INT TERM
   for child in $(jobs -p); do
     kill -s "$1" "$child" 2>/dev/null || true
-    [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # just started by `&`, it still ignores INT
+    [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # a process just started with `&` still ignores INT
     wait "$child" || true
   done
   message="stopped by SIG$1"
@@ -237,7 +238,7 @@ report() { # report CODE: write last-<alias>.json; print the closing table, or a
 pause() {
   local delay=${setting[STEP_DELAY_SECONDS]}
   [[ $delay != 0 ]] || return 0
-  sleep "$delay" 8>&- 9>&- & # without the lock, which it would hold if the runner is killed
+  sleep "$delay" 8>&- 9>&- & # without the lock, which it would keep if the runner is killed
   wait $!
 }
 
@@ -255,7 +256,7 @@ check() { # step 0: everything that can be checked before readers are moved
   both=(--source "$live" --target "$idle")
   [[ ${setting[REFRESH_STRATEGY]} != alternate ]] || to_load=$idle
   if [[ ${setting[SKIP_UNCHANGED]} == true ]]; then
-    [[ $to_load == "$live" ]] || keep=(--no-cleanup) # this run does not empty it
+    [[ $to_load == "$live" ]] || keep=(--no-cleanup) # this run will not empty it
     run_step "check what has changed" bulkupdate.py "${load[@]}" --index "$live" --dry-run ${keep[@]+"${keep[@]}"}
     if [[ $(value_of unchanged) == True ]]; then
       say "nothing has changed since $live was loaded: nothing to do"
@@ -264,15 +265,15 @@ check() { # step 0: everything that can be checked before readers are moved
     run_step "check the switch" switch_alias.py --alias "$ALIAS" --show --source "$PRIMARY" --target "$SECONDARY"
   fi
   load+=(--index "$to_load")
-  if [[ ${setting[SKIP_UNCHANGED]} != true || $to_load != "$live" ]]; then # or it was the same command
+  if [[ ${setting[SKIP_UNCHANGED]} != true || $to_load != "$live" ]]; then # otherwise it has just run
     run_step "check the load" bulkupdate.py "${load[@]}" --dry-run
   fi
   [[ ${setting[REFRESH_STRATEGY]} == copy-back ]] || return 0
   if [[ $live == "$PRIMARY" ]]; then
     run_step "check the copy" reindex.py "${both[@]}" --dry-run
   else
-    say "readers are on $SECONDARY already: an earlier run ended after step 2, or the alias was moved by hand; going on"
-    say "with step 3. To leave them on $SECONDARY, stop the schedule of this script."
+    say "readers are on $SECONDARY already: an earlier run stopped after step 2, or the alias was moved by hand."
+    say "Continuing with step 3; to keep readers on $SECONDARY, hold the next refresh (--hold)."
   fi
 }
 
@@ -280,14 +281,14 @@ copy_back() {
   if [[ $live == "$PRIMARY" ]]; then
     run_step "1 copy $PRIMARY to $SECONDARY" reindex.py "${both[@]}"
     pause
-    # the copy has to be equal, field by field; readers use these data already, so their quality is not checked
+    # the copy was verified to be equal, and readers use these data already: their quality is not checked
     run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" \
       --threshold 0 --field-threshold 0 --min-documents 0
     pause
   fi
   run_step "3 load $PRIMARY from S3" bulkupdate.py "${load[@]}"
   pause
-  # readers go back to the index that they are always on: what its settings lack now, they lacked before
+  # readers return to their usual index, whose settings they have accepted
   run_step "4 switch readers to $PRIMARY" switch_alias.py --alias "$ALIAS" --source "$SECONDARY" --target "$PRIMARY" \
     --accept-settings '*'
 }
@@ -300,7 +301,7 @@ alternate() {
 
 refresh() {
   local live idle both load
-  [[ ${setting[S3_PREFIX]} != '*' ]] || setting[S3_PREFIX]="" # the whole bucket
+  [[ ${setting[S3_PREFIX]} != '*' ]] || setting[S3_PREFIX]="" # an empty prefix is the whole bucket
   load=(--bucket "${setting[S3_BUCKET]}" --prefix="${setting[S3_PREFIX]}" --batch-size "${setting[BATCH_SIZE]}")
   open_log
   open_step_log
