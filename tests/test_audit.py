@@ -54,7 +54,7 @@ def pair(make_index):
 
 def by_bash(text, before=""):
     """Return the arguments of the last command in a text, as bash reads it."""
-    command = text.split(f"{before}python switch_alias.py ")[-1].splitlines()[0]
+    command = text.split(f"{before}{base.script_command('switch_alias.py')} ")[-1].splitlines()[0]
     shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
     return shown.stdout.split("\0")[:-1]
 
@@ -131,7 +131,7 @@ def test_the_worst_are_named_first_ten_at_most_and_the_command_has_all(pair, swi
     fewer = [{name: "x" for name in names if row < left[name]} for row in range(20)]
     outcome = switch(*pair(dict.fromkeys(names, WORD), docs, fewer))
     assert outcome.code == 4
-    assert "otherwise: f11 100.0 % -> 5.0 %, f10 100.0 % -> 10.0 %, " in outcome.last
+    assert "differently: f11 100.0 % -> 5.0 %, f10 100.0 % -> 10.0 %, " in outcome.last
     assert "f02 100.0 % -> 50.0 % and 2 more. " in outcome.last
     assert outcome.last.count(" -> ") == 10
     assert list(outcome.result["fields_fallen"]) == names[::-1]
@@ -166,7 +166,7 @@ def test_names_may_come_by_several_options_and_with_spaces_after_the_commas(pair
     old, new = pair({**FLIGHT, "a,b": WORD, "c": WORD}, [{"n": 1, "carrier": 1, "a,b": 1, "c": 1}], [{"n": 1}])
     outcome = switch(old, new, "--accept-fields", 'carrier, "a,b"', "--accept-fields", "c,typo")
     assert outcome.code == 0, outcome.err
-    assert f"not looked at: carrier, a,b, c, typo; no such field in {old}: typo" in outcome.err
+    assert f"fields not checked: carrier, a,b, c, typo; no such field in {old}: typo" in outcome.err
     assert outcome.result["fields_checked"] == 1
 
 
@@ -457,7 +457,7 @@ def test_fewer_documents_than_the_floor_are_refused(pair, switch, run, owners, m
     monkeypatch.setenv("MIN_DOCUMENTS", "11")
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
-    assert f"{new} 10: fewer than MIN_DOCUMENTS, 11, are never switched to" in outcome.last
+    assert f"{new} 10: MIN_DOCUMENTS is 11." in outcome.last
     assert "every nightly refresh will be refused" in outcome.last
     assert owners() == [old]
     assert run(switch_alias, *by_bash(outcome.last)).code == 0
@@ -467,7 +467,7 @@ def test_fewer_documents_than_the_floor_are_refused(pair, switch, run, owners, m
 def test_the_floor_and_the_threshold_are_accepted_by_one_command(pair, switch, run):
     outcome = switch(*pair(FLIGHT, FLIGHTS, FLIGHTS[:7]), "--min-documents", "9")
     assert outcome.code == 4
-    assert "-30.00 % is more than the threshold of 10 %, and fewer than MIN_DOCUMENTS, 9" in outcome.last
+    assert "-30.00 % exceeds the threshold of 10 %, and MIN_DOCUMENTS is 9" in outcome.last
     assert run(switch_alias, *by_bash(outcome.last)).code == 0
 
 
@@ -664,9 +664,9 @@ def test_an_undo_is_never_refused_for_what_the_data_are(pair, switch, run, owner
 
 def test_each_switch_says_how_to_hold_the_next_refresh_off(pair, switch, environment, tmp_path):
     outcome = switch(*pair(FLIGHT, FLIGHTS))
-    [command] = re.findall(r"keeps it from that: (.*)", outcome.err)
+    [command] = re.findall(r"to prevent that, run (.*)", outcome.err)
     subprocess.run(["bash", "-c", command], check=True)
-    assert (tmp_path / "locks" / f"HOLD-{ALIAS}").read_text() == "why, since when\n"
+    assert (tmp_path / "locks" / f"HOLD-{ALIAS}").read_text().startswith("why, since when")
 
 
 def test_an_undo_does_not_ask_the_index_that_it_leaves(pair, switch, run, owners, proxy):
@@ -681,7 +681,7 @@ def test_an_undo_to_an_empty_or_unfinished_index_is_refused(pair, switch, owners
     old, new = pair(FLIGHT, FLIGHTS, [])
     outcome = switch(old, new, "--undo")
     assert outcome.code == 4, outcome.err
-    assert f"{old} holds 10 documents, {new} 0: an empty index is never switched to" in outcome.last
+    assert f"{old} holds 10 documents, {new} 0: readers are never moved to an empty index" in outcome.last
     admin("POST", f"/{new}/_doc?refresh=true", {"n": 1})
     note = {"started": "now", "host": "elsewhere", "found": {}, "set": {}}
     admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: note}})

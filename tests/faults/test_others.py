@@ -181,7 +181,7 @@ def test_a_copy_that_somebody_changes_by_hand_before_the_switch_is_not_switched_
     world.proxy.on("GET", owners(world), after(lambda: done.append(hands[deed]())), skip=CHECKED)
     run = world.refresh()
     assert [hand.code for hand in done] == [0]
-    says = {"emptied": "an empty index is never switched to; load it first", "added to": r"\+107.50 % is more than"}
+    says = {"emptied": "readers are never moved to an empty index; load it first", "added to": r"\+107.50 % exceeds"}
     world.expect(run, code=4, message=rf"{world.secondary} \d+: {says[deed]}")
     assert "FAILED at: 2 switch" in run.err
     assert world.owners() == [world.primary]
@@ -242,7 +242,7 @@ def test_a_document_written_to_the_source_during_the_copy_fails_it(world):
 def test_a_document_written_to_the_source_after_the_copy_refuses_the_switch(world):
     world.proxy.on("GET", owners(world), after(write(world, world.alias)), skip=CHECKED)
     run = world.refresh()
-    world.expect(run, code=4, message=f"{world.primary} holds 41 documents, {world.secondary} 40: -2.44 % is more than")
+    world.expect(run, code=4, message=f"{world.primary} holds 41 documents, {world.secondary} 40: -2.44 % exceeds")
     assert world.owners() == [world.primary]
     assert undisturbed(world).code == 0
     assert_fresh(world)
@@ -373,7 +373,7 @@ def test_after_a_roll_back_to_the_old_data_the_next_refresh_loads_again(world):
 def test_after_a_switch_by_hand_in_the_place_of_step_4_the_next_refresh_copies(world):
     world.proxy.on("POST", "/_aliases", answer(503), skip=1, times=None)
     run = world.refresh(RETRY_SECONDS="3")
-    world.expect(run, code=1, message=f"look where the alias is: python switch_alias.py --alias {world.alias} --show")
+    world.expect(run, code=1, message=f"check where the alias is: /.*/switch_alias.py --alias {world.alias} --show")
     world.proxy.rules.clear()
     world.expect(switch_by_hand(world, world.secondary, world.primary), code=0)
     world.heal()
@@ -419,6 +419,6 @@ def test_a_copy_that_is_replaced_by_an_empty_index_is_not_switched_to(world):
     act = after(lambda: replace(world, world.secondary))
     world.proxy.on("GET", owners(world), act, skip=CHECKED)
     run = world.refresh()
-    world.expect(run, code=4, message=f"{world.secondary} 0: an empty index is never switched to; load it first")
+    world.expect(run, code=4, message=f"{world.secondary} 0: readers are never moved to an empty index; load it first")
     assert world.owners() == [world.primary]
     world.heal()
