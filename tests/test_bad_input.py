@@ -381,7 +381,7 @@ def test_fields_defined_differently_are_listed_and_nothing_is_copied(source, tar
     one, other = make_index("one", source), make_index("other", target, docs=3)
     before = state_of(admin, one, other)
     outcome = run(reindex, "--source", one, "--target", other)
-    assert_says(outcome, 4, f"fields defined differently in {one} and {other}: {field};", f"create {other} anew")
+    assert_says(outcome, 4, f"fields defined differently in {one} and {other}: {field};", f"recreate {other}")
     assert state_of(admin, one, other) == before
 
 
