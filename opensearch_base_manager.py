@@ -35,6 +35,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import ssl
@@ -61,9 +62,11 @@ try:
     from requests.auth import AuthBase
     from urllib3.util.ssl_ import create_urllib3_context
 except ImportError as missing:
+    required = Path(__file__).resolve().with_name("requirements.txt")
+    command = shlex.join([sys.executable, "-m", "pip", "install", "-r", str(required)])
     with open(os.environ.get("REFRESH_LOG_FILE") or os.devnull, "a") as log_file:
         for file in (sys.stderr, log_file):
-            print(f"{missing.name} is not installed: pip install -r requirements.txt", file=file)
+            print(f"{missing.name} is not installed: {command}", file=file)
     raise SystemExit(2) from None
 
 SUITE = "opensearch-refresh"  # in the X-Opaque-Id of every request and as the key of the marker
@@ -312,7 +315,6 @@ class Setting:
 
 # Every setting is one row here and one in the README (and .env.example). Not here are the credentials, since these
 # values may be logged, and the arguments that a run is about (--index and the like), which each script defines itself.
-# If the commands that switch_alias.py prints have to repeat a value, add its name to REPEATED there.
 # columns: variable, flag, default, parser, help
 WAIT_SECONDS = Setting("WAIT_SECONDS", "", "900", non_negative, "seconds to wait for the shard copies of the target")
 CLEANUP_METHOD = Setting("CLEANUP_METHOD", "", "delete", either("delete", "recreate"),
@@ -493,6 +495,26 @@ def set_up_logging(script: str) -> None:
         handler.setFormatter(LogFormatter(script))
     log.propagate = False
     log.setLevel("INFO")  # until LOG_LEVEL has been parsed
+
+
+def shell_command(*words: str, **variables: str) -> str:
+    """Return a command line for bash, with assignments in front.
+
+    The log escapes control characters, so words that contain any (column names from spreadsheets) are quoted as $'...'.
+    """
+
+    def quoted(word: str) -> str:
+        if LogFormatter.CONTROL.search(word):
+            return "$'" + re.sub(r"[\\']", r"\\\g<0>", word) + "'"
+        return shlex.quote(word)
+
+    assignments = [f"{name}={quoted(value)}" for name, value in variables.items()]
+    return " ".join([*assignments, *map(quoted, words)])
+
+
+def script_command(script: str, *arguments: str) -> str:
+    """Return the command that runs a script of the suite from any directory, with the interpreter of this process."""
+    return shell_command(sys.executable, str(HERE / script), *arguments)
 
 
 def seconds_since(began: float) -> float:
@@ -712,7 +734,8 @@ def log_failure(error: BaseException) -> int:
         log.error("stopped by %s", error)
         return error.exit_code
     if isinstance(error, ModuleNotFoundError):
-        log.error("%s is not installed: pip install -r requirements.txt", error.name)
+        command = shell_command(sys.executable, "-m", "pip", "install", "-r", str(HERE / "requirements.txt"))
+        log.error("%s is not installed: %s", error.name, command)
         return 2
     place = traceback.extract_tb(error.__traceback__)[-1]
     log.error("unexpected %s at %s:%s; LOG_LEVEL=DEBUG shows the traceback",
@@ -1938,10 +1961,11 @@ class TargetIndex:
         if not may_be_live:
             self.refuse_live()
         elif alias and (others := sorted({*found["aliases"]} - {alias})):
+            arguments = ["--alias", others[0], "--source", self.name, "--target", "ITS_OWN_INDEX"]
             raise Refused(
                 f"index {self.name} is to be emptied, but alias {', '.join(others)} points at it too; nothing was "
-                f"changed. Give that alias an index of its own, and move it there: python switch_alias.py --alias "
-                f"{others[0]} --source {self.name} --target ITS_OWN_INDEX"
+                "changed. Give that alias an index of its own, and move it there: "
+                f"{script_command('switch_alias.py', *arguments)}"
             )
         elif aliases := ", ".join(sorted(found["aliases"])):
             log.info("index %s is live: alias %s points at it", self.name, aliases)

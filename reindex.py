@@ -1,8 +1,8 @@
-"""Copy all documents of one index into another that is not live, replacing what it holds.
+"""Copy all documents of an index into another that is not live, replacing its documents.
 
 Example:    python reindex.py --source my_index_primary --target my_index_secondary
-Exit codes: 0 copied, and counted; 1 failed; 2 usage; 4 refused (target live, fields defined differently); 75 locked;
-            129, 130, 143 signals. After a failure the target is partly filled and marked as such; run it again.
+Exit codes: 0 copied and verified; 1 failed; 2 usage; 4 refused (target live, fields defined differently); 75 locked;
+            129, 130, 143 signals. After a failure the target is partly filled and marked as unfinished; run it again.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 from index_cleanup import CannotReplace, ClearableIndex, read_index
 from opensearch_base_manager import (
     TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused,
-    RequestFailed, Retry, TooMuchAtOnce, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
+    RequestFailed, Response, TooMuchAtOnce, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
     field_definitions, index_name, log, per_second, reading_probes, refuse_too_many_fields, refuse_unusable,
     result_window, run_cli, run_to_completion, seconds_since, settings_probe, verify_sees_everything,
 )  # fmt: skip
 
 WRITE_BLOCK = {"index.blocks.write": "true"}
 EXPANSION = "index.auto_expand_replicas"
-BATCH_SIZE = 5000  # documents a scroll batch; copies 8 to 15 % faster than the server's 1000
-BATCH_BYTES = 32 * 1024 * 1024  # in all slices, as in the store; a node accepts 10 % of its heap, uncompressed
-SAMPLE_SIZE, SAMPLE_BYTES = 50, 8 * 1024 * 1024  # documents of a shard that are compared after a copy; of all of them
-SAMPLE_WINDOW = 2000  # sequence numbers; finding documents in it takes milliseconds in whatever index
-MAX_SLICES = 20  # of a task with slices=auto, which has one a shard
+BATCH_SIZE = 5000  # documents per scroll batch; copies 8 to 15 % faster than the server's default of 1000
+BATCH_BYTES = 32 * 1024 * 1024  # of all slices, in the store; a node accepts 10 % of its heap, uncompressed
+SAMPLE_SIZE, SAMPLE_BYTES = 50, 8 * 1024 * 1024  # compared after a copy: documents per shard, and bytes of all shards
+SAMPLE_WINDOW = 2000  # sequence numbers; searching it takes milliseconds, however large the index is
+MAX_SLICES = 20  # the server's limit for slices=auto, which starts one per shard
 
 
 def compare_fields(source: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -40,17 +40,16 @@ def compare_fields(source: Mapping[str, Any], target: Mapping[str, Any]) -> tupl
 
 
 class Clone:
-    """A copy by `_clone`: the target is deleted, and the files of the source get its name as well (hard links).
+    """A copy with `_clone`: the target is deleted, and the source's files get a second name (hard links).
 
-    The source has a write block meanwhile; readers do not notice. What a kill leaves, by the request that was sent
-    last. The marker is in the source, and `source` in it is the UUID of the source; the clone gets a copy of it. The
-    next run, on any host, removes block and marker from the source and clones again; readers are on the source
-    throughout.
+    The source has a write block meanwhile, which readers do not notice. The table shows the state after a kill, by the
+    last request that was sent. The marker is in the source, and its entry `source` is the source's UUID; the clone
+    inherits the marker. The next run, on any host, removes block and marker from the source and clones again.
 
         marker written            marker; the target is as it was
         write block set           marker, block
-        target deleted            the same, without a target: the marker has its number of replicas
-        clone created             marker in both, block in the source; the clone is unfinished, being another index
+        target deleted            the same, but no target: the marker has its number of replicas
+        clone created             marker and block in both; the clone is unfinished: its UUID is not the marker's
         block removed             marker in both; the clone is verified
         clone's marker removed    marker in the source; the clone is finished
         source's marker removed   nothing to recover
@@ -61,9 +60,9 @@ class Clone:
         self.marker = Marker(manager, self.source)
 
     def obstacle(self) -> str:
-        """Return why the source cannot be cloned, or nothing; asks with a request that the cluster must reject."""
+        """Return why the source cannot be cloned, or "": send a request that the cluster must reject."""
         try:
-            self._send_clone({"index.permission_probe": 1}, accept=[400])
+            self._send({"index.permission_probe": 1})
         except OutcomeUnknown:
             raise
         except RequestFailed as error:
@@ -71,10 +70,10 @@ class Clone:
         return ""
 
     def run(self) -> None:
-        """Replace the target by a clone that carries the marker.
+        """Replace the target with a clone that has the marker.
 
-        Raises CannotReplace if the cluster rejects the marker or the deletion: nothing but the source was changed, and
-        `abandon` restores that. After another OperationFailed the target may be missing until the next run.
+        Raises CannotReplace if the cluster rejects the marker or the deletion: only the source was changed, and
+        `abandon` restores it. After another OperationFailed the target may be missing until the next run.
         """
         former = self.marker.read()  # of a crashed run
         replicas = self._replicas_of_target(former)
@@ -82,14 +81,14 @@ class Clone:
         found = self.manager._verify_index_exists(self.source)
         wanted = {name: value for name, value in WRITE_BLOCK.items() if found.get(name) != value}
         if not self.marker.write(found, wanted, source=found["index.uuid"], replicas=replicas):
-            raise CannotReplace("no marker can be written")
+            raise CannotReplace("the marker cannot be written")
         if wanted:
             self.manager.request("PUT", f"/{self.source}/_settings", wanted)
         if self.target.uuid:
             self.target.refuse_live()
             self.target.verify_same()
             self.target.delete_index()
-        # a null would stay in the settings of the clone as null, so what it is not to have is removed afterwards
+        # the clone would keep a null in its settings, so unwanted settings are removed afterwards
         self._create({**replicas, EXPANSION: replicas[EXPANSION] or "false"}, found["index.uuid"])
         self._await_primaries()
         left = {**dict.fromkeys(WRITE_BLOCK), EXPANSION: replicas[EXPANSION]}
@@ -120,23 +119,12 @@ class Clone:
                 EXPANSION: None if expansion == "false" else expansion}  # fmt: skip
 
     def _create(self, settings: Mapping[str, Any], source_uuid: str) -> None:
-        """Send the one request that creates the clone; without a response, check before it is sent again."""
-        retry = Retry(self.manager.settings.retry_seconds)
-        while True:
-            try:
-                self._send_clone(settings)
-                break
-            except OutcomeUnknown as unknown:
-                again = retry.wait(f"{unknown}; checking whether {self.target.name} was created")
-                if self.manager.index_exists(self.target.name):
-                    break
-                if not again:
-                    raise
-            except RequestFailed:
-                if not (retry.attempt and self.manager.index_exists(self.target.name)):
-                    raise
+        """Create the clone. If a response was lost, the repeated request is rejected, but the clone is there."""
+        response = self._send(settings)
         made = read_index(self.manager, self.target.name)
-        if not made or made["settings"].get("index.resize.source.uuid") != source_uuid:
+        if not made:
+            raise self.manager.failure(f"_clone of {self.source}", response.status, response.body)
+        if made["settings"].get("index.resize.source.uuid") != source_uuid:
             raise OperationFailed(f"another client has created index {self.target.name}; delete it and run again")
         self.target.uuid = made["settings"]["index.uuid"]
 
@@ -152,14 +140,14 @@ class Clone:
                 )
             log.info("waiting for the shards of clone %s", self.target.name)
 
-    def _send_clone(self, settings: Mapping[str, Any], accept: Sequence[int] = ()) -> None:
-        path = f"/{self.source}/_clone/{self.target.name}"
-        params = {"wait_for_active_shards": "1", "timeout": "60s"}
-        self.manager.request("POST", path, {"settings": settings}, params=params, idempotent=False, accept=accept)
+    def _send(self, settings: Mapping[str, Any]) -> Response:
+        """Ask for a clone; return the response, also if the cluster rejects the request (400)."""
+        path, params = f"/{self.source}/_clone/{self.target.name}", {"wait_for_active_shards": "1", "timeout": "60s"}
+        return self.manager.request("POST", path, {"settings": settings}, params=params, accept=[400])
 
 
 def differing_fields(original: Mapping[str, Any], copied: Mapping[str, Any] | None) -> list[str]:
-    """Return the fields whose values differ as JSON, in which 1, 1.0 and true are three values."""
+    """Return the fields whose values differ as JSON, where 1, 1.0 and true are three values."""
     if copied is None:
         return ["_id"]
     texts = [{name: json.dumps(value, sort_keys=True) for name, value in document.items()}
@@ -170,7 +158,7 @@ def differing_fields(original: Mapping[str, Any], copied: Mapping[str, Any] | No
 class Reindex(OpenSearchBaseManager):
     def __init__(self, settings: argparse.Namespace) -> None:
         if settings.source == settings.target:
-            raise ConfigurationError("source and target are the same index; give two")
+            raise ConfigurationError("source and target are the same index; give two different ones")
         super().__init__(settings)
         self.source: str = settings.source
         self.target = ClearableIndex(self, settings.target)
@@ -196,14 +184,14 @@ class Reindex(OpenSearchBaseManager):
 
     def _check(self) -> str:
         """Claim the target, and check that the source is complete and can be copied; return the source's UUID."""
-        self.lock(self.source, shared=not self.clone)  # so that a task found on it is known to be alive
+        self.lock(self.source, shared=not self.clone)  # so that a task on it is known to be running
         self.target.claim(may_be_missing=self.clone is not None)
         found = self.read_indices(self.source)[self.source]
         refuse_unusable(self.source, found, TO_READ)
         await_primaries(self, self.source)
         verify_sees_everything(self, self.source)
         marker = Marker(self, self.source)
-        # another client has moved readers to it: the target may be the only complete data there is
+        # if another client has moved readers to it, only the target may be complete
         marker.refuse(f"load it again, or move readers to {self.target.name}, before it is copied")
         if self.clone and (obstacle := self.clone.obstacle()):
             self._copy_instead(obstacle)
@@ -215,7 +203,7 @@ class Reindex(OpenSearchBaseManager):
         return str(found["settings"]["index.uuid"])
 
     def _copy_instead(self, obstacle: str) -> None:
-        log.warning("%s is not cloned, its documents are copied: %s", self.source, obstacle)
+        log.warning("%s cannot be cloned, copying its documents instead: %s", self.source, obstacle)
         self.clone = None
         self.target.uuid = self.index_uuid(self.target.name)
 
@@ -225,21 +213,21 @@ class Reindex(OpenSearchBaseManager):
         if different:
             raise Refused(
                 f"fields defined differently in {self.source} and {self.target.name}: {', '.join(different)}; "
-                f"create {self.target.name} anew with the mapping of {self.source}"
+                f"recreate {self.target.name} with the mapping of {self.source}"
             )
         definitions = dict(field_definitions(found[self.source]["mappings"]))
         refuse_too_many_fields(self.target.name, found[self.target.name], {name: definitions[name] for name in missing})
         if missing:
-            log.info("fields that %s lacks: %s", self.target.name, ", ".join(missing))
+            log.info("fields to be added to %s: %s", self.target.name, ", ".join(missing))
         pipeline = found[self.target.name]["settings"].get("index.final_pipeline", "_none")
         if pipeline != "_none":
-            log.warning("index %s has the final pipeline %s, which runs on the copied documents once more",
+            log.warning("index %s has the final pipeline %s, which processes the copied documents again",
                         self.target.name, pipeline)  # fmt: skip
 
     # --- copy ---
 
     def _clone(self, source_uuid: str) -> dict[str, Any]:
-        """Clone the source and verify the clone; return nothing if that is impossible, with everything as it was."""
+        """Clone the source and verify the clone; return {} if that is impossible, with everything as it was."""
         if not self.clone:
             return {}
         try:
@@ -276,15 +264,15 @@ class Reindex(OpenSearchBaseManager):
         return response
 
     def _add_missing_fields(self) -> None:
-        """Define new fields in the target as the source does, or the copy would make it guess (dates!)."""
+        """Define new fields as in the source; otherwise the copy would make the server guess their types (dates!)."""
         source = self.get_mapping(self.source)
         if compare_fields(source, self.get_mapping(self.target.name))[0]:
             self.request("PUT", f"/{self.target.name}/_mapping", {"properties": source["properties"]})
 
     def _copy(self, total: int) -> dict[str, Any]:
-        """Copy in batches that the cluster has memory for; ids overwrite, so that a smaller batch may begin anew."""
+        """Copy in batches that fit into the cluster's memory; a second attempt overwrites the documents by id."""
         log.info("copying %s documents from %s to %s", f"{total:,}", self.source, self.target.name)
-        # without the default pipeline, which has changed these documents already
+        # the default pipeline has already processed these documents
         dest = {"index": self.target.name, "pipeline": "_none"}
         label, size = f"copying {self.source} to {self.target.name}", self._first_batch_size()
         while True:
@@ -296,18 +284,18 @@ class Reindex(OpenSearchBaseManager):
                 if size == 1:
                     raise
                 size //= 2
-                log.warning("%s; going on with batches of %s documents", refusal, f"{size:,}")
+                log.warning("%s; trying batches of %s documents", refusal, f"{size:,}")
         written = response["created"] + response["updated"]
         if response["version_conflicts"] or written != response["total"]:
             raise OperationFailed(
                 f"{label}: {written:,} of {response['total']:,} documents written, "
-                f"{response['version_conflicts']:,} version conflicts: somebody else writes to {self.target.name}; "
-                "run again"
+                f"{response['version_conflicts']:,} version conflicts: another client is writing to "
+                f"{self.target.name}; stop it and run again"
             )
         return response
 
     def _first_batch_size(self) -> int:
-        """Guess from the size of the documents in the store how many the cluster can have in memory, in all slices."""
+        """Estimate from the size of the stored documents how many per slice fit into the cluster's memory."""
         settings = self._verify_index_exists(self.source)
         slices = min(int(settings["index.number_of_shards"]), MAX_SLICES)
         fitting = int(BATCH_BYTES / slices / max(self._bytes_per_document(), 1))
@@ -322,13 +310,13 @@ class Reindex(OpenSearchBaseManager):
         source, target = self._get_index_count(self.source), self._get_index_count(self.target.name)
         if source != total:
             raise OperationFailed(
-                f"the source changed meanwhile: {self.source} holds {source:,} documents, {total:,} were copied; "
-                "keep others from writing to it and run again"
+                f"{self.source} changed during the copy: it holds {source:,} documents, {total:,} were copied; "
+                "keep other clients from writing to it and run again"
             )
         if target != total:
             raise OperationFailed(
-                f"{self.target.name} holds {target:,} documents, {total:,} were copied: somebody else writes to it; "
-                "keep it from that and run again"
+                f"{self.target.name} holds {target:,} documents, {total:,} were copied: another client is writing to "
+                "it; stop it and run again"
             )
         self.verify_same_index(self.source, source_uuid)
         self.target.verify_same()
@@ -337,7 +325,7 @@ class Reindex(OpenSearchBaseManager):
     def _verify_sample(self) -> None:
         """Compare documents from a random place of each shard: pipelines, masked fields, derived sources differ.
 
-        Raises OperationFailed; it names fields and no values.
+        Raises OperationFailed, which names fields, not values.
         """
         shards = self.shard_stats(self.source)
         size = max(1, min(SAMPLE_SIZE, int(SAMPLE_BYTES / len(shards) / max(self._bytes_per_document(), 1))))
@@ -350,15 +338,15 @@ class Reindex(OpenSearchBaseManager):
             for key, original in originals.items():
                 if fields := differing_fields(original, copied.get(key)):
                     raise OperationFailed(
-                        f"{self.target.name} does not hold what was copied: in a sample of documents the fields "
-                        f"{', '.join(fields[:10])} differ from {self.source}; check whether a pipeline changes "
-                        f"documents, or {self.who} sees masked values"
+                        f"{self.target.name} differs from {self.source}: in a sample of documents the fields "
+                        f"{', '.join(fields[:10])} have other values; check whether a pipeline changes documents, or "
+                        f"{self.who} sees masked values"
                     )
             compared += len(originals)
         log.info("compared %s documents of %s with their copies", compared, self.source)
 
     def _sample(self, shard: str, last: int, size: int) -> dict[tuple[str, str], Any]:
-        """Return some documents of a shard, from two random places or else its first ones, by id and routing."""
+        """Return some documents of a shard by id and routing: from one of two random places, or else its first ones."""
         primary = self.on_primaries().get("preference", "")
         for start, width in ((random.randint(0, last), SAMPLE_WINDOW), (random.randint(0, last), SAMPLE_WINDOW),
                              (0, last + 1)):  # fmt: skip

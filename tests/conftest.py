@@ -457,7 +457,7 @@ def queries(tmp_path: Path) -> Callable[..., str]:
 
 def command_in(text: str, before: str = "") -> list[str]:
     """Return the arguments of the last switch_alias.py command in a text, as bash reads them."""
-    command = text.split(f"{before}python switch_alias.py ")[-1].splitlines()[0]
+    command = text.split(f"{before}{base.script_command('switch_alias.py')} ")[-1].splitlines()[0]
     shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
     return shown.stdout.split("\0")[:-1]
 

@@ -98,7 +98,7 @@ def test_the_worst_are_named_first_ten_at_most_and_the_command_has_all(make_pair
     fewer = [{name: "x" for name in names if row < left[name]} for row in range(20)]
     outcome = switch(*make_pair(dict.fromkeys(names, WORD), docs, fewer))
     assert outcome.code == 4
-    assert "otherwise: f11 100.0 % -> 5.0 %, f10 100.0 % -> 10.0 %, " in outcome.last
+    assert "differently: f11 100.0 % -> 5.0 %, f10 100.0 % -> 10.0 %, " in outcome.last
     assert "f02 100.0 % -> 50.0 % and 2 more. " in outcome.last
     assert outcome.last.count(" -> ") == 10
     assert list(outcome.result["fields_fallen"]) == names[::-1]
@@ -133,7 +133,7 @@ def test_names_may_come_by_several_options_and_with_spaces_after_the_commas(make
     old, new = make_pair({**FLIGHT, "a,b": WORD, "c": WORD}, [{"n": 1, "carrier": 1, "a,b": 1, "c": 1}], [{"n": 1}])
     outcome = switch(old, new, "--accept-fields", 'carrier, "a,b"', "--accept-fields", "c,typo")
     assert outcome.code == 0, outcome.err
-    assert f"not looked at: carrier, a,b, c, typo; no such field in {old}: typo" in outcome.err
+    assert f"fields not checked: carrier, a,b, c, typo; no such field in {old}: typo" in outcome.err
     assert outcome.result["fields_checked"] == 1
 
 
@@ -402,7 +402,7 @@ def test_fewer_documents_than_the_floor_are_refused(make_pair, switch, run, behi
     monkeypatch.setenv("MIN_DOCUMENTS", "11")
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
-    assert f"{new} 10: fewer than MIN_DOCUMENTS, 11, are never switched to" in outcome.last
+    assert f"{new} 10: MIN_DOCUMENTS is 11." in outcome.last
     assert "every nightly refresh will be refused" in outcome.last
     assert behind_alias() == [old]
     assert run(switch_alias, *command_in(outcome.last)).code == 0
@@ -412,7 +412,7 @@ def test_fewer_documents_than_the_floor_are_refused(make_pair, switch, run, behi
 def test_the_floor_and_the_threshold_are_accepted_by_one_command(make_pair, switch, run):
     outcome = switch(*make_pair(FLIGHT, FLIGHTS, FLIGHTS[:7]), "--min-documents", "9")
     assert outcome.code == 4
-    assert "-30.00 % is more than the threshold of 10 %, and fewer than MIN_DOCUMENTS, 9" in outcome.last
+    assert "-30.00 % exceeds the threshold of 10 %, and MIN_DOCUMENTS is 9" in outcome.last
     assert run(switch_alias, *command_in(outcome.last)).code == 0
 
 
@@ -580,9 +580,9 @@ def test_an_undo_is_never_refused_for_what_the_data_are(make_pair, switch, run, 
 
 def test_each_switch_says_how_to_hold_the_next_refresh_off(make_pair, switch, environment, tmp_path, alias):
     outcome = switch(*make_pair(FLIGHT, FLIGHTS))
-    [command] = re.findall(r"keeps it from that: (.*)", outcome.err)
+    [command] = re.findall(r"to prevent that, run (.*)", outcome.err)
     subprocess.run(["bash", "-c", command], check=True)
-    assert (tmp_path / "locks" / f"HOLD-{alias}").read_text() == "why, since when\n"
+    assert (tmp_path / "locks" / f"HOLD-{alias}").read_text().startswith("why, since when")
 
 
 def test_an_undo_does_not_ask_the_index_that_it_leaves(make_pair, switch, run, behind_alias, proxy):
@@ -597,7 +597,7 @@ def test_an_undo_to_an_empty_or_unfinished_index_is_refused(make_pair, switch, b
     old, new = make_pair(FLIGHT, FLIGHTS, [])
     outcome = switch(old, new, "--undo")
     assert outcome.code == 4, outcome.err
-    assert f"{old} holds 10 documents, {new} 0: an empty index is never switched to" in outcome.last
+    assert f"{old} holds 10 documents, {new} 0: readers are never moved to an empty index" in outcome.last
     admin("POST", f"/{new}/_doc?refresh=true", {"n": 1})
     marker = {"started": "now", "host": "elsewhere", "found": {}, "set": {}}
     admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: marker}})

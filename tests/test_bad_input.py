@@ -357,7 +357,7 @@ def test_too_large_a_difference_is_refused_with_the_command_that_accepts_it(
         "every nightly refresh will be refused", f"--threshold {accepted} ",
     )  # fmt: skip
     assert state_of(admin, old, new) == before
-    assert run(switch_alias, *shlex.split(outcome.last.split("python switch_alias.py ")[1])).code == 0
+    assert run(switch_alias, *shlex.split(outcome.last.split(base.script_command("switch_alias.py"))[1])).code == 0
     assert list(admin("GET", f"/_alias/{name('alias')}")) == [new]
 
 
@@ -365,7 +365,7 @@ def test_an_empty_target_is_refused(commands, run, make_index):
     empty = make_index("empty")
     for more in ([], ["--threshold", "1000"]):
         outcome = run(switch_alias, "--alias", commands.alias, "--source", commands.old, "--target", empty, *more)
-        assert_says(outcome, 4, f"{empty} 0: an empty index is never switched to; load it first")
+        assert_says(outcome, 4, f"{empty} 0: readers are never moved to an empty index; load it first")
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_fields_defined_differently_are_listed_and_nothing_is_copied(source, tar
     one, other = make_index("one", source), make_index("other", target, docs=3)
     before = state_of(admin, one, other)
     outcome = run(reindex, "--source", one, "--target", other)
-    assert_says(outcome, 4, f"fields defined differently in {one} and {other}: {field};", f"create {other} anew")
+    assert_says(outcome, 4, f"fields defined differently in {one} and {other}: {field};", f"recreate {other}")
     assert state_of(admin, one, other) == before
 
 

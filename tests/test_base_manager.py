@@ -508,7 +508,8 @@ def test_a_missing_package_is_named_and_ends_with_2(package, environment):
     code = f"import sys; sys.modules['{package}'] = None; import index_cleanup as m; sys.exit(m.main(['--index', 'a']))"
     done = script(env={**BARE, **environment}, code=code)
     assert done.returncode == 2, done.stderr
-    assert f"{package} is not installed: pip install -r requirements.txt" in done.stderr.splitlines()[-1]
+    command = f"{sys.executable} -m pip install -r {base.HERE}/requirements.txt"
+    assert f"{package} is not installed: {command}" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def test_a_count_through_the_alias_that_differs_after_the_switch_is_a_failure(
     proxy.on("GET", f"/{name('alias')}/_count", edited(lambda found: found.update(count=7)))
     outcome = switch(old, new)
     assert outcome.code == 1
-    assert f"undo: python switch_alias.py --alias {name('alias')} --source {new} --target {old}" in outcome.err
+    arguments = ["--alias", name("alias"), "--source", new, "--target", old]
+    assert f"undo: {base.script_command('switch_alias.py', *arguments)}" in outcome.err
     assert "7" in outcome.last
     assert behind_alias() == [new]
 
@@ -239,6 +240,9 @@ def test_source_that_is_not_kept_is_refused(make_index, name, switch, behind_ali
     assert behind_alias() == [old]
 
 
+SECRET = "secret-of-a-reader"
+FAILURE = {"error": {"type": "some_exception", "reason": f"[term] query does not support [{SECRET}]"}}
+
 # --- readers' queries -------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +265,18 @@ def test_a_query_that_only_the_target_refuses_is_refused_without_its_values(make
     assert re.search(rf"line 1: hits in {old}: 0, in {new}: 400 \w+_exception", outcome.last)
     assert "secret-of-a-reader" not in outcome.err
     assert behind_alias() == [old]
+
+
+@pytest.mark.parametrize("response", [(429, FAILURE), (500, FAILURE), (503, FAILURE), (403, FAILURE), (200, SECRET)])
+def test_a_query_that_fails_is_never_logged_with_its_values(response, make_pair, switch, queries, proxy, monkeypatch):
+    monkeypatch.setenv("LOG_LEVEL", "DEBUG")
+    monkeypatch.setenv("RETRY_SECONDS", "1")
+    old, new = make_pair(NUMBER, 3)
+    proxy.on("POST", "/_search", answer(*response), times=None)
+    outcome = switch(old, new, "--queries", queries({"query": {"term": {"n": SECRET}}}))
+    assert outcome.code == 1, outcome.err
+    assert FAILURE["error"]["type"] in outcome.last or "not JSON" in outcome.last
+    assert SECRET not in outcome.err
 
 
 def test_a_query_that_only_the_source_refuses_is_no_obstacle(make_pair, switch, queries):

@@ -332,7 +332,7 @@ def test_a_source_that_changes_during_the_copy_is_a_failure_that_says_so(own_pai
     admin("PUT", f"/{own_pair[0]}/_settings", {"refresh_interval": "-1"})
     outcome = copy(*own_pair)
     assert outcome.code == 1, outcome.err
-    assert f"the source changed meanwhile: {own_pair[0]} holds 4 documents, 3 were copied" in outcome.last
+    assert f"{own_pair[0]} changed during the copy: it holds 4 documents, 3 were copied" in outcome.last
     assert marker_of(admin, own_pair[1])
 
 
@@ -340,7 +340,7 @@ def test_a_target_that_another_client_writes_to_is_a_failure(pair, copy, admin, 
     proxy.on("POST", START, after(lambda: fill(admin, pair[1], [{"n": 5}])))
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
-    assert f"{pair[1]} holds 4 documents, 3 were copied: somebody else writes to it" in outcome.last
+    assert f"{pair[1]} holds 4 documents, 3 were copied: another client is writing to it" in outcome.last
     assert marker_of(admin, pair[1])
 
 

@@ -351,7 +351,8 @@ def test_a_python_without_the_packages_ends_with_2_and_says_what(refresh, tmp_pa
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
     bare.chmod(0o755)
     code, out, err = finish(refresh("x/", PYTHON=str(bare)))
-    assert (code, out, err) == (2, "", "requests is not installed: pip install -r requirements.txt\n")
+    command = f"{sys.executable} -m pip install -r {TOP}/requirements.txt"
+    assert (code, out, err) == (2, "", f"requests is not installed: {command}\n")
 
 
 def test_help_is_printed_without_any_configuration(tmp_path):

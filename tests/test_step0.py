@@ -186,7 +186,7 @@ def test_another_alias_on_the_index_to_be_emptied_is_refused_and_named(pair, run
     before = state_of(admin, primary, secondary)
     outcome = run(bulkupdate, *load_arguments(put_csv(CSV), primary, "--dry-run"))
     assert outcome.code == 4
-    assert f"python switch_alias.py --alias {dashboard} --source {primary} --target" in outcome.last
+    assert f"{base.script_command('switch_alias.py')} --alias {dashboard} --source {primary} --target" in outcome.last
     assert state_of(admin, primary, secondary) == before
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import opensearch_base_manager as base
 import pytest
+import sandbox
 import switch_alias
 from conftest import NUMBER, command_in, state_of
 from fault_proxy import after, answer, before, edited, lost_answer, refused
@@ -98,6 +104,39 @@ def test_an_alias_on_a_third_index_beside_the_source_is_refused(
 def test_an_application_may_write_through_the_alias_afterwards(pair, switch, admin, alias):
     assert switch(*pair).code == 0
     assert admin("POST", f"/{alias}/_doc", {"n": 3})["_index"] == pair[1]
+
+
+def test_printed_commands_work_from_any_directory_and_without_the_environment(pair, box, behind_alias, tmp_path, alias):
+    home = tmp_path / "a folder with spaces"
+    home.mkdir()
+    for file in [*Path(switch_alias.__file__).parent.glob("*.py"), Path(base.HERE / "run_refresh.sh")]:
+        shutil.copy(file, home)
+    (home / ".venv").symlink_to(sys.prefix)
+    password = sandbox.PASSWORD.replace("\\", "\\\\").replace("'", "\\'")
+    variables = {**box.environment, "OPENSEARCH_ENDPOINT": box.server.endpoint, "OPENSEARCH_USERNAME": sandbox.USER,
+                 "OPENSEARCH_PASSWORD": f"'{password}'", "LOCK_DIR": "its locks"}  # fmt: skip
+    (home / ".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+    (tmp_path / "queries").write_text('{"query": {"match_all": {}}}\n')
+
+    def paste(command, cwd="/"):
+        bare = ["env", "-i", "bash", "-c", command]
+        return subprocess.run(bare, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+    def printed(text, before):
+        return text.split(before)[-1].splitlines()[0]
+
+    old, new = pair
+    words = ["--alias", alias, "--source", old, "--target", new, "--queries", "queries", "--min-documents", "3"]
+    refused = paste(shlex.join([sys.executable, f"{home}/switch_alias.py", *words]), tmp_path)
+    assert refused.returncode == 4, refused.stderr
+    moved = paste(printed(refused.stderr, "if the data is right, run "))
+    assert (moved.returncode, behind_alias()) == (0, [new]), moved.stderr
+    assert f"{tmp_path / 'queries'}, line 1: hits" in moved.stderr
+    back = paste(printed(moved.stderr, "undo: "))
+    assert (back.returncode, behind_alias()) == (0, [old]), back.stderr
+    held = paste(printed(back.stderr, "to prevent that, run "))
+    assert held.returncode == 0, held.stderr
+    assert (home / "its locks" / f"HOLD-{alias}").read_text().startswith("why, since when")
 
 
 # --- how many documents -----------------------------------------------------------------------------------------------
@@ -247,7 +286,7 @@ def test_a_switch_that_not_every_node_acknowledged_is_no_switch_yet(pair, switch
     outcome = switch(*pair)
     assert outcome.code == 1
     assert "not every node acknowledged" in outcome.last
-    assert "--show and run again" in outcome.last
+    assert "run again, but first check where the alias is: " in outcome.last
     assert "undo" not in outcome.err
     assert outcome.out == ""
 
@@ -283,7 +322,7 @@ def test_a_call_that_is_lost_for_good_ends_with_the_command_that_shows_the_state
     proxy.on("POST", "/_aliases", answer(503), times=None)
     outcome = switch(*pair)
     assert outcome.code == 1
-    assert f"python switch_alias.py --alias {alias} --show" in outcome.last
+    assert base.script_command("switch_alias.py", "--alias", alias, "--show") in outcome.last
     assert behind_alias() == [pair[0]]
 
 

@@ -127,7 +127,7 @@ def test_a_fault_that_passes_is_got_over(world, point, fault):
     world.expect(run, code=0)
     assert took_place(rule)
     what = f"{POINTS[point][0]} {path_of(world, point)}"
-    assert re.search(rf"WARNING .*{what}.*; (trying again|looking whether|reading where)", run.log), run.log
+    assert re.search(rf"WARNING .*{what}.*; (trying again|looking whether|checking where)", run.log), run.log
     world.assert_done()
 
 
@@ -156,7 +156,7 @@ def test_an_outage_during_a_step_is_waited_for(world, point):
     run = world.refresh()
     world.expect(run, code=0)
     assert took_place(rule)
-    assert re.search(f"(Connection refused|{BROKEN}).*(trying again|reading where)", run.log)
+    assert re.search(f"(Connection refused|{BROKEN}).*(trying again|checking where)", run.log)
     world.assert_done()
 
 
@@ -238,7 +238,7 @@ def test_switches_whose_answers_are_all_lost_are_seen_to_have_taken_place(world,
     run = world.refresh()
     world.expect(run, code=0)
     assert len(world.proxy.seen("POST", "^/_aliases")) == 2
-    assert run.log.count("reading where alias") == 2
+    assert run.log.count("checking where alias") == 2
     world.assert_done()
 
 
