@@ -68,7 +68,7 @@ class ClearableIndex(TargetIndex):
         if self.method == "recreate":
             probes = [*creating_probes(self.name), *creating_probes(self.backup.name)]
             if missing := missing_permissions(self.manager, probes):
-                log.warning("index %s cannot be recreated, its documents are deleted one by one: the role of %s lacks "
+                log.warning("index %s cannot be recreated, so its documents are deleted instead: the role of %s lacks "
                             "%s", self.name, self.manager.who, ", ".join(missing))  # fmt: skip
                 self.method = "delete"
 
@@ -103,10 +103,10 @@ class ClearableIndex(TargetIndex):
         if not self.manager.index_exists(self.name):
             raise OperationFailed(
                 f'index {self.name} does not exist; create it first (README, "Setting up"), unless {self.backup.name} '
-                f"holds its definition, which could not be read: {forbidden}"
+                f"holds its definition; that index cannot be read: {forbidden}"
             )
         if self.method == "recreate":
-            log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, forbidden)
+            log.warning("index %s cannot be recreated, so its documents are deleted instead: %s", self.name, forbidden)
             self.method = "delete"
 
     def await_primaries(self) -> None:
@@ -124,7 +124,7 @@ class ClearableIndex(TargetIndex):
         self.refuse_live()
         found = self.count_unless_red()
         if found == 0:
-            log.info("%s is empty already", self.name)
+            log.info("%s is already empty", self.name)
             return 0
         log.info("deleting %s documents from %s", "all" if found is None else f"{found:,}", self.name)
         if self.method == "recreate" and self._recreate():
@@ -160,12 +160,13 @@ class ClearableIndex(TargetIndex):
             # a run on another host may have finished meanwhile, and have moved readers here
             if aliases := self.manager._check_index_aliases(self.name):
                 raise Refused(
-                    f"index {self.name} is live: alias {', '.join(aliases)} points at it, and {found:,} documents have "
-                    f"been deleted; readers see the {left:,} that are left. Move them away, and load the index again"
+                    f"index {self.name} is live: alias {', '.join(aliases)} points at it, and {found:,} of its "
+                    f"documents have been deleted; readers see the {left:,} that remain. Move readers to the other "
+                    "index, then load this one again"
                 )
         raise OperationFailed(
-            f"index {self.name}: {left:,} documents are left after {MAX_ROUNDS} rounds: somebody writes to it; "
-            "run again"
+            f"index {self.name}: {left:,} documents remain after {MAX_ROUNDS} rounds: another client is writing to "
+            "it; stop that client and run again"
         )
 
     # --- empty by recreate ---
@@ -183,7 +184,7 @@ class ClearableIndex(TargetIndex):
         except CannotReplace as error:
             self.emptied = False
             self.backup.delete()
-            log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, error)
+            log.warning("index %s cannot be recreated, so its documents are deleted instead: %s", self.name, error)
             return False
         except BaseException as failure:
             if not self.emptied:
@@ -220,7 +221,7 @@ class ClearableIndex(TargetIndex):
         try:
             self.manager.request("DELETE", f"/{self.name}", idempotent=False, retry=False)
         except OutcomeUnknown as unknown:
-            log.warning("%s; looking whether index %s is gone", unknown, self.name)
+            log.warning("%s; checking whether index %s still exists", unknown, self.name)
             time.sleep(1)
             if read_index(self.manager, self.name):
                 raise
@@ -233,11 +234,11 @@ class ClearableIndex(TargetIndex):
         try:
             run_to_completion(self.backup.restore)
         except OperationFailed as error:
-            log.error("index %s is not restored yet, the next run restores it: %s", self.name, error)
+            log.error("index %s is not restored yet; the next run restores it: %s", self.name, error)
             self.marker.own = None  # it is in the backup, and comes back with the index
             failure.args = (
-                f"{failure}; index {self.name} is deleted, {self.backup.name} holds its definition: mend the cause, "
-                "and the next run creates the index from it",
+                f"{failure}; index {self.name} is deleted, and {self.backup.name} holds its definition. Fix the cause "
+                "and run again: the next run creates the index from it",
             )
 
 
@@ -276,14 +277,14 @@ class BackupIndex:
         if (kept := self.read()) and not read_index(self.manager, self.index):
             create_index(self.manager, self.index, kept[0])
             self.delete()
-            log.info("index %s is restored, empty", self.index)
+            log.info("index %s is restored and empty", self.index)
 
     def delete(self) -> None:
         try:
             if self.read():
                 self.manager.request("DELETE", f"/{self.name}", accept=[404])
         except RequestFailed as error:
-            log.warning("the empty index %s stays; delete it: %s", self.name, error)
+            log.warning("the empty index %s could not be deleted; delete it: %s", self.name, error)
 
     def refuse_another_index(self, definition: Mapping[str, Any], uuid: str, now: Mapping[str, Any]) -> None:
         """Raise Refused if another client has created the index since, and it lacks something of this definition."""
@@ -292,9 +293,9 @@ class BackupIndex:
             live = ", ".join(now["aliases"])
             delete = f"Delete {self.index}, so that the next run creates it from {self.name}, or delete {self.name}"
             raise Refused(
-                f"index {self.index} has lost its definition of {', '.join(different)}: a run died between deleting "
-                f"and creating it, and somebody else created it. {f'Delete {self.name}' if live else delete} if "
-                f"{self.index} is right{live and f' (readers are on it, by {live})'}"
+                f"index {self.index} has lost its definition of {', '.join(different)}: a run crashed between deleting "
+                f"and creating it, and another client created it. {f'Delete {self.name}' if live else delete} if "
+                f"{self.index} is right{live and f' (alias {live} points at it)'}"
             )
 
 
@@ -361,8 +362,8 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
     manager.request("DELETE", f"/{index}", idempotent=False, retry=False, accept=[404])  # once: as in delete_index
     brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
     raise OperationFailed(
-        f"an index template (or another run) gives a new index {index} {brought}, so it is deleted again; change the "
-        "template"
+        f"an index template (or another run) gave the new index {index} {brought}, so it was deleted again; change "
+        "the template"
     )
 
 
@@ -406,7 +407,7 @@ class IndexCleanup(OpenSearchBaseManager):
     def _free_disk_space(self) -> None:
         """Flush, wait until the server may drop what was deleted, merge, refresh: another order frees nothing."""
         index = self.target.name
-        log.info("waiting until the server may drop what was deleted, %s s at most", LEASES_WAIT_S)
+        log.info("waiting until the server may drop the deleted documents (at most %s s)", LEASES_WAIT_S)
         self.request("POST", f"/{index}/_flush")
         self._await_leases()
         try:
@@ -414,7 +415,7 @@ class IndexCleanup(OpenSearchBaseManager):
             merged = self.request("POST", f"/{index}/_forcemerge", params=params, idempotent=False).data
             self.verify_all_shards(merged, f"_forcemerge of {index}")
         except OutcomeUnknown as error:
-            log.warning("the merge goes on in the background, disk space comes back when it is done: %s", error)
+            log.warning("the merge continues in the background and frees the disk space when it ends: %s", error)
         self.request("POST", f"/{index}/_refresh")  # an idle index keeps the old files open
         time.sleep(STATS_AGE_S)
 
@@ -423,7 +424,7 @@ class IndexCleanup(OpenSearchBaseManager):
         deadline = time.monotonic() + LEASES_WAIT_S
         while any(map(retains_deleted, itertools.chain(*self.shard_stats(self.target.name).values()))):
             if time.monotonic() > deadline:
-                log.warning("%s: the server still retains deleted documents, a later merge drops them",
+                log.warning("index %s: the server still retains deleted documents; a later merge drops them",
                             self.target.name)  # fmt: skip
                 return
             time.sleep(1)

@@ -207,17 +207,17 @@ def boolean(text: str) -> bool:
     return matching("true|1|yes|false|0|no", "neither true nor false")(text.lower()) in ("true", "1", "yes")
 
 
-one_line = matching(".*", "more than one line; take the line breaks out")  # the runner reads one line per setting
+one_line = matching(".*", "more than one line; remove the line breaks")  # the runner reads one line per setting
 # no pattern, list or date math, which would reach other indices
 index_name = matching(r"(?!\.{1,2}$)[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#:%]*",
-                      "not the name of an index (lower case, no pattern, no list)")  # fmt: skip
-bucket_name = matching("[^:/\n]*", "not the name of a bucket; give the bucket's name alone")
+                      "not an index name (lower case, no pattern, no list)")  # fmt: skip
+bucket_name = matching("[^:/\n]*", "not a bucket name; give the name alone, without s3:// and slashes")
 # a part of the X-Opaque-Id, whose parts are separated by slashes
-host_name = matching("[A-Za-z0-9._-]{1,100}", "not a host name (letters, digits, points, hyphens)")
+host_name = matching("[A-Za-z0-9._-]{1,100}", "not a host name (letters, digits, dots, hyphens, underscores)")
 
 
 def one_character(text: str) -> str:
-    return matching('[^"\r\n]', "not one character (\\t for a tab)")("\t" if text == r"\t" else text)
+    return matching('[^"\r\n]', "not a single character (\\t for a tab)")("\t" if text == r"\t" else text)
 
 
 def field_names(text: str) -> list[str]:
@@ -225,7 +225,7 @@ def field_names(text: str) -> list[str]:
     try:
         return next(csv.reader([text], skipinitialspace=True, strict=True), [])
     except csv.Error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list by commas: {error}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list: {error}") from None
 
 
 def own_folder(text: str) -> Path:
@@ -235,7 +235,7 @@ def own_folder(text: str) -> Path:
 
 def ca_file(text: str) -> str:
     if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text} is not a file; give that of the CA")
+        raise argparse.ArgumentTypeError(f"{text} is not a file; give the file of CA certificates")
     return text
 
 
@@ -411,7 +411,7 @@ def load_env_file() -> list[str]:
         return []
     except (OSError, ValueError) as error:
         reason = type(error).__name__
-        raise ConfigurationError(f"{ENV_FILE} cannot be read: {reason}; give it to this user, as UTF-8") from None
+        raise ConfigurationError(f"cannot read {ENV_FILE}: {reason}; give this user access, and use UTF-8") from None
     known = {*CREDENTIALS, *(setting.variable for rows in SETTINGS.values() for setting in rows)}
     return [name for name, value in values.items() if value and ENV_NAME.fullmatch(name) and name not in known]
 
@@ -440,7 +440,7 @@ def print_settings(script: str) -> None:
     try:
         load_env_file()
         if os.environ.get("S3_PREFIX") == "":
-            raise ConfigurationError("S3_PREFIX: it is empty; give a prefix, or '*' for the whole bucket")
+            raise ConfigurationError("S3_PREFIX is empty; give a prefix, or '*' for the whole bucket")
         for setting in SETTINGS[script]:
             value, text = setting.value(), setting.given() or ""
             if setting.parse is own_folder:
@@ -658,7 +658,7 @@ def print_result(result: Mapping[str, Any] | str | None) -> None:
     try:
         print(result if isinstance(result, str) else json.dumps(result), flush=True)
     except OSError as error:
-        log.warning("the result could not be written to stdout: %s", error.strerror)
+        log.warning("cannot write the result to stdout: %s", error.strerror)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it ends
 
 
@@ -694,7 +694,7 @@ def run_cli(
             settings = resolve(script, args)
             log.setLevel(settings.log_level)
             if unknown:
-                log.warning("%s: no setting of this suite: %s; is a name misspelled?", ENV_FILE, ", ".join(unknown))
+                log.warning("%s: unknown setting(s) %s; check the spelling", ENV_FILE, ", ".join(unknown))
             result = run(settings)
     except (Exception, Interrupted) as error:
         return log_failure(error)
@@ -715,7 +715,7 @@ def log_failure(error: BaseException) -> int:
         log.error("%s is not installed: pip install -r requirements.txt", error.name)
         return 2
     place = traceback.extract_tb(error.__traceback__)[-1]
-    log.error("unexpected %s at %s:%s; LOG_LEVEL=DEBUG shows the traceback",
+    log.error("unexpected %s at %s:%s; run with LOG_LEVEL=DEBUG to see the traceback",
               type(error).__name__, Path(place.filename).name, place.lineno)  # fmt: skip
     log.debug("traceback", exc_info=error)
     return 1
@@ -777,7 +777,7 @@ def replace_file(path: Path, text: str) -> None:
         new.replace(path)
     except OSError as error:
         new.unlink(missing_ok=True)
-        raise SystemExit(f"{path} could not be written: {error.strerror}") from None
+        raise SystemExit(f"cannot write {path}: {error.strerror}") from None
 
 
 def print_closing_table(steps: Sequence[StepResult], seconds: int) -> None:
@@ -864,7 +864,7 @@ class SignedAuth(AuthBase):
         with aws_errors("AWS credentials", "sts:AssumeRole"):
             self.credentials, self.region = aws.session.get_credentials(), aws.session.region_name
         if self.credentials is None:
-            raise ConfigurationError("OPENSEARCH_AUTH: no AWS credentials; give them by role, profile or variables")
+            raise ConfigurationError("OPENSEARCH_AUTH=sigv4: no AWS credentials; give a role, a profile or variables")
 
     def __call__(self, sent: requests.PreparedRequest) -> requests.PreparedRequest:
         from botocore.auth import SigV4Auth
@@ -889,25 +889,25 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
     try:
         yield
     except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-        raise ConfigurationError(f"{what}: {error}; give the AWS credentials by role, profile or variables") from None
+        raise ConfigurationError(f"{what}: {error}; give AWS credentials: a role, a profile or variables") from None
     except ClientError as error:
         code, text = error.response["Error"].get("Code", "?"), error.response["Error"].get("Message", "")
         raise OperationFailed(f"{what}: {code}: {text}; {aws_advice(code, permission)}") from None
     except (BotoCoreError, RuntimeError) as error:  # RuntimeError: renewed credentials that have expired again
-        advice = "check AWS_REGION, the network and the AWS credentials, and run again"
+        advice = "check AWS_REGION, the network and the AWS credentials, then run again"
         raise OperationFailed(f"{what}: {error}; {advice}") from None
 
 
 AWS_ADVICE = {  # by the code of the error
-    "AccessDenied|AccessDeniedException|403": "the IAM policy has to allow {permission}",
+    "AccessDenied|AccessDeniedException|403": "allow {permission} in the IAM policy",
     ".*Expired.*|Invalid(AccessKeyId|Token)|UnrecognizedClientException": "renew the AWS credentials and run again",
-    "SlowDown|ServiceUnavailable|InternalError|InternalServerError|.*Throttl.*": "AWS is busy: run again later",
-    "InvalidObjectState": "it is archived: restore it, or take it out of the prefix",
-    "RequestTimeTooSkewed": "set the clock of this host",
-    "SignatureDoesNotMatch": "check the secret access key of the AWS credentials, and the clock of this host",
-    "AllAccessDisabled": "AWS has disabled the bucket: ask AWS Support, or give another bucket",
-    "KMS.DisabledException": "enable its key in KMS again",
-    ".*": "check its name and the region",
+    "SlowDown|ServiceUnavailable|InternalError|InternalServerError|.*Throttl.*": "AWS is overloaded: run again later",
+    "InvalidObjectState": "the object is archived: restore it, or move it out of the prefix",
+    "RequestTimeTooSkewed": "set the clock on this host",
+    "SignatureDoesNotMatch": "check the secret access key and the clock on this host",
+    "AllAccessDisabled": "AWS has disabled the bucket: contact AWS Support, or use another bucket",
+    "KMS.DisabledException": "enable its KMS key again",
+    ".*": "check the name and the region",
 }
 
 
@@ -941,9 +941,9 @@ class Credentials:
             given, source = stored(aws, prefix, "endpoint", "username", "password"), "Parameter Store"
         elif not all(given):
             unset = " and ".join(name for name, value in zip(CREDENTIALS, given) if not value)
-            raise ConfigurationError(f"{unset}: not set; set all three, or none to use Parameter Store")
+            raise ConfigurationError(f"{unset} not set; set all three, or none of them to use Parameter Store")
         if ":" in given[1]:
-            raise ConfigurationError("a user name with a colon cannot be sent by Basic authentication; give another")
+            raise ConfigurationError("Basic authentication does not allow a user name with a colon; give another user")
         return cls(endpoint_url(given[0]), given[1], given[2], source)
 
 
@@ -951,11 +951,11 @@ def stored(aws: Aws, prefix: str, *parameters: str) -> list[str]:
     """Return the values below a prefix of Parameter Store, SecureString or not, read in one call."""
     names = [f"{prefix}/{name}" for name in parameters]
     if not names[0].startswith("/"):
-        raise ConfigurationError(f"OPENSEARCH_PARAMETER_PREFIX: {prefix!r} has no slash before it; give /{prefix}")
+        raise ConfigurationError(f"OPENSEARCH_PARAMETER_PREFIX: {prefix!r} does not begin with a slash; give /{prefix}")
     with aws_errors(f"Parameter Store, {prefix}/*", "ssm:GetParameters (and kms:Decrypt for a key of your own)"):
         found = aws.client("ssm").get_parameters(Names=names, WithDecryption=True)
     if missing := found["InvalidParameters"]:
-        raise OperationFailed(f"Parameter Store: {', '.join(missing)}: no such parameter in this region; create it")
+        raise OperationFailed(f"Parameter Store has no {', '.join(missing)} in this region; create it")
     values = {parameter["Name"]: re.sub(r"\r?\n\Z", "", parameter["Value"]) for parameter in found["Parameters"]}
     return [values[name] for name in names]
 
@@ -969,11 +969,11 @@ def endpoint_url(text: str) -> str:
     except ValueError:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200") from None
     if "@" in parts.netloc:
-        raise ConfigurationError("the endpoint holds a user or password; give them by variables of their own")
+        raise ConfigurationError("the endpoint contains a user or password; set the variables for those instead")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200")
     if parts.hostname.endswith(".aoss.amazonaws.com"):
-        raise ConfigurationError("OpenSearch Serverless has no _reindex, _refresh and _tasks; give a domain")
+        raise ConfigurationError("OpenSearch Serverless does not support _reindex, _refresh and _tasks; give a domain")
     return parts.geturl()
 
 
@@ -996,7 +996,7 @@ class Response:
             return json.loads(self.body)
         except ValueError:
             start = self.body[:80].decode(errors="replace")
-            raise RequestFailed(f"not an answer of OpenSearch (is the endpoint right?): {start!r}") from None
+            raise RequestFailed(f"the response is not from OpenSearch (is the endpoint right?): {start!r}") from None
 
 
 def innermost(error: BaseException) -> str:
@@ -1061,9 +1061,9 @@ class Connection:
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         if self.credentials.endpoint.startswith("http://"):
-            log.warning("the endpoint is http://: password and data are sent unencrypted")
+            log.warning("the endpoint is http://: passwords and data are sent unencrypted")
         elif not verify:
-            log.warning("certificates are not verified; VERIFY_SSL=true or CA_BUNDLE=file does")
+            log.warning("certificates are not verified; set VERIFY_SSL=true or CA_BUNDLE to verify them")
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         return session
 
@@ -1155,7 +1155,7 @@ class Connection:
         what, began = f"{method} {path}", time.monotonic()
         hurried = interrupted.is_set() or not self._answered
         if interrupted.is_set() and attempts.seconds_left() <= 0:
-            raise RequestFailed(f"{what}: not sent, the time to clean up is over; run again", never_sent=True)
+            raise RequestFailed(f"{what} was not sent: the time for clean-up is over; run again", never_sent=True)
         try:
             limit_s = max(1, attempts.seconds_left()) if hurried else READ_TIMEOUT_S
             response = self._send(method, path, body, limit_s, params)
@@ -1172,7 +1172,7 @@ class Connection:
 
     def _no_response(self, what: str, error: requests.RequestException) -> RequestFailed:
         if isinstance(error, requests.exceptions.SSLError) and "CERTIFICATE" in str(error):
-            advice = "renew the certificate, use the host name it is for, or set CA_BUNDLE to its CA"
+            advice = "renew the certificate, use the host name that it was issued for, or set CA_BUNDLE to its CA"
             return RequestFailed(f"{what}: {innermost(error)}; {advice}")
         reason = getattr(error.args[0] if error.args else None, "reason", None)
         refused = isinstance(reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
@@ -1187,9 +1187,9 @@ class Connection:
         return kind_of_failure(text, status, kind, reason, never_sent=status == 429, retry_after=retry_after)
 
     def _after_giving_up(self, began: float) -> str:
-        look = "look at GET _cluster/health and run again"
-        what_to_do = look if self._answered else "check the endpoint, and whether the cluster is up"
-        return f"; given up after {seconds_since(began):.0f} s: {what_to_do}"
+        look = "check GET _cluster/health and run again"
+        what_to_do = look if self._answered else "check the endpoint and that the cluster is up"
+        return f"; gave up after {seconds_since(began):.0f} s: {what_to_do}"
 
     @property
     def who(self) -> str:
@@ -1198,9 +1198,9 @@ class Connection:
     def _advice(self, status: int, kind: str, reason: str) -> str:
         user = self.who
         if not self.credentials.username and status in (401, 403) and not kind:  # AWS itself, before the cluster
-            return "; renew the AWS credentials, or let their policy allow es:ESHttp* on the domain"
+            return "; renew the AWS credentials, or allow es:ESHttp* on the domain in their policy"
         if status == 401:
-            return f"; {user} is not accepted: check user and password"
+            return f"; the cluster rejected {user}: check the user name and password"
         if status == 403 and "security" in kind:
             missing = re.search(r"no permissions for \[(.*?)\](?=\s|$)", reason)
             return f"; the role of {user} lacks {missing[1] if missing else 'a permission'}"
@@ -1208,7 +1208,7 @@ class Connection:
             disk = "flood" in reason
             return f"; {'free disk space on the data nodes' if disk else 'remove the block (index.blocks.*)'} first"
         if 300 <= status < 400:
-            return "; a redirect is not followed: give the final address as the endpoint"
+            return "; redirects are not followed: set the endpoint to the final address"
         return ""
 
 
@@ -1231,7 +1231,7 @@ class OpenSearchBaseManager(Connection):
         self._task_started = False
         cluster = self.credentials
         who = f"user {cluster.username} (from {cluster.source})" if cluster.username else "signed AWS requests"
-        log.info("cluster %s, %s%s", cluster.endpoint, who, ", dry run: nothing is changed" if self.dry_run else "")
+        log.info("cluster %s, %s%s", cluster.endpoint, who, ", dry run: nothing changes" if self.dry_run else "")
 
     def __enter__(self: Manager) -> Manager:
         return self
@@ -1241,7 +1241,7 @@ class OpenSearchBaseManager(Connection):
             if kind is not None and self._task_started:
                 run_to_completion(self._cancel_own_tasks)
         except OperationFailed as error:
-            log.error("tasks of this run may still be under way; the next run cancels them: %s", error)
+            log.error("tasks of this run may still be running on the server; the next run cancels them: %s", error)
         finally:
             for lock in self._locks:
                 os.close(lock)
@@ -1256,7 +1256,7 @@ class OpenSearchBaseManager(Connection):
             raise OperationFailed(f'index {index} does not exist; create it first (README, "Setting up")')
         found: dict[str, Any] = response.data
         if index not in found:
-            raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the index itself")
+            raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the name of an index")
         settings: dict[str, Any] = found[index]["settings"]
         return settings
 
@@ -1268,7 +1268,7 @@ class OpenSearchBaseManager(Connection):
         for index in missing:
             self._verify_index_exists(index)
         if missing:
-            raise OperationFailed(f"index {', '.join(missing)} was created just now; run again")
+            raise OperationFailed(f"index {', '.join(missing)} has just been created; run again")
         found: dict[str, dict[str, Any]] = response.data
         return found
 
@@ -1283,8 +1283,7 @@ class OpenSearchBaseManager(Connection):
         """Raise OperationFailed when an index of this name is no longer the one that was seen first."""
         if self.index_uuid(index) != uuid:
             raise OperationFailed(
-                f"index {index} was deleted and created anew by somebody else meanwhile; see that its mapping is "
-                "right, and run again"
+                f"another client deleted and recreated index {index} during this run; check its mapping and run again"
             )
 
     def _check_index_aliases(self, index: str) -> list[str]:
@@ -1305,7 +1304,7 @@ class OpenSearchBaseManager(Connection):
         counted = self.request("POST" if body else "GET", f"/{index}/_count", body, params=where).data
         self.verify_all_shards(counted, f"_count of {index}")
         if counted["_shards"]["successful"] < counted["_shards"]["total"]:
-            raise OperationFailed(f"_count of {index}: not every shard answered; see GET _cluster/health/{index}")
+            raise OperationFailed(f"_count of {index}: not all shards responded; see GET _cluster/health/{index}")
         return int(counted["count"])
 
     @staticmethod
@@ -1334,9 +1333,10 @@ class OpenSearchBaseManager(Connection):
             self._locks.append(lock)
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Locked(f"another run on this host works on index {index}; wait for it ({path})") from None
+            text = f"index {index} is locked by another run on this host; wait for it to finish ({path})"
+            raise Locked(text) from None
         except OSError as error:
-            raise OperationFailed(f"lock file {path}: {error.strerror}; set LOCK_DIR to a folder of your own") from None
+            raise OperationFailed(f"lock file {path}: {error.strerror}; set LOCK_DIR to a writable folder") from None
 
     # --- tasks on the server ---
 
@@ -1368,17 +1368,22 @@ class OpenSearchBaseManager(Connection):
         while named := self._tasks_naming(index):
             for task, opaque_id in named.items():
                 if not opaque_id.startswith(f"{SUITE}/"):
-                    raise Refused(f"task {task} of somebody else works on index {index}; wait for it or cancel it")
+                    raise Refused(
+                        f"task {task}, which this suite did not start, is modifying index {index}; wait for it or "
+                        "cancel it"
+                    )
                 if opaque_id.startswith(f"{SUITE}/{self.host}/") and exclusive and not self.dry_run:
-                    log.warning("cancelling task %s on index %s, left by a run that died", task, index)
+                    log.warning("canceling task %s on index %s, left by a crashed run", task, index)
                     self.request("POST", f"/_tasks/{task}/_cancel", accept=[404])
             if self.dry_run:
-                log.warning("task %s of another run works on index %s", ", ".join(named), index)
+                log.warning("task %s of another run is modifying index %s", ", ".join(named), index)
                 return
             if time.monotonic() - began > self.settings.wait_seconds:
-                raise Refused(f"task {', '.join(named)} of another run still works on index {index}; wait for it")
+                raise Refused(
+                    f"task {', '.join(named)} of another run is still modifying index {index}; wait for it to finish"
+                )
             if awaited != (awaited := ", ".join(named)):
-                log.info("waiting for task %s of another run on index %s", awaited, index)
+                log.info("waiting for task %s of another run, which is modifying index %s", awaited, index)
             time.sleep(1)
 
     def run_task(self, path: str, body: Any, *, label: str, total: int, **params: Any) -> dict[str, Any]:
@@ -1397,7 +1402,7 @@ class OpenSearchBaseManager(Connection):
             response = self.request("GET", f"/_tasks/{task}", accept=[404])
             if response.status == 404:
                 raise OperationFailed(
-                    f"{label}: task {task} vanished with its node, its outcome is unknown; run it again"
+                    f"{label}: task {task} disappeared (node restart?); its outcome is unknown, run the step again"
                 )
             if response.data["completed"]:
                 break
@@ -1415,7 +1420,7 @@ class OpenSearchBaseManager(Connection):
             try:
                 return str(self.request("POST", path, body, params=params, idempotent=False).data["task"])
             except OutcomeUnknown as unknown:
-                again = retry.wait(f"{unknown}; looking whether the task was started")
+                again = retry.wait(f"{unknown}; checking whether the task was started")
                 if started := [task for task, own in self._own_tasks().items() if own["action"].endswith(action)]:
                     return started[0]
                 if not again:
@@ -1438,9 +1443,9 @@ class OpenSearchBaseManager(Connection):
         response: dict[str, Any] = document["response"]
         if failures := response.get("failures"):
             cause = failures[0].get("cause") or failures[0].get("reason") or failures[0]
-            raise self._task_failure(f"{label}: {len(failures)} failure(s), the first:", cause)
+            raise self._task_failure(f"{label}: {len(failures)} failure(s), first:", cause)
         if response.get("canceled"):
-            raise OperationFailed(f"{label}: cancelled ({response['canceled']}); run it again")
+            raise OperationFailed(f"{label}: canceled ({response['canceled']}); run it again")
         if response.get("timed_out"):
             raise OperationFailed(f"{label}: timed out on the server; run it again")
         return response
@@ -1458,7 +1463,7 @@ class OpenSearchBaseManager(Connection):
         retry = Retry(CLEANUP_S)
         while (own := self._own_tasks()) and retry.seconds_left() > 0:
             for task in own:
-                log.warning("cancelling task %s", task)
+                log.warning("canceling task %s", task)
                 self.request("POST", f"/_tasks/{task}/_cancel", accept=[404])
             time.sleep(0.5)
 
@@ -1559,8 +1564,8 @@ def require_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe])
     if role:
         advice.append(f"add to the role of {manager.who}: {json.dumps(role)}")
     if verbs:
-        advice.append(f"let IAM and the access policy of the domain allow {', '.join(verbs)} to {manager.who}")
-    raise OperationFailed(f"permissions are missing, nothing was changed; {'; '.join(advice)}")
+        advice.append(f"allow {manager.who} {', '.join(verbs)} in IAM and in the access policy of the domain")
+    raise OperationFailed(f"permissions are missing; nothing was changed; {'; '.join(advice)}")
 
 
 # --- the state of an index --------------------------------------------------------------------------------------------
@@ -1569,7 +1574,7 @@ TO_READ = ("index.blocks.read", "index.blocks.search_only")
 TO_MOVE_ALIAS = (*TO_READ, "index.blocks.read_only", "index.blocks.read_only_allow_delete")
 TO_FILL = (*TO_MOVE_ALIAS, "index.blocks.write", "index.append_only.enabled")
 REMEDIES = {  # where removing the setting is none
-    "index.blocks.read_only_allow_delete": "free disk space on the data nodes, and the server removes it",
+    "index.blocks.read_only_allow_delete": "free disk space on the data nodes; the server then removes it",
     "index.blocks.search_only": "scale the index up again (_scale)",
     "index.append_only.enabled": "create the index without it",
 }
@@ -1586,11 +1591,11 @@ def refuse_unusable(index: str, found: Mapping[str, Any], obstacles: Sequence[st
     """Raise Refused if the index is closed, or has a setting that is an obstacle to what it is needed for."""
     settings = recovered_settings(found)
     if settings.get("index.verified_before_close") == "true":
-        raise Refused(f"index {index} is closed, nothing was changed; open it, see POST /{index}/_open")
+        raise Refused(f"index {index} is closed; nothing was changed. Open it (POST /{index}/_open) and run again")
     for name in obstacles:
         if settings.get(name) == "true":
             remedy = REMEDIES.get(name, f'remove it: PUT /{index}/_settings {{"{name}": null}}')
-            raise Refused(f"index {index} has {name}, nothing was changed; check why, and {remedy}")
+            raise Refused(f"index {index} has {name}; nothing was changed. Check why it was set, then {remedy}")
 
 
 def await_primaries(manager: OpenSearchBaseManager, *indices: str) -> None:
@@ -1601,8 +1606,8 @@ def await_primaries(manager: OpenSearchBaseManager, *indices: str) -> None:
         if not (red := ", ".join(index for index in indices if health[index]["status"] == "red")):
             return
         if not retry.wait(f"index {red} is red: a shard has no active copy; checking again"):
-            raise Refused(f"index {red} is red: a shard has no active copy (see GET _cluster/allocation/explain); "
-                          "nothing was changed, run again")  # fmt: skip
+            raise Refused(f"index {red} is red: a shard has no active copy; nothing was changed. See GET "
+                          "_cluster/allocation/explain, and run again when it is yellow")  # fmt: skip
 
 
 def fields_in(definition: Mapping[str, Any]) -> int:
@@ -1619,8 +1624,8 @@ def refuse_too_many_fields(index: str, found: Mapping[str, Any], added: Mapping[
     if added and needed > (limit := int(found["settings"].get(name, 1000))):
         raise Refused(
             f"index {index} would have {needed:,} fields with the new ones ({', '.join(added)[:200]}), and {name} is "
-            f'{limit:,}; nothing was changed. Raise it: PUT /{index}/_settings {{"{name}": {needed}}}, or take columns '
-            "out of the files"
+            f'{limit:,}; nothing was changed. Raise it: PUT /{index}/_settings {{"{name}": {needed}}}, or remove '
+            "columns from the files"
         )
 
 
@@ -1644,7 +1649,7 @@ def verify_sees_everything(manager: OpenSearchBaseManager, index: str) -> None:
         if live <= seen or manager._get_index_count(index) != seen:
             return
     raise OperationFailed(
-        f"index {index} holds {live:,} documents, and {manager.who} sees {seen:,} of them: "
+        f"index {index} holds {live:,} documents, but {manager.who} sees only {seen:,} of them: "
         "document-level security hides the others; give this user a role without it"
     )
 
@@ -1665,13 +1670,14 @@ def await_replicas(manager: OpenSearchBaseManager, index: str) -> None:
             return progress.close()
         if behind and time.monotonic() - began > wait_seconds:
             raise Refused(
-                f"index {index}: in {behind} of {len(shards)} shards a replica lags behind its primary after "
-                f"{wait_seconds:g} s; see GET _cat/segment_replication/{index}, and run again"
+                f"index {index}: in {behind} of {len(shards)} shards a replica still lags behind its primary after "
+                f"{wait_seconds:g} s; see GET _cat/segment_replication/{index} and run again"
             )
         progress.update(len(shards) - behind)
         time.sleep(1)
         shards = manager.shard_stats(index)
-    log.warning("index %s replicates segments, and this version does not report how far: replicas may lag", index)
+    log.warning("index %s uses segment replication, and this version cannot report its progress: replicas may lag",
+                index)  # fmt: skip
 
 
 def lagging_shards(shards: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
@@ -1718,8 +1724,8 @@ class Marker:
         """Raise Refused if the index is unfinished."""
         if (marker := self.read()) and not self.is_of_clone_source(marker):
             raise Refused(
-                f"index {self.index} is unfinished: a load on {marker.get('host')}, started {marker.get('started')}, "
-                f"did not succeed; {what_to_do}"
+                f"index {self.index} is unfinished: a load on {marker.get('host')}, started at "
+                f"{marker.get('started')}, did not succeed; {what_to_do}"
             )
 
     def write(self, found: Mapping[str, Any], wanted: Mapping[str, str], **more: Any) -> bool:
@@ -1735,7 +1741,7 @@ class Marker:
         except OutcomeUnknown:
             raise
         except RequestFailed as error:
-            log.warning("index %s: the marker cannot be written, so its settings stay as they are: %s",
+            log.warning("index %s: the marker cannot be written, so the settings stay unchanged: %s",
                         self.index, error)  # fmt: skip
             self.own = None
             return False
@@ -1750,8 +1756,8 @@ class Marker:
         meta = self._meta()
         if (there := meta.get(SUITE)) != self.own:
             raise OperationFailed(
-                f"index {self.index}: another run has started to fill it, and its marker stays: {there}; make sure "
-                "that one of the two has succeeded, or run again"
+                f"index {self.index}: another run has started to fill it; its marker stays: {there}. Make sure that "
+                "one of the two runs succeeded, or run again"
             )
         self._put(meta, former)
 
@@ -1761,7 +1767,7 @@ class Marker:
             return
         cloned = self.is_of_clone_source(marker)
         state = "was being cloned" if cloned else "is unfinished"
-        log.warning("index %s %s: a run on %s, started %s, did not succeed", self.index, state, marker.get("host"),
+        log.warning("index %s %s: a run on %s, started at %s, did not succeed", self.index, state, marker.get("host"),
                     marker.get("started"))  # fmt: skip
         if self.manager.dry_run:
             return
@@ -1780,7 +1786,7 @@ class Marker:
         self.manager.request("PUT", f"/{self.index}/_settings", left)
         now = self.manager._verify_index_exists(self.index)
         if wrong := [name for name, value in left.items() if now.get(name) != value]:
-            raise OperationFailed(f"index {self.index}: {', '.join(wrong)} could not be restored; run again")
+            raise OperationFailed(f"index {self.index}: cannot restore {', '.join(wrong)}; run again")
         shown = (f"{name}={'default' if value is None else value}" for name, value in left.items())
         log.info("index %s: restored %s", self.index, ", ".join(shown))
 
@@ -1859,8 +1865,8 @@ class TargetIndex:
             self.refuse_live()
         elif alias and (others := sorted({*found["aliases"]} - {alias})):
             raise Refused(
-                f"index {self.name} is to be emptied, but alias {', '.join(others)} points at it too; nothing was "
-                f"changed. Give that alias an index of its own, and move it there: python switch_alias.py --alias "
+                f"index {self.name} is to be emptied, but alias {', '.join(others)} also points at it; nothing was "
+                f"changed. Give that alias its own index and move it there: python switch_alias.py --alias "
                 f"{others[0]} --source {self.name} --target ITS_OWN_INDEX"
             )
         elif aliases := ", ".join(sorted(found["aliases"])):
@@ -1888,7 +1894,7 @@ class TargetIndex:
         if aliases := self.manager._check_index_aliases(self.name):
             raise Refused(
                 f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give the "
-                "other index, or move readers there first (switch_alias.py)"
+                "other index, or first move readers there (switch_alias.py)"
             )
 
     def verify_same(self) -> None:
@@ -1915,7 +1921,7 @@ class TargetIndex:
                 if isinstance(failure, Refused) and not self.emptied:
                     self.marker.replace(former)
             except OperationFailed as error:
-                log.error("index %s: its settings are not restored yet, the next run restores them: %s",
+                log.error("index %s: its settings are not restored yet; the next run restores them: %s",
                           self.name, error)  # fmt: skip
             raise
         self.verify_same()

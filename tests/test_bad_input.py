@@ -132,9 +132,9 @@ def test_a_wrong_flag_is_a_usage_error_and_nothing_is_sent(script, argv, says, r
             ({"OPENSEARCH_PASSWORD": ""}, "OPENSEARCH_PASSWORD: not set"),
             ({"OPENSEARCH_USERNAME": "", "OPENSEARCH_ENDPOINT": ""}, "ENDPOINT and OPENSEARCH_USERNAME: not set"),
             ({"OPENSEARCH_USERNAME": "a:b"}, "user name with a colon"),
-            ({"OPENSEARCH_ENDPOINT": "https://me:hidden@host"}, "the endpoint holds a user or password"),
-            ({"OPENSEARCH_ENDPOINT": "me:hidden@host"}, "the endpoint holds a user or password"),
-            ({"OPENSEARCH_ENDPOINT": "https://x.us-east-1.aoss.amazonaws.com"}, "Serverless has no _reindex"),
+            ({"OPENSEARCH_ENDPOINT": "https://me:hidden@host"}, "the endpoint contains a user or password"),
+            ({"OPENSEARCH_ENDPOINT": "me:hidden@host"}, "the endpoint contains a user or password"),
+            ({"OPENSEARCH_ENDPOINT": "https://x.us-east-1.aoss.amazonaws.com"}, "Serverless does not support _reindex"),
             ({"OPENSEARCH_ENDPOINT": "ftp://host"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://host:port"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://[::1"}, "endpoint is not a URL such as"),
@@ -198,7 +198,7 @@ def test_missing_parameters_are_named(pair, run, box, name, connect, monkeypatch
     prefix = f"/{name('parameters')}"
     sandbox.aws_client("ssm", box.environment).put_parameter(Name=f"{prefix}/endpoint", Value="x", Type="String")
     monkeypatch.setenv("OPENSEARCH_PARAMETER_PREFIX", prefix)
-    assert_says(run(*pair.copy), 1, f"{prefix}/username, {prefix}/password: no such parameter", "create it")
+    assert_says(run(*pair.copy), 1, f"Parameter Store has no {prefix}/username, {prefix}/password in", "create it")
 
 
 def test_a_denied_parameter_names_the_permission(pair, run, environment, connect, monkeypatch):
@@ -218,7 +218,7 @@ def test_a_denied_parameter_names_the_permission(pair, run, environment, connect
 def test_a_wrong_password_names_the_user(pair, run, connect):
     connect(password=OWN_PASSWORD)
     outcome = run(*pair.copy)
-    assert_says(outcome, 1, "401", f"user {sandbox.USER} is not accepted", "check user and password")
+    assert_says(outcome, 1, "401", f"the cluster rejected user {sandbox.USER}", "check the user name and password")
     assert OWN_PASSWORD not in outcome.err
 
 

@@ -277,7 +277,7 @@ def test_a_cluster_that_stays_away_is_given_up_after_retry_seconds(look, proxy, 
          "400 y: inner"),
         (404, {"error": "alias [x] missing", "status": 404}, r"404 alias \[x\] missing"),
         (500, "<html><h1>Oops</h1></html>", "500 Oops"), (418, "", "418"), (400, "null", "400 null"),
-        (301, "", "301.*a redirect is not followed"), (307, "", "307.*a redirect is not followed"),
+        (301, "", "301.*redirects are not followed"), (307, "", "307.*redirects are not followed"),
     ],
 )  # fmt: skip
 def test_a_refusal_is_final_and_its_reason_is_told(status, body, says, look, proxy):
@@ -294,7 +294,7 @@ def test_an_answer_that_is_not_of_opensearch_is_recognised(body, look, proxy):
     proxy.on("GET", "_settings", answer(200, body))
     outcome = look()
     assert outcome.code == 1
-    assert "not an answer of OpenSearch (is the endpoint right?)" in outcome.last
+    assert "the response is not from OpenSearch (is the endpoint right?)" in outcome.last
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

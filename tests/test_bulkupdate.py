@@ -652,7 +652,7 @@ def test_an_index_that_is_replaced_while_rows_are_added_fails_the_load(make_inde
 
     proxy.on("POST", "/_bulk", after(replace))
     outcome = load(put_csv({"a.csv": numbers(1, 5)}), index, "--no-cleanup", code=1)
-    assert "created anew" in outcome.last
+    assert "deleted and recreated" in outcome.last
 
 
 def test_no_cleanup_adds_to_a_live_index_and_leaves_its_settings_alone(
@@ -807,7 +807,7 @@ def test_an_index_that_somebody_replaced_meanwhile_fails_the_load(make_index, pu
 
     proxy.on("POST", "/_bulk", after(replace))
     outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, code=1)
-    assert "created anew" in outcome.last
+    assert "deleted and recreated" in outcome.last
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_a_merge_that_times_out_behind_a_proxy_is_a_note_and_no_failure(status, 
     proxy.on("POST", "_forcemerge", answer(status, "<html>Gateway Time-out</html>"))
     outcome = cleanup(index)
     assert outcome.code == 0, outcome.err
-    assert "the merge goes on in the background" in outcome.err
+    assert "the merge continues in the background" in outcome.err
     assert len(proxy.seen("POST", "_forcemerge")) == 1
     assert count(admin, index) == 0
 
@@ -203,7 +203,7 @@ def test_an_index_that_is_replaced_meanwhile_is_a_failure(index, cleanup, admin,
     proxy.on("GET", TASK, at_the_end(replace), times=None)
     outcome = cleanup(index, "--no-force-merge")
     assert outcome.code == 1, outcome.err
-    assert f"index {index} was deleted and created anew by somebody else" in outcome.last
+    assert f"another client deleted and recreated index {index}" in outcome.last
 
 
 def test_a_dry_run_counts_and_deletes_nothing(index, cleanup, admin):

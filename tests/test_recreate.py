@@ -122,7 +122,7 @@ def test_an_alias_that_comes_right_before_the_deletion_is_seen(index, name, recr
 
 def assert_deleted_instead(outcome, admin, index, former, reason):
     assert outcome.code == 0, outcome.err
-    assert f"index {index} cannot be recreated, its documents are deleted one by one" in outcome.err
+    assert f"index {index} cannot be recreated, so its documents are deleted instead" in outcome.err
     assert reason in outcome.err
     assert (uuid_of(admin, index), count(admin, index)) == (former, 0)
 
@@ -204,7 +204,7 @@ def test_an_index_that_a_template_for_its_name_alone_changes_stays_away_until_th
     for _ in range(2):
         outcome = recreate(index)
         assert outcome.code == 1
-        assert f"an index template (or another run) gives a new index {index}" in outcome.last
+        assert f"an index template (or another run) gave the new index {index}" in outcome.last
         assert list(admin("GET", f"/_alias/{live}")) == [other]
         assert list(admin("GET", f"/{index}*")) == [f"{index}-recreate"]
     assert (reader.finish(), reader.errors) == ([(4, 6.0)], [])
@@ -279,7 +279,7 @@ def deleted(index, recreate, proxy, admin):
                     skip=1, times=None)  # fmt: skip
     outcome = recreate(index)
     assert outcome.code == 1, outcome.err
-    assert f"index {index} is not restored yet, the next run restores it" in outcome.err
+    assert f"index {index} is not restored yet; the next run restores it" in outcome.err
     assert not exists(admin, f"{index}") or list(admin("GET", f"/{index}*/_settings")) == [f"{index}-recreate"]
     proxy.rules.remove(dead)
     return wanted
@@ -504,7 +504,7 @@ def test_a_backup_that_may_not_be_read_is_not_taken_for_none(method, deleted, in
     outcome = recreate(index, "--method", method)
     assert outcome.code == 1, outcome.err
     assert f"index {index} does not exist; create it first" in outcome.last
-    assert f"unless {index}-recreate holds its definition, which could not be read" in outcome.last
+    assert f"unless {index}-recreate holds its definition; that index cannot be read" in outcome.last
     assert "lacks indices:admin/get" in outcome.last
     may_recreate(*sandbox.RECREATE_PERMISSIONS)
     assert recreate(index).code == 0

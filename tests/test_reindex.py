@@ -331,7 +331,7 @@ def test_a_vanished_task_is_a_failure(pair, copy, admin, proxy, note_of):
     proxy.on("GET", TASK, answer(404, missing), skip=1)  # the first is of the task that empties the target
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
-    assert "vanished with its node, its outcome is unknown; run it again" in outcome.last
+    assert "disappeared (node restart?); its outcome is unknown, run the step again" in outcome.last
     assert note_of(pair[1])
 
 
@@ -358,7 +358,7 @@ def test_a_copy_whose_start_got_no_answer_is_found_and_not_started_twice(pair, c
     proxy.on("POST", START, lost_answer)
     outcome = copy(*pair, "--requests-per-second", "1")
     assert outcome.code == 0, outcome.err
-    assert "looking whether the task was started" in outcome.err
+    assert "checking whether the task was started" in outcome.err
     assert len(proxy.seen("POST", START)) == 1
     assert numbers(admin, pair[1]) == [0, 1, 2]
 
@@ -400,7 +400,7 @@ def test_a_target_that_somebody_replaces_meanwhile_is_a_failure(pair, copy, admi
     proxy.on("POST", START, after(replace))
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
-    assert f"{pair[1]} was deleted and created anew by somebody else" in outcome.last
+    assert f"another client deleted and recreated index {pair[1]}" in outcome.last
 
 
 def test_settings_that_cannot_be_put_back_now_are_left_to_the_next_run(pair, copy, admin, proxy, note_of, monkeypatch):
@@ -408,7 +408,7 @@ def test_settings_that_cannot_be_put_back_now_are_left_to_the_next_run(pair, cop
     proxy.on("PUT", "_settings", answer(503), skip=1, times=None)
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
-    assert "not restored yet, the next run restores them" in outcome.err
+    assert "not restored yet; the next run restores them" in outcome.err
     assert note_of(pair[1])["set"] == {"index.refresh_interval": "-1"}
     proxy.rules.clear()
     assert copy(*pair).code == 0
@@ -468,7 +468,7 @@ def test_after_a_kill_the_next_run_cancels_the_orphan_and_copies_anew(start, pai
     assert note_of(pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    assert f"cancelling task {orphans[0]} on index {pair[1]}, left by a run that died" in outcome.err
+    assert f"canceling task {orphans[0]} on index {pair[1]}, left by a crashed run" in outcome.err
     assert copies_under_way(admin, pair[1]) == []
     assert numbers(admin, pair[1]) == [0, 1, 2]
     assert note_of(pair[1]) is None
@@ -480,7 +480,7 @@ def test_a_second_run_finds_the_lock_held_and_leaves_the_first_alone(start, pair
     for source, target in (pair, pair[::-1]):
         outcome = copy(source, target)
         assert outcome.code == 75, outcome.err
-        assert "another run on this host works on index" in outcome.last
+        assert "is locked by another run on this host" in outcome.last
     assert len(copies_under_way(admin, pair[1])) == 1
     assert process.poll() is None
 
@@ -504,7 +504,7 @@ def test_a_copy_of_a_stranger_refuses_ours(opaque_id, foreign_copy, pair, copy, 
     task = foreign_copy(opaque_id)
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
-    assert f"task {task} of somebody else works on index {pair[1]}; wait for it or cancel it" in outcome.last
+    assert f"task {task}, which this suite did not start, is modifying index {pair[1]}; wait for it or" in outcome.last
     assert copies_under_way(admin, pair[1]) == [task]
     assert note_of(pair[1]) is None
 
@@ -517,7 +517,7 @@ def test_a_copy_of_ours_from_another_host_is_awaited_and_then_refuses(foreign_co
     assert outcome.code == 4, outcome.err
     assert time.monotonic() - began > 1
     assert outcome.err.count(f"waiting for task {task} of another run on index {pair[1]}") == 1
-    assert f"task {task} of another run still works on index {pair[1]}" in outcome.last
+    assert f"task {task} of another run is still modifying index {pair[1]}" in outcome.last
     assert copies_under_way(admin, pair[1]) == [task]
 
 
@@ -549,7 +549,7 @@ def test_an_orphan_of_another_host_name_is_ours_where_run_host_is_the_same(forei
     task = foreign_copy(f"{base.SUITE}/nightly.refresh-1/x")
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    assert f"cancelling task {task} on index {pair[1]}, left by a run that died" in outcome.err
+    assert f"canceling task {task} on index {pair[1]}, left by a crashed run" in outcome.err
 
 
 def test_run_host_is_in_the_note_and_has_to_be_a_name(pair, copy, proxy, note_of, monkeypatch):

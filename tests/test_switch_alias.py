@@ -270,7 +270,7 @@ def test_an_index_that_is_replaced_during_the_wait_is_not_switched_to(fresh_pair
     proxy.on("GET", "/_cluster/health", after(replace))
     outcome = switch(*fresh_pair)
     assert outcome.code == 1
-    assert f"{fresh_pair[1]} was deleted and created anew by somebody else" in outcome.last
+    assert f"another client deleted and recreated index {fresh_pair[1]}" in outcome.last
     assert owners() == [fresh_pair[0]]
 
 
@@ -419,7 +419,7 @@ def test_a_locked_index_ends_with_75_and_is_left_alone(locked, kind, pair, switc
         fcntl.flock(lock, kind)
         outcome = switch(*pair)
         assert outcome.code == 75, outcome.err
-        assert f"another run on this host works on index {pair[locked]}" in outcome.last
+        assert f"index {pair[locked]} is locked by another run on this host" in outcome.last
         assert owners() == [pair[0]]
     assert switch(*pair).code == 0
 
@@ -433,5 +433,5 @@ def test_a_copy_of_a_stranger_into_the_target_refuses_the_switch(fresh_pair, mak
     finally:
         admin("POST", f"/_tasks/{task}/_cancel?wait_for_completion=true")
     assert outcome.code == 4, outcome.err
-    assert f"task {task} of somebody else works on index {fresh_pair[1]}" in outcome.last
+    assert f"task {task}, which this suite did not start, is modifying index {fresh_pair[1]}" in outcome.last
     assert owners() == [fresh_pair[0]]

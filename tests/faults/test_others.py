@@ -141,7 +141,7 @@ def test_a_script_by_hand_on_an_index_that_is_written_to_ends_with_75(world, at)
     world.expect(world.refresh(), code=0)
     assert len(runs) == 5
     for run in runs:
-        world.expect(run, code=75, message=f"another run on this host works on index ({source}|{target}); wait")
+        world.expect(run, code=75, message=f"index ({source}|{target}) is locked by another run on this host; wait")
     world.assert_done()
 
 
@@ -217,7 +217,7 @@ def test_readers_are_not_switched_to_an_index_that_somebody_else_copies_into(wor
     index = world.secondary if skip == CHECKED else world.primary
     world.proxy.on("GET", owners(world), after(lambda: stranger(index)), skip=skip)
     run = world.refresh()
-    world.expect(run, code=4, message=rf"task \S+ of somebody else works on index {index}; wait for it or cancel it")
+    world.expect(run, code=4, message=rf"task \S+, which this suite did not start, is modifying index {index}; wait")
     assert f"FAILED at: {step}" in run.err
     assert world.owners() == [world.primary if skip == CHECKED else world.secondary]
     stranger.cancel()
@@ -392,7 +392,7 @@ def test_an_index_that_is_replaced_while_it_is_filled_fails_the_step(world, at, 
     rule = world.proxy.on(*settings_back(index), after(lambda: replace(world, index, docs)), skip=1)
     run = world.refresh()
     assert rule.seen == 2
-    world.expect(run, code=1, message=f"index {index} was deleted and created anew by somebody else.*run again")
+    world.expect(run, code=1, message=f"another client deleted and recreated index {index}.*run again")
     assert f"FAILED at: {step}" in run.err
     world.heal()
 

@@ -278,4 +278,4 @@ def test_what_to_do_about_a_refusal_of_s3_is_said(world, fault, advice):
     world.s3_proxy.on("GET", LISTING, fault, times=None)
     run = world.refresh()
     world.expect(run, code=1, message=advice)
-    assert "check its name and the region" not in run.err
+    assert "check the name and the region" not in run.err
