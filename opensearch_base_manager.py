@@ -1333,8 +1333,9 @@ class OpenSearchBaseManager(Connection):
             self._locks.append(lock)
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            text = f"index {index} is locked by another run on this host; wait for it to finish ({path})"
-            raise Locked(text) from None
+            raise Locked(
+                f"index {index} is locked by another run on this host; wait for it to finish ({path})"
+            ) from None
         except OSError as error:
             raise OperationFailed(f"lock file {path}: {error.strerror}; set LOCK_DIR to a writable folder") from None
 
@@ -1443,7 +1444,7 @@ class OpenSearchBaseManager(Connection):
         response: dict[str, Any] = document["response"]
         if failures := response.get("failures"):
             cause = failures[0].get("cause") or failures[0].get("reason") or failures[0]
-            raise self._task_failure(f"{label}: {len(failures)} failure(s), first:", cause)
+            raise self._task_failure(f"{label}: {len(failures)} failure(s), the first:", cause)
         if response.get("canceled"):
             raise OperationFailed(f"{label}: canceled ({response['canceled']}); run it again")
         if response.get("timed_out"):

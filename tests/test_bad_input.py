@@ -107,14 +107,14 @@ LOAD = "--bucket b --prefix p/ --index t-a"
         (bulkupdate, f"{LOAD} --max-rejects=-1", "--max-rejects: '-1'"),
         (bulkupdate, f"{LOAD} --delimiter ;;", "--delimiter: ';;'"),
         (bulkupdate, "--bucket b --prefix p/", "required: --index"),
-        (index_cleanup, "--index t-*", r"--index: 't-\*' is not the name"),
-        (index_cleanup, "--index t-a,t-b", "--index: 't-a,t-b' is not the name"),
-        (index_cleanup, "--index _all", "--index: '_all' is not the name"),
-        (index_cleanup, "--index <t-{now/d}>", "--index: '<t-{now/d}>' is not the name"),
-        (index_cleanup, "--index t-a/_doc", "--index: 't-a/_doc' is not the name"),
-        (index_cleanup, "--index T-A", "--index: 'T-A' is not the name"),
-        (index_cleanup, "--index t-%2a", "--index: 't-%2a' is not the name"),
-        (index_cleanup, "--index=", "--index: '' is not the name"),
+        (index_cleanup, "--index t-*", r"--index: 't-\*' is not an index name"),
+        (index_cleanup, "--index t-a,t-b", "--index: 't-a,t-b' is not an index name"),
+        (index_cleanup, "--index _all", "--index: '_all' is not an index name"),
+        (index_cleanup, "--index <t-{now/d}>", "--index: '<t-{now/d}>' is not an index name"),
+        (index_cleanup, "--index t-a/_doc", "--index: 't-a/_doc' is not an index name"),
+        (index_cleanup, "--index T-A", "--index: 'T-A' is not an index name"),
+        (index_cleanup, "--index t-%2a", "--index: 't-%2a' is not an index name"),
+        (index_cleanup, "--index=", "--index: '' is not an index name"),
         (reindex, "--source t-* --target t-b", "--source: 't-"),
         (switch_alias, "--alias t-x,t-y --source t-a --target t-b", "--alias: 't-x,t-y'"),
         (index_cleanup, "--index t-a --all", "unrecognized arguments: --all"),
@@ -129,8 +129,8 @@ def test_a_wrong_flag_is_a_usage_error_and_nothing_is_sent(script, argv, says, r
     ("script", "argv", "variables", "says"),
     [
         *[(index_cleanup, "--index t-a", *case) for case in [
-            ({"OPENSEARCH_PASSWORD": ""}, "OPENSEARCH_PASSWORD: not set"),
-            ({"OPENSEARCH_USERNAME": "", "OPENSEARCH_ENDPOINT": ""}, "ENDPOINT and OPENSEARCH_USERNAME: not set"),
+            ({"OPENSEARCH_PASSWORD": ""}, "OPENSEARCH_PASSWORD not set"),
+            ({"OPENSEARCH_USERNAME": "", "OPENSEARCH_ENDPOINT": ""}, "ENDPOINT and OPENSEARCH_USERNAME not set"),
             ({"OPENSEARCH_USERNAME": "a:b"}, "user name with a colon"),
             ({"OPENSEARCH_ENDPOINT": "https://me:hidden@host"}, "the endpoint contains a user or password"),
             ({"OPENSEARCH_ENDPOINT": "me:hidden@host"}, "the endpoint contains a user or password"),
@@ -187,7 +187,7 @@ def test_without_aws_credentials_the_message_says_where_they_may_come_from(pair,
     connect("", "", "")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert_says(run(*pair.copy), 2, "Parameter Store, /opensearch/", "credentials", "role, profile or variables")
+    assert_says(run(*pair.copy), 2, "Parameter Store, /opensearch/", "credentials", "a role, a profile or variables")
 
 
 # --- Parameter Store --------------------------------------------------------------------------------------------------

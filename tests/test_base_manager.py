@@ -141,7 +141,7 @@ def test_names_in_the_file_that_are_no_settings_are_listed_once_without_their_va
         file.write("HIDDEN\n")
     outcome = look()
     assert outcome.code == 0, outcome.err
-    assert outcome.err.count(".env: no setting of this suite: MAX_REJECT, INDEX_ALIASES; is a name misspelled?") == 1
+    assert outcome.err.count(".env: unknown setting(s) MAX_REJECT, INDEX_ALIASES; check the spelling") == 1
     assert "hidden" not in outcome.err.lower()
 
 

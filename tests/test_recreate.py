@@ -135,7 +135,7 @@ def test_without_a_permission_nothing_is_deleted(missing, index, may_recreate, r
     outcome = recreate(index, "--no-force-merge")
     assert_deleted_instead(outcome, admin, index, former, missing)
     if missing == "indices:admin/delete":
-        assert f"the empty index {index}-recreate stays" in outcome.err
+        assert f"the empty index {index}-recreate could not be deleted" in outcome.err
 
 
 def test_an_index_named_like_the_backup_is_left_alone(index, make_index, recreate, admin):
@@ -490,7 +490,7 @@ def test_a_permission_that_is_lost_in_the_middle_is_named_and_what_stands_where(
     outcome = recreate(index)
     assert outcome.code == 1, outcome.err
     assert "lacks indices:admin/create" in outcome.last
-    assert f"index {index} is deleted, {index}-recreate holds its definition" in outcome.last
+    assert f"index {index} is deleted, and {index}-recreate holds its definition" in outcome.last
     assert "create it first" not in outcome.err
     may_recreate(*sandbox.RECREATE_PERMISSIONS)
     assert recreate(index).code == 0
