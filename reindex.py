@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from index_cleanup import CannotReplace, ClearableIndex, read_index
+from index_cleanup import CannotReplace, ClearableIndex
 from opensearch_base_manager import (
     TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused,
     RequestFailed, Retry, TooMuchAtOnce, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
@@ -80,8 +80,9 @@ class Clone:
         replicas = self._replicas_of_target(former)
         self.marker.restore_settings(former)
         found = self.manager._verify_index_exists(self.source)
-        wanted = {name: value for name, value in WRITE_BLOCK.items() if found.get(name) != value}
-        if not self.marker.write(found, wanted, source=found["index.uuid"], replicas=replicas):
+        source_uuid = found["settings"]["index.uuid"]
+        wanted = {name: value for name, value in WRITE_BLOCK.items() if found["settings"].get(name) != value}
+        if not self.marker.write(found, wanted, source=source_uuid, replicas=replicas):
             raise CannotReplace("no marker can be written")
         if wanted:
             self.manager.request("PUT", f"/{self.source}/_settings", wanted)
@@ -90,8 +91,8 @@ class Clone:
             self.target.verify_same()
             self.target.delete_index()
         # a null would stay in the settings of the clone as null, so what it is not to have is removed afterwards
-        self._create({**replicas, EXPANSION: replicas[EXPANSION] or "false"}, found["index.uuid"])
-        self._await_primaries()
+        self._create({**replicas, EXPANSION: replicas[EXPANSION] or "false"}, source_uuid)
+        await_primaries(self.manager, self.target.name, self.manager.settings.wait_seconds, OperationFailed)
         left = {**dict.fromkeys(WRITE_BLOCK), EXPANSION: replicas[EXPANSION]}
         self.manager.request("PUT", f"/{self.target.name}/_settings", left)
 
@@ -106,15 +107,15 @@ class Clone:
         """Remove the block and, unless the target is missing, the marker from the source."""
         if self.marker.own:
             self.marker.restore_settings(self.marker.own)
-            if self.manager.index_exists(self.target.name):
+            if self.manager.read_index(self.target.name):
                 self.marker.replace()
 
     def _replicas_of_target(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the target's numbers of replicas; those in the marker of a run that has deleted it and crashed."""
         if self.target.uuid:
-            found = self.manager._verify_index_exists(self.target.name)
+            found = self.manager._verify_index_exists(self.target.name)["settings"]
         else:
-            found = (former or {}).get("replicas") or self.manager._verify_index_exists(self.source)
+            found = (former or {}).get("replicas") or self.manager._verify_index_exists(self.source)["settings"]
         expansion = found.get(EXPANSION, "false")
         return {"index.number_of_replicas": found["index.number_of_replicas"],
                 EXPANSION: None if expansion == "false" else expansion}  # fmt: skip
@@ -128,29 +129,17 @@ class Clone:
                 break
             except OutcomeUnknown as unknown:
                 again = retry.wait(f"{unknown}; checking whether {self.target.name} was created")
-                if self.manager.index_exists(self.target.name):
+                if self.manager.read_index(self.target.name):
                     break
                 if not again:
                     raise
             except RequestFailed:
-                if not (retry.attempt and self.manager.index_exists(self.target.name)):
+                if not (retry.attempt and self.manager.read_index(self.target.name)):
                     raise
-        made = read_index(self.manager, self.target.name)
+        made = self.manager.read_index(self.target.name)
         if not made or made["settings"].get("index.resize.source.uuid") != source_uuid:
             raise OperationFailed(f"another client has created index {self.target.name}; delete it and run again")
         self.target.uuid = made["settings"]["index.uuid"]
-
-    def _await_primaries(self) -> None:
-        """Wait until each shard of the clone has an active copy. Raises OperationFailed after WAIT_SECONDS."""
-        began, path = time.monotonic(), f"/_cluster/health/{self.target.name}"
-        params = {"wait_for_status": "yellow", "timeout": "30s"}
-        while self.manager.request("GET", path, params=params, accept=[408]).status == 408:
-            if time.monotonic() - began > self.manager.settings.wait_seconds:
-                raise OperationFailed(
-                    f"clone {self.target.name} has shards without an active copy; see GET _cluster/allocation/explain, "
-                    "and run again"
-                )
-            log.info("waiting for the shards of clone %s", self.target.name)
 
     def _send_clone(self, settings: Mapping[str, Any], accept: Sequence[int] = ()) -> None:
         path = f"/{self.source}/_clone/{self.target.name}"
@@ -198,40 +187,39 @@ class Reindex(OpenSearchBaseManager):
         """Claim the target, and check that the source is complete and can be copied; return the source's UUID."""
         self.lock(self.source, shared=not self.clone)  # so that a task found on it is known to be alive
         self.target.claim(may_be_missing=self.clone is not None)
-        found = self.read_indices(self.source)[self.source]
+        found = self._verify_index_exists(self.source)
         refuse_unusable(self.source, found, TO_READ)
-        await_primaries(self, self.source)
-        verify_sees_everything(self, self.source)
+        await_primaries(self, self.source, self.settings.retry_seconds)
+        verify_sees_everything(self, self.source, found)
         marker = Marker(self, self.source)
         # another client has moved readers to it: the target may be the only complete data there is
-        marker.refuse(f"load it again, or move readers to {self.target.name}, before it is copied")
+        marker.refuse(f"load it again, or move readers to {self.target.name}, before it is copied", found)
         if self.clone and (obstacle := self.clone.obstacle()):
             self._copy_instead(obstacle)
         if not self.clone:
-            marker.recover()
-            if self.target.count_unless_red() is not None:
-                verify_sees_everything(self, self.target.name)
-            self._compare_fields()
+            marker.recover(found)
+            self.target.verify_sees_everything()
+            self._compare_fields(found)
         return str(found["settings"]["index.uuid"])
 
     def _copy_instead(self, obstacle: str) -> None:
         log.warning("%s is not cloned, its documents are copied: %s", self.source, obstacle)
         self.clone = None
-        self.target.uuid = self.index_uuid(self.target.name)
+        self.target.read()
 
-    def _compare_fields(self) -> None:
-        found = self.read_indices(self.source, self.target.name)
-        missing, different = compare_fields(*(found[index]["mappings"] for index in (self.source, self.target.name)))
+    def _compare_fields(self, source: Mapping[str, Any]) -> None:
+        target = self.target.found
+        missing, different = compare_fields(source["mappings"], target["mappings"])
         if different:
             raise Refused(
                 f"fields defined differently in {self.source} and {self.target.name}: {', '.join(different)}; "
                 f"create {self.target.name} anew with the mapping of {self.source}"
             )
-        definitions = dict(field_definitions(found[self.source]["mappings"]))
-        refuse_too_many_fields(self.target.name, found[self.target.name], {name: definitions[name] for name in missing})
+        definitions = dict(field_definitions(source["mappings"]))
+        refuse_too_many_fields(self.target.name, target, {name: definitions[name] for name in missing})
         if missing:
             log.info("fields that %s lacks: %s", self.target.name, ", ".join(missing))
-        pipeline = found[self.target.name]["settings"].get("index.final_pipeline", "_none")
+        pipeline = target["settings"].get("index.final_pipeline", "_none")
         if pipeline != "_none":
             log.warning("index %s has the final pipeline %s, which runs on the copied documents once more",
                         self.target.name, pipeline)  # fmt: skip
@@ -250,7 +238,7 @@ class Reindex(OpenSearchBaseManager):
         except CannotReplace as error:
             self.clone.abandon()
             self._copy_instead(str(error))
-            self._compare_fields()
+            self._compare_fields(self._verify_index_exists(self.source))
             return {}
         except BaseException:
             self._abandon_clone(self.clone)
@@ -277,8 +265,8 @@ class Reindex(OpenSearchBaseManager):
 
     def _add_missing_fields(self) -> None:
         """Define new fields in the target as the source does, or the copy would make it guess (dates!)."""
-        source = self.get_mapping(self.source)
-        if compare_fields(source, self.get_mapping(self.target.name))[0]:
+        source, target = (self._verify_index_exists(index)["mappings"] for index in (self.source, self.target.name))
+        if compare_fields(source, target)[0]:
             self.request("PUT", f"/{self.target.name}/_mapping", {"properties": source["properties"]})
 
     def _copy(self, total: int) -> dict[str, Any]:
@@ -308,7 +296,7 @@ class Reindex(OpenSearchBaseManager):
 
     def _first_batch_size(self) -> int:
         """Guess from the size of the documents in the store how many the cluster can have in memory, in all slices."""
-        settings = self._verify_index_exists(self.source)
+        settings = self._verify_index_exists(self.source)["settings"]
         slices = min(int(settings["index.number_of_shards"]), MAX_SLICES)
         fitting = int(BATCH_BYTES / slices / max(self._bytes_per_document(), 1))
         return max(1, min(BATCH_SIZE, result_window(settings), fitting))

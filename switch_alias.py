@@ -356,7 +356,9 @@ class Audit:
         """Make the checks that need no data in the target: settings, definitions of fields, and rejected queries."""
         self._compare_settings()
         if self.settings.field_threshold < 100:
-            mappings = [self.switch.get_mapping(index) for index in (self.source, self.target)]
+            mappings = [
+            self.switch._verify_index_exists(index)["mappings"] for index in (self.source, self.target)
+        ]
             if redefined := self._redefined(*mappings):
                 self._refuse_fields(redefined)
         for place, body in self.switch.queries:
@@ -405,7 +407,7 @@ class Audit:
 
     def _effective_settings(self, index: str) -> Any:
         params = {"flat_settings": "true", "include_defaults": "true"}
-        return self.switch.request("GET", f"/{index}/_settings", params=params).data[index]
+        return self.switch.request("GET", f"/{index}", params=params).data[index]
 
     def _compare_counts(self) -> tuple[int, int]:
         """Return both counts. Raises Refused when the target has none, too few, or too many more or less."""
@@ -436,7 +438,9 @@ class Audit:
 
     def _compare_fields(self, before: int, after: int) -> None:
         """Raise Refused when fields are defined otherwise, or too large a share of the documents lacks them now."""
-        mappings = [self.switch.get_mapping(index) for index in (self.source, self.target)]
+        mappings = [
+            self.switch._verify_index_exists(index)["mappings"] for index in (self.source, self.target)
+        ]
         old, new = (fields_of(mapping) for mapping in mappings)
         if accepted := self.accepted:
             unknown = listed([name for name in accepted if name not in old])
@@ -648,18 +652,19 @@ class SwitchAlias(OpenSearchBaseManager):
     def _check_pair(self, indices: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise Refused for what would keep readers from being moved, whatever the target will hold by then."""
         # a crashed run may have deleted the target: the step that fills it restores it, or reports that it is missing
-        there = [self.source, self.target] if self.index_exists(self.target) else [self.source]
-        found = self.read_indices(*there)
-        for index in there:
-            refuse_unusable(index, found[index], TO_MOVE_ALIAS)
-        await_primaries(self, self.source)
+        found, target = {self.source: self._verify_index_exists(self.source)}, self.read_index(self.target)
+        if target:
+            found[self.target] = target
+        for index, state in found.items():
+            refuse_unusable(index, state, TO_MOVE_ALIAS)
+        await_primaries(self, self.source, self.settings.retry_seconds)
         if others := sorted({*found[self.source]["aliases"]} - {self.alias}):
             log.warning("alias %s points at %s too: a refresh that is to empty this index is refused; give that alias "
                         "an index of its own", ", ".join(others), self.source)  # fmt: skip
         warn_of_moving_shards(self)
         if self.settings.disk_check:
             check_disk(self, self.source)
-        if len(there) == 2:
+        if target:
             if self.settings.refresh_strategy == "copy-back" and self.source != self.settings.source:
                 self.settings.accept_settings = ["*"]  # readers go back to the index that they are always on
             Audit(self, indices).check_beforehand()

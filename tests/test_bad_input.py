@@ -227,7 +227,7 @@ def test_a_wrong_password_names_the_user(pair, run, connect):
     ("command", "permission"),
     [
         ("switch", "indices:admin/aliases"), ("switch", "indices:data/read/search"),
-        ("copy", "indices:monitor/settings/get"), ("empty", "indices:admin/mappings/get"),
+        ("copy", "indices:admin/settings/update"), ("empty", "indices:admin/mapping/put"),
         ("empty", "cluster:monitor/tasks/lists"),
     ],
 )  # fmt: skip

@@ -143,7 +143,7 @@ def test_each_line_of_the_role_that_the_night_needs_is_named_in_step_0(
 @secured
 def test_all_that_is_missing_is_named_at_once_as_lines_of_a_role(pair, run, account, put_csv, name):
     primary, secondary = pair()
-    copy_lines = [line for line in LINES if line[1] not in ("indices:admin/get", "indices:admin/aliases")]
+    copy_lines = [line for line in LINES if not line[1].startswith(("indices:admin/get", "indices:admin/aliases"))]
     account(*copy_lines)
     outcome = run(reindex, "--source", primary, "--target", secondary, "--dry-run")
     assert outcome.code == 1
