@@ -1537,9 +1537,9 @@ class BulkUpdate(OpenSearchBaseManager):
         self.place = self.delivery.place
         self.rejects = Rejects(settings.log_dir, settings.index, settings.max_rejects)
         index, self.names = settings.index, [settings.index]
-        self.probes = [*reading_probes(index), bulk_probe(index, "index")]
+        self.probes = [*reading_probes(index), bulk_probe(index, *(["index"] if self.keep else ["index", "delete"]))]
         if not self.keep:
-            self.probes += [*deleting_probes(index), settings_probe(index), bulk_probe(index, "delete")]
+            self.probes += [*deleting_probes(index), settings_probe(index)]
 
     def run(self) -> dict[str, Any]:
         began, objects = time.monotonic(), list[S3Object]()

@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -180,13 +180,8 @@ def either(*allowed: str) -> Callable[[str], str]:
 
 def percent(text: str) -> Decimal:
     """Parse a number >= 0 exactly: a float would make 0.1 % a little more or less than that."""
-    try:
-        value = Decimal(text if text.isascii() and "_" not in text else "NaN")
-    except InvalidOperation:
-        value = Decimal("NaN")
-    if not value.is_finite() or value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 0")
-    return value
+    number = r"\s*[+]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?\s*"
+    return Decimal(matching(number, "not a number >= 0")(text))
 
 
 def non_negative(text: str) -> float:
@@ -212,7 +207,7 @@ one_line = matching(".*", "more than one line; remove the line breaks")  # the r
 index_name = matching(r"(?!\.{1,2}$)[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#:%]*",
                       "not an index name (lower case, no pattern, no list)")  # fmt: skip
 bucket_name = matching("[^:/\n]*", "not a bucket name; give the name alone, without s3:// and slashes")
-# part of the X-Opaque-Id, which slashes separate
+# part of the X-Opaque-Id, in which slashes separate the parts
 host_name = matching("[A-Za-z0-9._-]{1,100}", "not a host name (letters, digits, dots, hyphens, underscores)")
 
 
@@ -1426,25 +1421,19 @@ class OpenSearchBaseManager(Connection):
         return sum(part.get(kind, 0) for part in parts for kind in ("created", "updated", "deleted"))
 
     def _task_response(self, label: str, document: Mapping[str, Any]) -> dict[str, Any]:
-        if error := document.get("error"):
-            raise self._task_failure(f"{label}:", error)
-        response: dict[str, Any] = document["response"]
+        error, response, what = document.get("error"), document.get("response", {}), label
         if failures := response.get("failures"):
-            cause = failures[0].get("cause") or failures[0].get("reason") or failures[0]
-            raise self._task_failure(f"{label}: {len(failures)} failure(s), the first:", cause)
+            error = failures[0].get("cause") or failures[0].get("reason") or failures[0]
+            what = f"{label}: {len(failures)} failure(s), the first"
+        if error:
+            kind, reason = root_cause(error)
+            failure = TooMuchAtOnce if MEMORY_ERRORS.search(str(error.get("type"))) else OperationFailed
+            raise failure(f"{what}: {kind}: {reason}{self._advice(0, kind, reason) or '; run it again'}")
         if response.get("canceled"):
             raise OperationFailed(f"{label}: canceled ({response['canceled']}); run it again")
         if response.get("timed_out"):
             raise OperationFailed(f"{label}: timed out on the server; run it again")
-        return response
-
-    def _task_failure(self, what: str, error: Mapping[str, Any]) -> OperationFailed:
-        failure = TooMuchAtOnce if MEMORY_ERRORS.search(str(error.get("type"))) else OperationFailed
-        return failure(f"{what} {self._reason_of(error)}")
-
-    def _reason_of(self, error: Mapping[str, Any]) -> str:
-        kind, reason = root_cause(error)
-        return f"{kind}: {reason}{self._advice(0, kind, reason) or '; run it again'}"
+        return dict(document["response"])
 
     def _cancel_own_tasks(self) -> None:
         """Cancel the tasks of this run and wait until they have ended, for the clean-up time at most."""
@@ -1622,9 +1611,7 @@ def result_window(settings: Mapping[str, Any]) -> int:
     return int(settings.get("index.max_result_window", DEFAULT_WINDOW))
 
 
-def verify_sees_everything(
-    manager: OpenSearchBaseManager, index: str, found: Mapping[str, Any] | None = None
-) -> None:  # fmt: skip
+def verify_sees_everything(manager: OpenSearchBaseManager, index: str, found: Mapping[str, Any] | None = None) -> None:
     """Raise OperationFailed if document-level security hides documents of an index from this user."""
     mapping = (found or manager._verify_index_exists(index))["mappings"]
     if any(definition.get("type") == "nested" for _, definition in field_definitions(mapping)):

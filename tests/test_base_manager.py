@@ -291,7 +291,7 @@ def test_a_refusal_is_final_and_its_reason_is_told(status, body, says, look, pro
 
 @pytest.mark.parametrize("body", ["<html>Sign in</html>", "", "{"])
 def test_an_answer_that_is_not_of_opensearch_is_recognised(body, look, proxy):
-    proxy.on("GET", "^/[^/_]+$", answer(200, body))
+    proxy.on("GET", r"^/[^/_]+\?", answer(200, body))
     outcome = look()
     assert outcome.code == 1
     assert "the response is not from OpenSearch (is the endpoint right?)" in outcome.last

@@ -127,7 +127,7 @@ def test_a_live_index_is_refused_untouched(make_index, name, cleanup, admin):
 
 
 def test_an_alias_that_comes_between_the_check_and_the_first_change_is_seen(index, name, cleanup, admin, proxy):
-    proxy.on("GET", f"/{index}/_alias", after(lambda: admin("PUT", f"/{index}/_alias/{name('alias')}")))
+    proxy.on("GET", rf"^/{index}\?", after(lambda: admin("PUT", f"/{index}/_alias/{name('alias')}")))
     before = state_of(admin, index)
     outcome = cleanup(index)
     assert outcome.code == 4, outcome.err

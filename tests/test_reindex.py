@@ -260,7 +260,7 @@ def test_the_next_run_puts_right_what_a_killed_one_left(pair, copy, admin, own_s
     unfinished(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    assert f"{pair[1]} is unfinished: a run on elsewhere, started 2026-01-31T02:00:00Z, did not succeed" in outcome.err
+    assert f"{pair[1]} is unfinished: a run on elsewhere, started at 2026-01-31T02:00:00Z, did not succeed" in outcome.err
     assert own_settings(pair[1])["refresh_interval"] == "9s"
     assert note_of(pair[1]) is None
 
@@ -308,7 +308,7 @@ def ended(response):
         ({"failures": [{"cause": {"type": "mapper_parsing", "reason": "not a date"}, "status": 400}]},
          r"1 failure\(s\), the first: mapper_parsing: not a date"),
         ({"failures": [{"reason": {"type": "context_missing", "reason": "gone"}}]}, "context_missing: gone"),
-        ({"canceled": "by user request"}, r"cancelled \(by user request\)"),
+        ({"canceled": "by user request"}, r"canceled \(by user request\)"),
         ({"timed_out": True}, "timed out"),
         ({"version_conflicts": 1}, "1 version conflicts"),
         ({"created": 2}, "2 of 3 documents written"),
@@ -340,7 +340,7 @@ def test_a_task_that_somebody_cancels_is_a_failure(pair, copy, admin, proxy, own
                                          copies_under_way(admin, pair[1])]), skip=1, times=None)  # fmt: skip
     outcome = copy(*pair, "--requests-per-second", "0.2")
     assert outcome.code == 1, outcome.err
-    assert "cancelled (by user request); run it again" in outcome.last
+    assert "canceled (by user request); run it again" in outcome.last
     assert own_settings(pair[1])["refresh_interval"] is None
     assert note_of(pair[1])
 
@@ -516,7 +516,7 @@ def test_a_copy_of_ours_from_another_host_is_awaited_and_then_refuses(foreign_co
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
     assert time.monotonic() - began > 1
-    assert outcome.err.count(f"waiting for task {task} of another run on index {pair[1]}") == 1
+    assert outcome.err.count(f"waiting for task {task} of another run, which is modifying index {pair[1]}") == 1
     assert f"task {task} of another run is still modifying index {pair[1]}" in outcome.last
     assert copies_under_way(admin, pair[1]) == [task]
 

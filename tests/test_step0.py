@@ -554,7 +554,7 @@ def test_a_header_that_is_no_csv_says_why(make_index, put_csv, run, content, sai
     [
         ("InvalidObjectState", "restore it"), ("RequestTimeTooSkewed", "clock"),
         ("SignatureDoesNotMatch", "secret"), ("AllAccessDisabled", "bucket"),
-        ("NoSuchBucket", "check its name"), ("AccessDenied", "IAM policy"),
+        ("NoSuchBucket", "check the name"), ("AccessDenied", "IAM policy"),
     ],
 )  # fmt: skip
 def test_an_aws_error_says_what_to_do(code, said):
@@ -565,7 +565,7 @@ def test_an_aws_error_says_what_to_do(code, said):
 def test_a_bucket_is_a_name_alone(run, bucket):
     outcome = run(bulkupdate, "--bucket", bucket, "--prefix", "p/", "--index", "i")
     assert outcome.code == 2
-    assert "give the bucket's name alone" in outcome.err
+    assert "is not a bucket name; give the name alone" in outcome.err
 
 
 def test_a_parameter_that_ends_with_a_newline_is_right_without_it(box, pair, show, monkeypatch, name):
@@ -625,5 +625,5 @@ def test_nothing_was_changed_is_not_said_after_a_first_round_of_deleting(make_in
     outcome = run(index_cleanup, "--index", index, "--no-force-merge")
     assert outcome.code == 4, outcome.err
     assert "nothing was changed" not in outcome.last
-    assert "30 documents" in outcome.last
+    assert "30 of its documents" in outcome.last
     assert count(admin, index) == 1

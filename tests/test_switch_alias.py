@@ -203,7 +203,7 @@ def test_an_unfinished_target_is_refused(fresh_pair, switch, admin, owners):
     admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: note}})
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
-    assert f"{new} is unfinished: a load on elsewhere, started 2026-01-31T02:00:00Z" in outcome.last
+    assert f"{new} is unfinished: a load on elsewhere, started at 2026-01-31T02:00:00Z" in outcome.last
     assert owners() == [old]
 
 
