@@ -260,7 +260,8 @@ def test_the_next_run_puts_right_what_a_killed_one_left(pair, copy, admin, own_s
     unfinished(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    assert f"{pair[1]} is unfinished: a run on elsewhere, started at 2026-01-31T02:00:00Z, did not succeed" in outcome.err
+    said = f"{pair[1]} is unfinished: a run on elsewhere, started at 2026-01-31T02:00:00Z, did not succeed"
+    assert said in outcome.err
     assert own_settings(pair[1])["refresh_interval"] == "9s"
     assert note_of(pair[1]) is None
 
