@@ -1497,7 +1497,7 @@ class LoadRecord:
 
     def unchanged(self) -> dict[str, Any] | None:
         """Return the record if the index still is as recorded, of the same source, and complete."""
-        found = self._target.found
+        found = self._manager._verify_index_exists(self._target.name)
         meta = found["mappings"].get("_meta", {})
         if RECORD not in meta or SUITE in meta:
             return None

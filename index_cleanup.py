@@ -110,9 +110,8 @@ class ClearableIndex(TargetIndex):
             log.warning("index %s cannot be recreated, so its documents are deleted instead: %s", self.name, forbidden)
             self.method = "delete"
 
-    def await_primaries(self) -> None:
-        if self.method != "recreate":  # which heals it
-            super().await_primaries()
+    def await_primaries(self) -> bool:
+        return self.method != "recreate" and super().await_primaries()  # recreate fixes a red index
 
     # --- empty ---
 

@@ -1572,12 +1572,12 @@ def refuse_unusable(index: str, found: Mapping[str, Any], obstacles: Sequence[st
 
 def await_primaries(
     manager: OpenSearchBaseManager, index: str, limit_s: float, failure: type[OperationFailed] = Refused
-) -> None:
-    """Wait until the index is not red. Raises `failure` when the time is over."""
+) -> bool:
+    """Wait until the index is not red; say whether that took any time. Raises `failure` after `limit_s`."""
     retry, path = Retry(limit_s), f"/_cluster/health/{index}"
     while True:
         if manager.request("GET", path).data["status"] != "red":
-            return
+            return retry.attempt > 0
         if not retry.wait(f"index {index} is red: a shard has no active copy; checking again"):
             unchanged = "; nothing was changed" if failure is Refused else ""
             raise failure(f"index {index} is red: a shard has no active copy{unchanged}. See GET "
@@ -1833,7 +1833,8 @@ class TargetIndex:
             return
         found = self.read(found)
         refuse_unusable(self.name, found, self.obstacles)
-        self.await_primaries()
+        if self.await_primaries():
+            found = self.read()
         if not may_be_live:
             self.refuse_live(found)
         elif alias and (others := sorted({*found["aliases"]} - {alias})):
@@ -1849,9 +1850,9 @@ class TargetIndex:
         self.marker.recover(found)
 
     def read(self, found: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Remember the state of the index, read now unless it is given, and return it."""
+        """Remember the state of the index, read now unless it is given, and return it; the first UUID counts."""
         self.found = found or self.manager._verify_index_exists(self.name)
-        self.uuid = self.found["settings"]["index.uuid"]
+        self.uuid = self.uuid or self.found["settings"]["index.uuid"]
         return self.found
 
     def require_permissions(self, exists: bool) -> None:
@@ -1859,8 +1860,8 @@ class TargetIndex:
         probes = [probe for probe in self.manager.probes if exists or "_bulk" not in probe.path]  # it would create it
         require_permissions(self.manager, probes)
 
-    def await_primaries(self) -> None:
-        await_primaries(self.manager, self.name, self.manager.settings.retry_seconds)
+    def await_primaries(self) -> bool:
+        return await_primaries(self.manager, self.name, self.manager.settings.retry_seconds)
 
     def recover_index(self, found: dict[str, Any] | None) -> dict[str, Any] | None:
         """Recover a missing index, and return its state; here there is nothing to recover it from."""

@@ -189,7 +189,8 @@ class Reindex(OpenSearchBaseManager):
         self.target.claim(may_be_missing=self.clone is not None)
         found = self._verify_index_exists(self.source)
         refuse_unusable(self.source, found, TO_READ)
-        await_primaries(self, self.source, self.settings.retry_seconds)
+        if await_primaries(self, self.source, self.settings.retry_seconds):
+            found = self._verify_index_exists(self.source)
         verify_sees_everything(self, self.source, found)
         marker = Marker(self, self.source)
         # another client has moved readers to it: the target may be the only complete data there is

@@ -356,9 +356,7 @@ class Audit:
         """Make the checks that need no data in the target: settings, definitions of fields, and rejected queries."""
         self._compare_settings()
         if self.settings.field_threshold < 100:
-            mappings = [
-            self.switch._verify_index_exists(index)["mappings"] for index in (self.source, self.target)
-        ]
+            mappings = [self.switch._verify_index_exists(index)["mappings"] for index in (self.source, self.target)]
             if redefined := self._redefined(*mappings):
                 self._refuse_fields(redefined)
         for place, body in self.switch.queries:
@@ -438,9 +436,7 @@ class Audit:
 
     def _compare_fields(self, before: int, after: int) -> None:
         """Raise Refused when fields are defined otherwise, or too large a share of the documents lacks them now."""
-        mappings = [
-            self.switch._verify_index_exists(index)["mappings"] for index in (self.source, self.target)
-        ]
+        mappings = [self.switch._verify_index_exists(index)["mappings"] for index in (self.source, self.target)]
         old, new = (fields_of(mapping) for mapping in mappings)
         if accepted := self.accepted:
             unknown = listed([name for name in accepted if name not in old])
