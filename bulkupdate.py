@@ -42,7 +42,7 @@ from opensearch_base_manager import (
     MAX_CONNECTIONS, SUITE, Aws, Connection, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
     TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions,
     in_background, index_name, log, parents_of, per_second, reading_probes, refuse_too_many_fields, run_cli,
-    seconds_since, settings_probe, verify_sees_everything,
+    seconds_since, settings_probe,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -1489,25 +1489,24 @@ class LoadRecord:
 
     def write(self, stored: int) -> None:
         """Write the record, unless another client wrote to the index during the load."""
-        mapping = self._manager.get_mapping(self._target.name)
-        record = self._current(mapping)
+        found = self._manager._verify_index_exists(self._target.name)
+        record, mapping = self._current(found), found["mappings"]
         if self._count_writes(record["writes"]) - self._writes_before == stored:
             meta = {**mapping.get("_meta", {}), RECORD: record}
             self._manager.request("PUT", f"/{self._target.name}/_mapping", {"_meta": meta})
 
     def unchanged(self) -> dict[str, Any] | None:
         """Return the record if the index still is as recorded, of the same source, and complete."""
-        mapping = self._manager.get_mapping(self._target.name)
-        meta = mapping.get("_meta", {})
+        found = self._manager._verify_index_exists(self._target.name)
+        meta = found["mappings"].get("_meta", {})
         if RECORD not in meta or SUITE in meta:
             return None
-        record = self._current(mapping)
+        record = self._current(found)
         return record if meta[RECORD] == record else None
 
-    def _current(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
-        fields = {key: value for key, value in mapping.items() if key != "_meta"}
-        found = self._manager._verify_index_exists(self._target.name)
-        settings = {name: value for name, value in found.items() if not IRRELEVANT_SETTINGS.match(name)}
+    def _current(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        fields = {key: value for key, value in found["mappings"].items() if key != "_meta"}
+        settings = {name: value for name, value in found["settings"].items() if not IRRELEVANT_SETTINGS.match(name)}
         loader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # an upgraded one may store other documents
         made_of = json.dumps([self._source, fields, settings, loader], sort_keys=True)
         digest = hashlib.sha256(made_of.encode()).hexdigest()
@@ -1538,14 +1537,15 @@ class BulkUpdate(OpenSearchBaseManager):
         self.place = self.delivery.place
         self.rejects = Rejects(settings.log_dir, settings.index, settings.max_rejects)
         index, self.names = settings.index, [settings.index]
-        self.probes = [*reading_probes(index), bulk_probe(index, "index")]
+        self.probes = [*reading_probes(index), bulk_probe(index, *(["index"] if self.keep else ["index", "delete"]))]
         if not self.keep:
-            self.probes += [*deleting_probes(index), settings_probe(index), bulk_probe(index, "delete")]
+            self.probes += [*deleting_probes(index), settings_probe(index)]
 
     def run(self) -> dict[str, Any]:
         began, objects = time.monotonic(), list[S3Object]()
         if self.dry_run and self.settings.skip_unchanged:  # first: without a change, nothing else has to be checked
-            self.target.uuid, objects = self.index_uuid(self.target.name), self.delivery.objects()
+            self.target.read()
+            objects = self.delivery.objects()
             if record := self._load_record(objects).unchanged():
                 log.info("%s holds what %s holds: nothing has changed since it was loaded", self.target.name,
                          self.place)  # fmt: skip
@@ -1554,8 +1554,8 @@ class BulkUpdate(OpenSearchBaseManager):
                 log.info("%s may not hold what %s holds", self.target.name, self.place)
                 return {**self._result(objects), "dry_run": True}  # the load goes to the other index
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
-        if not self.keep and self.target.count_unless_red() is not None:
-            verify_sees_everything(self, self.target.name)
+        if not self.keep:
+            self.target.verify_sees_everything()
         self.rejects.prepare()
         objects = objects or self.delivery.objects()
         types, added = self._look(objects)

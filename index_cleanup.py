@@ -1,10 +1,10 @@
-"""Empty an index and give its disk space back; mapping and settings stay.
+"""Empty an index and free its disk space; mapping and settings stay.
 
 Example:    python index_cleanup.py --index my_index_secondary --method recreate
 Exit codes: 0 empty, and counted; 1 failed; 2 usage; 4 refused (an alias points at it); 75 locked; 129, 130, 143
             signals.
 
-`ClearableIndex` empties an index, for reindex.py and bulkupdate.py as well.
+reindex.py and bulkupdate.py also use `ClearableIndex`.
 """
 
 from __future__ import annotations
@@ -20,111 +20,111 @@ from opensearch_base_manager import (
     SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused, RequestFailed, TargetIndex,
     add_settings, await_replicas, bulk_probe, creating_probes, deleting_probes, field_definitions, index_name, log,
     missing_permissions, per_second, reading_probes, recovered_settings, result_window, run_cli, run_to_completion,
-    seconds_since,
+    seconds_since, verify_sees_everything,
 )  # fmt: skip
 
-MAX_ROUNDS = 3  # a delete-by-query sees what was there when it started; more would chase a client that keeps writing
-SCROLL_SIZE = 5000  # documents a batch on the server
+MAX_ROUNDS = 3  # a delete-by-query misses later documents; more rounds would chase a client that keeps writing
+SCROLL_SIZE = 5000  # documents per batch on the server
 LEASES_WAIT_S = 60  # the server moves retention leases every 30 s; until then a merge drops nothing
-STATS_AGE_S = 12  # the server renews the store size every 10 s
+STATS_AGE_S = 12  # the server updates the store size every 10 s
 BACKUP_OF = f"{SUITE}/recreates"  # in `_meta` of a backup index: {index, uuid, blocks} of the one it stands for
-# what the server gives to each index by itself
+# settings that the server generates
 SERVER_SETTINGS = re.compile(
     r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*|remote_store\..*)"
 )
 
 
 class ClearableIndex(TargetIndex):
-    """An index that is emptied, for itself or to be filled: `claim`, then `empty` inside of `fill`.
+    """An index that can be emptied, with or without filling it: `claim`, then `empty` inside `fill`.
 
-    What a kill leaves while it is emptied by recreate, by the request that was sent last, in addition to the states of
-    TargetIndex; the marker and the settings of the load are part of the definition:
+    State after a kill during a recreate, by the last request that was sent, in addition to the states of TargetIndex;
+    the marker and the settings of the load are part of the definition:
 
-        backup index created      index and backup: claim() sees the UUID that the backup names, and deletes the backup
-        PUT of the index          as above; it is sent to be refused, and shows that the index could be created
-        index deleted             the backup alone: claim() creates the index from it
-        index created             index, empty, and backup: claim() sees the same definition, and deletes the backup
-        backup deleted            the index, empty, with the marker
+        backup index created      index and backup: claim() finds the UUID that the backup names, deletes the backup
+        PUT of the index          the same; the server must reject it, which shows that the index could be created
+        index deleted             only the backup: claim() creates the index from it
+        index created             empty index and backup: claim() finds the same definition, deletes the backup
+        backup deleted            empty index with the marker
 
-    If another client creates the missing index (a stray write does, with guessed types), claim() refuses if it lacks
-    anything that the backup holds. A backup that may not be read (403) is reported if the index is missing, and keeps
-    the index from being recreated.
+    If another client has created the missing index (a stray write does so, with guessed types), claim() refuses it if
+    it lacks anything in the backup. If the backup cannot be read (403), a missing index is an error that mentions the
+    backup, and the index is not recreated.
     """
 
     def __init__(self, manager: OpenSearchBaseManager, name: str, *, shared: bool = False) -> None:
         super().__init__(manager, name, shared=shared)
         self.method: str = manager.settings.cleanup_method
         self.backup = BackupIndex(manager, name)
+        self._kept: tuple[dict[str, Any], str] | None = None  # what the backup held when the index was claimed
+        self._unreadable: RequestFailed | None = None  # the backup
 
     # --- recover ---
 
-    def exists(self) -> bool:
-        """Say whether it is there to stay: with a backup index, a run may be about to delete or to create it."""
-        backup = self.manager.request("GET", f"/{self.backup.name}", accept=[403, 404])
-        return super().exists() and backup.status != 200
-
-    def require_permissions(self) -> None:
-        super().require_permissions()
+    def require_permissions(self, exists: bool) -> None:
+        """Where a backup exists, the index may be deleted at any moment, and a bulk request would create it."""
+        try:
+            self._kept = self.backup.read()
+        except RequestFailed as error:
+            if error.status != 403:
+                raise
+            self._unreadable = error
+        super().require_permissions(exists and not self._kept)
         if self.method == "recreate":
             probes = [*creating_probes(self.name), *creating_probes(self.backup.name)]
             if missing := missing_permissions(self.manager, probes):
-                log.warning("index %s cannot be recreated, its documents are deleted one by one: the role of %s lacks "
+                log.warning("index %s cannot be recreated, so its documents are deleted instead: the role of %s lacks "
                             "%s", self.name, self.manager.who, ", ".join(missing))  # fmt: skip
                 self.method = "delete"
 
-    def recover_index(self) -> None:
+    def recover_index(self, found: dict[str, Any] | None) -> dict[str, Any] | None:
         """Create an index that a crashed run had deleted; delete a backup that is no longer needed.
 
         In a dry run the backup stands in for a missing index.
         """
-        try:
-            kept = self.backup.read()
-        except RequestFailed as error:
-            if error.status != 403:
-                raise
-            return self._go_on_without_backup(error)
-        if kept is None:
-            return
+        if self._unreadable:
+            self._go_on_without_backup(self._unreadable, found)
+        if not self._kept:
+            return found
         # wait for queued cluster updates: an unanswered DELETE may still be pending
         self.manager.request("GET", "/_cluster/health", params={"wait_for_events": "languid"}, accept=[408])
-        if now := read_index(self.manager, self.name):
-            self.backup.refuse_another_index(*kept, now)
+        if now := self.manager.read_index(self.name):
+            self.backup.refuse_another_index(*self._kept, now)
             if not self.manager.dry_run:
                 self.backup.delete()
-            return
+            return now
         log.warning("index %s is missing: a run crashed between deleting and creating it", self.name)
         if self.manager.dry_run:
             self.name = self.backup.name
         else:
             self.backup.restore()
+        return None
 
-    def _go_on_without_backup(self, forbidden: RequestFailed) -> None:
+    def _go_on_without_backup(self, forbidden: RequestFailed, found: Mapping[str, Any] | None) -> None:
         """Without recreate this permission is not needed; report its absence only if a backup may matter."""
-        if not self.manager.index_exists(self.name):
+        if not found and not self.manager._read(self.name, [404]):
             raise OperationFailed(
                 f'index {self.name} does not exist; create it first (README, "Setting up"), unless {self.backup.name} '
-                f"holds its definition, which could not be read: {forbidden}"
+                f"holds its definition; that index cannot be read: {forbidden}"
             )
         if self.method == "recreate":
-            log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, forbidden)
+            log.warning("index %s cannot be recreated, so its documents are deleted instead: %s", self.name, forbidden)
             self.method = "delete"
 
-    def await_primaries(self) -> None:
-        if self.method != "recreate":  # which heals it
-            super().await_primaries()
+    def await_primaries(self) -> bool:
+        return self.method != "recreate" and super().await_primaries()  # recreate fixes a red index
 
     # --- empty ---
 
     def empty(self) -> int | None:
-        """Empty the index; return how many documents there were, None if that is unknown.
+        """Empty the index; return how many documents it held, None if unknown.
 
-        Raises Refused when an alias has come since, OperationFailed when it could not be emptied. A failure leaves the
-        index partly emptied, or (recreate) missing, with a backup that `claim` restores it from.
+        Raises Refused if an alias has been added, OperationFailed if the index cannot be emptied. A failure leaves the
+        index partly emptied, or (recreate) missing with a backup, from which `claim` restores it.
         """
         self.refuse_live()
-        found = self.count_unless_red()
+        found = self.count_unless_lost()
         if found == 0:
-            log.info("%s is empty already", self.name)
+            log.info("%s is already empty", self.name)
             return 0
         log.info("deleting %s documents from %s", "all" if found is None else f"{found:,}", self.name)
         if self.method == "recreate" and self._recreate():
@@ -134,17 +134,22 @@ class ClearableIndex(TargetIndex):
         self._delete_documents(found)
         return found
 
-    def count_unless_red(self) -> int | None:
-        """Count the documents; return None when a shard has no copy at all, which only recreate can heal."""
+    def is_lost(self) -> bool:
+        """Say whether a shard has no copy at all, which only recreate can fix."""
         health = f"/_cluster/health/{self.name}"
-        if self.method == "recreate" and self.manager.request("GET", health).data["status"] == "red":
-            return None
-        return self.manager._get_index_count(self.name)
+        return self.method == "recreate" and self.manager.request("GET", health).data["status"] == "red"
+
+    def count_unless_lost(self) -> int | None:
+        return None if self.is_lost() else self.manager._get_index_count(self.name)
+
+    def verify_sees_everything(self) -> None:
+        if not self.is_lost():
+            verify_sees_everything(self.manager, self.name, self.found)
 
     def _delete_documents(self, found: int) -> None:
-        """Delete all documents. Raises OperationFailed when some are left after three rounds."""
+        """Delete all documents. Raises OperationFailed if some remain after three rounds."""
         began, left = time.monotonic(), found
-        window = result_window(self.manager._verify_index_exists(self.name))
+        window = result_window(self.found["settings"])
         size = self.manager.settings.requests_per_second.batch_size(min(SCROLL_SIZE, window))
         for rounds in range(MAX_ROUNDS):
             if rounds:
@@ -157,21 +162,22 @@ class ClearableIndex(TargetIndex):
                 log.info("deleted %s documents from %s in %.1f s, %s/s", f"{found:,}", self.name,
                          time.monotonic() - began, f"{per_second(found, began):,}")  # fmt: skip
                 return
-            # a run on another host may have finished meanwhile, and have moved readers here
+            # a run on another host may have finished in the meantime and moved readers here
             if aliases := self.manager._check_index_aliases(self.name):
                 raise Refused(
-                    f"index {self.name} is live: alias {', '.join(aliases)} points at it, and {found:,} documents have "
-                    f"been deleted; readers see the {left:,} that are left. Move them away, and load the index again"
+                    f"index {self.name} is live: alias {', '.join(aliases)} points at it, and {found:,} of its "
+                    f"documents have been deleted; readers see the {left:,} that remain. Move readers to the other "
+                    "index, then load this one again"
                 )
         raise OperationFailed(
-            f"index {self.name}: {left:,} documents are left after {MAX_ROUNDS} rounds: somebody writes to it; "
-            "run again"
+            f"index {self.name}: {left:,} documents remain after {MAX_ROUNDS} rounds: another client is writing to "
+            "it; stop that client and run again"
         )
 
     # --- empty by recreate ---
 
     def _recreate(self) -> bool:
-        """Delete the index and create it anew; say whether it was done, or is forbidden and everything is as it was."""
+        """Delete and create the index; return False if that is not allowed, with everything unchanged."""
         began = time.monotonic()
         try:
             definition = self._validate_definition()
@@ -183,28 +189,28 @@ class ClearableIndex(TargetIndex):
         except CannotReplace as error:
             self.emptied = False
             self.backup.delete()
-            log.warning("index %s cannot be recreated, its documents are deleted one by one: %s", self.name, error)
+            log.warning("index %s cannot be recreated, so its documents are deleted instead: %s", self.name, error)
             return False
         except BaseException as failure:
             if not self.emptied:
                 run_to_completion(self.backup.delete)
-            else:  # a deletion that was sent may yet be carried out: then the backup is all that is left
+            else:  # an unanswered deletion may still take effect: then only the backup is left
                 self._restore_after(failure)
             raise
         self.backup.delete()
-        self.uuid = self.manager.index_uuid(self.name)  # the new one is ours from here on
+        self.uuid = self.manager.index_uuid(self.name)  # of the new index
         log.info("recreated %s in %.1f s", self.name, time.monotonic() - began)
         return True
 
     def _validate_definition(self) -> dict[str, Any]:
-        """Create the backup, and see that the index could be created as well; return the definition of both.
+        """Create the backup, check that the index could be created too, and return the definition of both.
 
-        Raises CannotReplace when one of them is refused, or would not become the same.
+        Raises CannotReplace if one of them is rejected or would differ.
         """
-        definition = definition_of(self.manager.read_indices(self.name)[self.name])
+        definition = definition_of(self.manager._verify_index_exists(self.name))
         try:
             self.backup.create(definition, self.uuid)
-            # 400, since it is there; 403 without the permission
+            # 400, since it exists; 403 without the permission
             self.manager.request("PUT", f"/{self.name}", definition, accept=[400])
         except OutcomeUnknown:
             raise
@@ -213,19 +219,19 @@ class ClearableIndex(TargetIndex):
         return definition
 
     def delete_index(self) -> None:
-        """Delete the index by one request, which is never sent again: it could meet the new index, or a live one.
+        """Delete the index with one request, which is never sent again: it could delete the new index, or a live one.
 
-        Raises CannotReplace when the cluster refuses, OutcomeUnknown when no response came and it is still there.
+        Raises CannotReplace if the cluster refuses, OutcomeUnknown if there is no response and the index still exists.
         """
         try:
             self.manager.request("DELETE", f"/{self.name}", idempotent=False, retry=False)
         except OutcomeUnknown as unknown:
-            log.warning("%s; looking whether index %s is gone", unknown, self.name)
+            log.warning("%s; checking whether index %s still exists", unknown, self.name)
             time.sleep(1)
-            if read_index(self.manager, self.name):
+            if self.manager.read_index(self.name):
                 raise
         except RequestFailed as error:
-            if error.status == 404:  # somebody else was faster: the backup holds what it was
+            if error.status == 404:  # another client was faster; the backup holds its definition
                 raise
             raise CannotReplace(str(error)) from None
 
@@ -233,33 +239,33 @@ class ClearableIndex(TargetIndex):
         try:
             run_to_completion(self.backup.restore)
         except OperationFailed as error:
-            log.error("index %s is not restored yet, the next run restores it: %s", self.name, error)
-            self.marker.own = None  # it is in the backup, and comes back with the index
+            log.error("index %s is not restored yet; the next run restores it: %s", self.name, error)
+            self.marker.own = None  # the backup holds it, too
             failure.args = (
-                f"{failure}; index {self.name} is deleted, {self.backup.name} holds its definition: mend the cause, "
-                "and the next run creates the index from it",
+                f"{failure}; index {self.name} is deleted, and {self.backup.name} holds its definition. Fix the cause "
+                "and run again: the next run creates the index from it",
             )
 
 
 class BackupIndex:
-    """The empty index `<index>-recreate`, which holds the definition of an index while that is deleted and created."""
+    """The empty index `<index>-recreate`, which holds the definition of an index while it is recreated."""
 
     def __init__(self, manager: OpenSearchBaseManager, index: str) -> None:
         self.manager, self.index, self.name = manager, index, f"{index}-recreate"
 
     def create(self, definition: Mapping[str, Any], uuid: str) -> None:
-        """Create it; blocks are kept in `_meta`, since with a block it could not be deleted any more."""
+        """Create it; blocks are stored in `_meta`, since an index with a block could not be deleted."""
         settings, mappings = dict(definition["settings"]), definition["mappings"]
         blocks = {name: settings.pop(name) for name in list(settings) if name.startswith("index.blocks.")}
         meta = {**mappings.get("_meta", {}), BACKUP_OF: {"index": self.index, "uuid": uuid, "blocks": blocks}}
         create_index(self.manager, self.name, {"settings": settings, "mappings": {**mappings, "_meta": meta}})
 
     def read(self) -> tuple[dict[str, Any], str] | None:
-        """Return the definition that it holds and the UUID of the index that had it.
+        """Return the definition that it holds, and the UUID of the index that had it.
 
-        None when there is no such index, or it is somebody else's. Raises RequestFailed (403) when it may not be read.
+        None if there is no such index, or it is another client's. Raises RequestFailed (403) if it may not be read.
         """
-        if (found := read_index(self.manager, self.name)) is None:
+        if (found := self.manager.read_index(self.name)) is None:
             return None
         definition = definition_of(found)
         meta = dict(definition["mappings"].pop("_meta", {}))
@@ -272,44 +278,37 @@ class BackupIndex:
         return definition, str(kept["uuid"])
 
     def restore(self) -> None:
-        """Create the index from its definition, if it is gone; the backup of one that is there stays."""
-        if (kept := self.read()) and not read_index(self.manager, self.index):
+        """Create the index if it is missing; otherwise the backup stays."""
+        if (kept := self.read()) and not self.manager.read_index(self.index):
             create_index(self.manager, self.index, kept[0])
             self.delete()
-            log.info("index %s is restored, empty", self.index)
+            log.info("index %s is restored and empty", self.index)
 
     def delete(self) -> None:
         try:
             if self.read():
                 self.manager.request("DELETE", f"/{self.name}", accept=[404])
         except RequestFailed as error:
-            log.warning("the empty index %s stays; delete it: %s", self.name, error)
+            log.warning("the empty index %s could not be deleted; delete it: %s", self.name, error)
 
     def refuse_another_index(self, definition: Mapping[str, Any], uuid: str, now: Mapping[str, Any]) -> None:
-        """Raise Refused if another client has created the index since, and it lacks something of this definition."""
+        """Raise Refused if another client has created the index, and it lacks part of this definition."""
         different = [] if now["settings"]["index.uuid"] == uuid else differences(definition, definition_of(now))
         if different:
             live = ", ".join(now["aliases"])
             delete = f"Delete {self.index}, so that the next run creates it from {self.name}, or delete {self.name}"
             raise Refused(
-                f"index {self.index} has lost its definition of {', '.join(different)}: a run died between deleting "
-                f"and creating it, and somebody else created it. {f'Delete {self.name}' if live else delete} if "
-                f"{self.index} is right{live and f' (readers are on it, by {live})'}"
+                f"index {self.index} has lost its definition of {', '.join(different)}: a run crashed between deleting "
+                f"and creating it, and another client created it. {f'Delete {self.name}' if live else delete} if "
+                f"{self.index} is right{live and f' (alias {live} points at it)'}"
             )
 
 
 class CannotReplace(OperationFailed):
-    """Something forbids it, and nothing has been deleted."""
+    """The cluster does not allow it; nothing has been deleted."""
 
 
-# --- definitions: what makes an index the same once more --------------------------------------------------------------
-
-
-def read_index(manager: OpenSearchBaseManager, index: str) -> dict[str, Any] | None:
-    """Return the response to a GET of an index; None when there is none of that name (an alias has another)."""
-    response = manager.request("GET", f"/{index}", params={"flat_settings": "true"}, accept=[404])
-    found: dict[str, Any] | None = response.data.get(index) if response.status == 200 else None
-    return found
+# --- definitions: mapping and settings of an index --------------------------------------------------------------------
 
 
 def definition_of(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,10 +319,10 @@ def definition_of(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(definition: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return what another index has not, or otherwise: fields, parameters of the mapping, settings.
+    """Return the fields, mapping parameters and settings that another index lacks or defines differently.
 
-    Further fields are none, since documents bring them; nor are our marker, the settings that it says to restore, and
-    the block that the server sets and removes by itself.
+    Additional fields do not count, since documents add them; nor do the marker, the settings that it will restore, and
+    the block that the server manages.
     """
     ours, theirs = parts_of(definition), parts_of(other)
     further = {name for name, _ in field_definitions(other["mappings"])} - set(ours)
@@ -331,7 +330,7 @@ def differences(definition: Mapping[str, Any], other: Mapping[str, Any]) -> list
 
 
 def parts_of(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a definition name by name, as it is when no load is under way."""
+    """Return the parts of a definition by name, as they are when no load is running."""
     mappings, settings = dict(definition["mappings"]), recovered_settings(definition)
     meta = dict(mappings.pop("_meta", {}))
     meta.pop(SUITE, None)
@@ -342,9 +341,9 @@ def parts_of(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping[str, Any]) -> None:
-    """Create an index, and read it back.
+    """Create an index and read it back.
 
-    Raises OperationFailed when it is not what was asked for; it is deleted again if it was certainly created here.
+    Raises OperationFailed if it differs from the definition; it is deleted again if it was certainly created here.
     """
     exists: RequestFailed | None = None
     try:
@@ -352,17 +351,18 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
     except RequestFailed as error:
         if error.kind != "resource_already_exists_exception":
             raise
-        exists = error  # by an attempt without a response, or by somebody who may have moved readers to it since
-    aliases, found = manager._check_index_aliases(index), read_index(manager, index)
-    if not aliases and found and definition_of(found) == definition:
+        exists = error  # by an unanswered attempt, or by another client, who may have moved readers to it
+    found = manager._verify_index_exists(index)
+    aliases = sorted(found["aliases"])
+    if not aliases and definition_of(found) == definition:
         return
     if exists:
         raise exists
     manager.request("DELETE", f"/{index}", idempotent=False, retry=False, accept=[404])  # once: as in delete_index
     brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
     raise OperationFailed(
-        f"an index template (or another run) gives a new index {index} {brought}, so it is deleted again; change the "
-        "template"
+        f"an index template (or another run) gave the new index {index} {brought}, so it was deleted again; change "
+        "the template"
     )
 
 
@@ -374,7 +374,7 @@ class IndexCleanup(OpenSearchBaseManager):
         super().__init__(settings)
         self.target = ClearableIndex(self, settings.index)
         if settings.cleanup_method == "recreate":
-            self.target.obstacles = ()  # it frees a full disk too, and keeps a write block
+            self.target.obstacles = ()  # it works on a full disk and keeps a write block
         self.names = [settings.index]
         self.probes = [*reading_probes(settings.index), *deleting_probes(settings.index),
                        bulk_probe(settings.index, "delete")]  # fmt: skip
@@ -385,11 +385,11 @@ class IndexCleanup(OpenSearchBaseManager):
         began, target = time.monotonic(), self.target
         target.claim()
         if self.dry_run:
-            return {"index": target.name, "would_delete": target.count_unless_red(), "dry_run": True}
+            return {"index": target.name, "would_delete": target.count_unless_lost(), "dry_run": True}
         before = self._stats("store")["size_in_bytes"]
         with target.fill(loading=False):
             deleted = target.empty()
-        if not self.settings.no_force_merge and self._stats("docs")["deleted"]:  # by a former run, perhaps
+        if not self.settings.no_force_merge and self._stats("docs")["deleted"]:  # perhaps by an earlier run
             self._free_disk_space()
         target.verify_same()
         result = {
@@ -404,9 +404,9 @@ class IndexCleanup(OpenSearchBaseManager):
         return dict(self.request("GET", f"/{self.target.name}/_stats/{metric}").data["_all"]["total"][metric])
 
     def _free_disk_space(self) -> None:
-        """Flush, wait until the server may drop what was deleted, merge, refresh: another order frees nothing."""
+        """Flush, wait until the server may drop deleted documents, merge, refresh: no other order frees space."""
         index = self.target.name
-        log.info("waiting until the server may drop what was deleted, %s s at most", LEASES_WAIT_S)
+        log.info("waiting until the server may drop the deleted documents (at most %s s)", LEASES_WAIT_S)
         self.request("POST", f"/{index}/_flush")
         self._await_leases()
         try:
@@ -414,16 +414,16 @@ class IndexCleanup(OpenSearchBaseManager):
             merged = self.request("POST", f"/{index}/_forcemerge", params=params, idempotent=False).data
             self.verify_all_shards(merged, f"_forcemerge of {index}")
         except OutcomeUnknown as error:
-            log.warning("the merge goes on in the background, disk space comes back when it is done: %s", error)
+            log.warning("the merge continues in the background and frees the disk space when it ends: %s", error)
         self.request("POST", f"/{index}/_refresh")  # an idle index keeps the old files open
         time.sleep(STATS_AGE_S)
 
     def _await_leases(self) -> None:
-        """Wait until no shard copy retains deleted documents for recoveries; a node that is away can hold them 12 h."""
+        """Wait until no shard copy retains deleted documents for recoveries; a missing node can delay that for 12 h."""
         deadline = time.monotonic() + LEASES_WAIT_S
         while any(map(retains_deleted, itertools.chain(*self.shard_stats(self.target.name).values()))):
             if time.monotonic() > deadline:
-                log.warning("%s: the server still retains deleted documents, a later merge drops them",
+                log.warning("index %s: the server still retains deleted documents; a later merge drops them",
                             self.target.name)  # fmt: skip
                 return
             time.sleep(1)
@@ -436,7 +436,7 @@ def retains_deleted(copy: Mapping[str, Any]) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="index_cleanup.py", description="Delete all documents of an index.")
-    parser.add_argument("--index", required=True, type=index_name, help="the index to empty; no alias may point at it")
+    parser.add_argument("--index", required=True, type=index_name, help="index to empty; no alias may point at it")
     return add_settings(parser)
 
 

@@ -1,20 +1,20 @@
-"""What the scripts of the refresh suite share, in three storeys; a reader of one needs no line of another.
+"""Code that the scripts of the refresh suite share, in three layers; each can be read on its own.
 
     this process    settings, log, progress, retries, signals, exit codes
-    one request     AWS clients and signatures, `Connection`: one request to the cluster, tried again where that is safe
+    one request     AWS clients and signatures, `Connection`: one request to the cluster, retried where that is safe
     the cluster     `OpenSearchBaseManager`: indices, counts, aliases, locks, markers, tasks
 
 A script subclasses `OpenSearchBaseManager` once and hands its work to `run_cli`. Failures, with their exit codes:
 
     OperationFailed (1)          the operation failed
-    +-- RequestFailed (1)        the cluster refused a request: status, error type and reason
-    |   +-- OutcomeUnknown (1)   no response came back: the request may or may not have been carried out
-    +-- TooMuchAtOnce (1)        a batch of a task needs more memory than the cluster has for it
+    +-- RequestFailed (1)        the cluster rejected a request: status, error type and reason
+    |   +-- OutcomeUnknown (1)   no response: the request may or may not have taken effect
+    +-- TooMuchAtOnce (1)        the cluster has too little memory for the batches of a task
     +-- ConfigurationError (2)   a flag or variable is wrong; nothing was sent
-    +-- TooManyRejects (3)       finished, but more documents were rejected than accepted by MAX_REJECTS
-    +-- Refused (4)              a safety check said no; this step changed nothing
+    +-- TooManyRejects (3)       finished, but more documents were rejected than MAX_REJECTS allows
+    +-- Refused (4)              a safety check failed; this step changed nothing
     +-- Locked (75)              another run holds the lock
-    Interrupted (128 + signal)   a BaseException, so that no handler of errors swallows it
+    Interrupted (128 + signal)   a BaseException, so that no `except Exception` catches it
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -69,28 +69,28 @@ except ImportError as missing:
             print(f"{missing.name} is not installed: {command}", file=file)
     raise SystemExit(2) from None
 
-SUITE = "opensearch-refresh"  # in the X-Opaque-Id of every request and as the key of the marker
+SUITE = "opensearch-refresh"  # in the X-Opaque-Id of each request, and the key of the marker
 HERE = Path(__file__).resolve().parent
 ENV_FILE = HERE / ".env"
-ENV_NAME = re.compile(r"(?!AWS_|.*_PROXY$)[A-Z][A-Z0-9_]{,40}")  # not a variable of boto3, nor a part of a secret
+ENV_NAME = re.compile(r"(?!AWS_|.*_PROXY$)[A-Z][A-Z0-9_]{,40}")  # neither a variable of boto3 nor part of a secret
 CREDENTIALS = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
 HOST = socket.gethostname()
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 120  # a _refresh of a large index is the slowest response that is waited for
-FIRST_CONTACT_S = 10  # a wrong endpoint shows at once; RETRY_SECONDS is for a cluster that was there before
-CLEANUP_S = 18  # after a signal; supervisors send SIGKILL 30 s after SIGTERM, or later
+READ_TIMEOUT_S = 120  # the slowest response is that of a _refresh of a large index
+FIRST_CONTACT_S = 10  # a wrong endpoint fails fast; RETRY_SECONDS is for a cluster that has responded before
+CLEANUP_S = 18  # after a signal; supervisors send SIGKILL 30 s after SIGTERM at the earliest
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30
-RETRY_AFTER_MAX_S = 60  # some proxies say an hour
+RETRY_AFTER_MAX_S = 60  # some proxies ask for an hour
 SLICE_S = 0.1  # throttled work is sent in slices of this length; longer slices would be bursty
-POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks end fast, long ones are not asked too often
-PROGRESS_EVERY_S = 30  # in a log file; a terminal is renewed at most five times a second
-PROGRESS_TTY_S = 0.2
+POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks are noticed soon, long ones are polled rarely
+PROGRESS_EVERY_S = 30  # in a log file
+PROGRESS_TTY_S = 0.2  # on a terminal
 PROBES_AT_ONCE = 8
-MEMORY_ERRORS = re.compile(r"rejected_execution|circuit_breaking")  # of a task that asks for too much at once
+MEMORY_ERRORS = re.compile(r"rejected_execution|circuit_breaking")  # of a task whose batches are too large
 OLDEST_VERSION = (1, 3)
-DEFAULT_WINDOW = 10_000  # index.max_result_window: a search or scroll batch returns at most so many documents
-MAX_CONNECTIONS = 64  # opened when needed; so many bulk requests can be under way at most
-GC_THRESHOLD = 50_000  # new objects; the AWS service models are many small ones, none garbage: 40 ms a run saved
+DEFAULT_WINDOW = 10_000  # index.max_result_window: maximum documents per search or scroll batch
+MAX_CONNECTIONS = 64  # opened on demand; limits the bulk requests in flight
+GC_THRESHOLD = 50_000  # new objects; AWS service models are many small objects, none garbage: saves 40 ms per run
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 log = logging.getLogger(SUITE)
@@ -100,7 +100,7 @@ Result = TypeVar("Result")
 
 
 class OperationFailed(Exception):
-    """The operation failed; `result` is what can be reported all the same."""
+    """The operation failed; `result` is printed nevertheless."""
 
     exit_code = 1
 
@@ -110,9 +110,9 @@ class OperationFailed(Exception):
 
 
 class RequestFailed(OperationFailed):
-    """The cluster refused a request.
+    """The cluster rejected a request.
 
-    `status` is 0 when there was no response at all; `never_sent` says that it was certainly not carried out.
+    `status` is 0 if there was no response; with `never_sent`, the request cannot have taken effect.
     """
 
     def __init__(
@@ -124,19 +124,19 @@ class RequestFailed(OperationFailed):
         self.never_sent, self.retry_after = never_sent, retry_after
 
     def is_transient(self) -> bool:
-        """Say whether the same request may be accepted later; a block (flood stage) answers 429 too, and stays."""
+        """Say whether a retry may succeed; a block (flood stage) also answers 429, but it stays."""
         return self.status == 429 and "block" not in self.kind
 
 
 class OutcomeUnknown(RequestFailed):
-    """No response to a request that must not be repeated blindly: read the state before anything else."""
+    """No response to a request that may have taken effect: read the state before sending it again."""
 
     def is_transient(self) -> bool:
         return True
 
 
 class TooMuchAtOnce(OperationFailed):
-    """The cluster had no memory for a batch of a task; smaller ones may fit."""
+    """The cluster has too little memory for the batches of a task; smaller ones may fit."""
 
 
 class ConfigurationError(OperationFailed):
@@ -167,7 +167,7 @@ class Interrupted(BaseException):
 
 
 def matching(pattern: str, otherwise: str) -> Callable[[str], str]:
-    """Return a parser that accepts text of this pattern alone; `otherwise` is what any other text is."""
+    """Return a parser that accepts only text of this pattern; `otherwise` describes any other text in the error."""
 
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -182,14 +182,9 @@ def either(*allowed: str) -> Callable[[str], str]:
 
 
 def percent(text: str) -> Decimal:
-    """Parse a number >= 0 exactly: a float would make 0.1 % a little more or less than what was written."""
-    try:
-        value = Decimal(text if text.isascii() and "_" not in text else "NaN")
-    except InvalidOperation:
-        value = Decimal("NaN")
-    if not value.is_finite() or value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 0")
-    return value
+    """Parse a number >= 0 exactly: a float would make 0.1 % a little more or less than that."""
+    number = r"\s*[+]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?\s*"
+    return Decimal(matching(number, "not a number >= 0")(text))
 
 
 def non_negative(text: str) -> float:
@@ -210,17 +205,17 @@ def boolean(text: str) -> bool:
     return matching("true|1|yes|false|0|no", "neither true nor false")(text.lower()) in ("true", "1", "yes")
 
 
-one_line = matching(".*", "more than one line; take the line breaks out")  # the runner reads one line per setting
-# no pattern, list or date math, which would reach other indices
+one_line = matching(".*", "more than one line; remove the line breaks")  # the runner reads one line per setting
+# no pattern, list or date math: they would match other indices
 index_name = matching(r"(?!\.{1,2}$)[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#:%]*",
-                      "not the name of an index (lower case, no pattern, no list)")  # fmt: skip
-bucket_name = matching("[^:/\n]*", "not the name of a bucket; give the bucket's name alone")
-# a part of the X-Opaque-Id, whose parts are separated by slashes
-host_name = matching("[A-Za-z0-9._-]{1,100}", "not a host name (letters, digits, points, hyphens)")
+                      "not an index name (lower case, no pattern, no list)")  # fmt: skip
+bucket_name = matching("[^:/\n]*", "not a bucket name; give the name alone, without s3:// and slashes")
+# part of the X-Opaque-Id, in which slashes separate the parts
+host_name = matching("[A-Za-z0-9._-]{1,100}", "not a host name (letters, digits, dots, hyphens, underscores)")
 
 
 def one_character(text: str) -> str:
-    return matching('[^"\r\n]', "not one character (\\t for a tab)")("\t" if text == r"\t" else text)
+    return matching('[^"\r\n]', "not a single character (\\t for a tab)")("\t" if text == r"\t" else text)
 
 
 def field_names(text: str) -> list[str]:
@@ -228,17 +223,17 @@ def field_names(text: str) -> list[str]:
     try:
         return next(csv.reader([text], skipinitialspace=True, strict=True), [])
     except csv.Error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list by commas: {error}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list: {error}") from None
 
 
 def own_folder(text: str) -> Path:
-    """Return a folder; a relative one is beside the scripts, whatever directory cron uses."""
+    """Return a folder; a relative path starts at the scripts, since cron uses any directory."""
     return HERE / one_line(text)
 
 
 def ca_file(text: str) -> str:
     if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text} is not a file; give that of the CA")
+        raise argparse.ArgumentTypeError(f"{text} is not a file; give the file of CA certificates")
     return text
 
 
@@ -261,7 +256,7 @@ class Rate:
         return max(1, min(most, int(self.per_second * SLICE_S))) if self.per_second else most
 
     def task_params(self) -> dict[str, float]:
-        """Return the parameter of a task on the server, which spreads its batches over time by itself."""
+        """Return the parameter for a server-side task; the server throttles it."""
         return {"requests_per_second": self.per_second} if self.per_second else {}
 
     def wait(self, documents: int) -> None:
@@ -273,9 +268,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: flag before variable before default; `parse` turns its text into the value.
+    """One setting: the flag overrides the variable, which overrides the default; `parse` converts the text.
 
-    A flag whose parser is `boolean` takes no value. Without a default the value is None when nothing is given.
+    A flag with the parser `boolean` takes no value. Without a default, the value of an unset setting is None.
     """
 
     variable: str
@@ -286,16 +281,16 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Return the attribute that holds the value: `max_rejects` for MAX_REJECTS, `batch_size` for --batch-size."""
+        """Return the attribute's name: `max_rejects` for MAX_REJECTS, `batch_size` for --batch-size."""
         return (self.variable or self.flag.lstrip("-")).replace("-", "_").lower()
 
     def given(self) -> str | None:
-        """Return the text of the variable, or else the default; without a default, `none` means unset."""
+        """Return the text of the variable or the default; where there is no default, `none` means unset."""
         text = os.environ.get(self.variable)
         return self.default or None if not text or (text == "none" and not self.default) else text
 
     def value(self) -> Any:
-        """Return the value, flags aside. Raises ConfigurationError."""
+        """Return the value without regard to the flag. Raises ConfigurationError."""
         text = self.given()
         try:
             return None if text is None else self.parse(text)
@@ -303,7 +298,7 @@ class Setting:
             raise ConfigurationError(f"{self.variable}: {error}") from None
 
     def add_flag(self, parser: argparse.ArgumentParser) -> None:
-        """Add the flag; without it on the command line, `resolve` finds the value."""
+        """Add the flag; if it is not given, `resolve` adds the value."""
         default = self.default if self.parse is not boolean else ""
         sources = [f"default: {default}"] * bool(default) + [f"env: {self.variable}"] * bool(self.variable)
         kind: dict[str, Any] = {"action": "store_true"} if self.parse is boolean else {"type": self.parse}
@@ -313,95 +308,95 @@ class Setting:
         parser.add_argument(self.flag, dest=self.name, default=argparse.SUPPRESS, help=text, **kind)
 
 
-# Every setting is one row here and one in the README (and .env.example). Not here are the credentials, since these
-# values may be logged, and the arguments that a run is about (--index and the like), which each script defines itself.
+# Each setting is one row here and one in the README (and .env.example). Two kinds are not here: credentials, since
+# these values may be logged, and required arguments such as --index, which each script defines itself.
 # columns: variable, flag, default, parser, help
 WAIT_SECONDS = Setting("WAIT_SECONDS", "", "900", non_negative, "seconds to wait for the shard copies of the target")
 CLEANUP_METHOD = Setting("CLEANUP_METHOD", "", "delete", either("delete", "recreate"),
-                         "delete the documents, or recreate the index, which takes no time and frees the disk at once")
+                         "delete the documents, or recreate the index (faster, frees the disk space at once)")
 COPY_METHOD = Setting("COPY_METHOD", "--copy-method", "reindex", either("reindex", "clone"),
-                      "copy the documents, or clone the source, which takes a second and no disk space")
+                      "copy the documents, or clone the source (takes a second and no disk space)")
 REQUESTS_PER_SECOND = Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", Rate.parse,
                               "maximum documents per second for copies, loads and deletions (0: unlimited)")
 LOAD_WITHOUT_REPLICAS = Setting("LOAD_WITHOUT_REPLICAS", "--no-replicas", "false", boolean,
-                                "no replicas during the load: faster, and without a second copy meanwhile")
-SKIP_UNCHANGED = Setting("SKIP_UNCHANGED", "", "false", boolean, "do nothing when the live index holds what S3 holds")
-REFRESH_STRATEGY = Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"), "what is loaded")
-INDEX_ALIAS = Setting("INDEX_ALIAS", "", "my_index_alias", one_line, "the alias that readers use")
+                                "load without replicas: faster, but there is only one copy of the data meanwhile")
+SKIP_UNCHANGED = Setting("SKIP_UNCHANGED", "", "false", boolean, "do nothing if the live index holds the data in S3")
+REFRESH_STRATEGY = Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"), "index to load")
+INDEX_ALIAS = Setting("INDEX_ALIAS", "", "my_index_alias", one_line, "alias that readers use")
 READER_QUERIES = Setting("READER_QUERIES", "--queries", "", one_line,
-                         "a file of search bodies, one per line, tried on both indices; with --show on the live one")
+                         "file of search bodies, one per line, to run on both indices (with --show: on the live one)")
 LOG_DIR = Setting("LOG_DIR", "", "logs", own_folder, "run logs and rejects files")
 LOCK_DIR = Setting("LOCK_DIR", "", ".locks", own_folder, "lock files")
 ALL_SCRIPTS = [
-    Setting("AWS_REGION", "", "", str, "region of Parameter Store and S3"),
-    Setting("OPENSEARCH_PARAMETER_PREFIX", "", "/opensearch", str, "where the credentials are in Parameter Store"),
+    Setting("AWS_REGION", "", "", str, "AWS region of Parameter Store and S3"),
+    Setting("OPENSEARCH_PARAMETER_PREFIX", "", "/opensearch", str, "prefix of the credentials in Parameter Store"),
     Setting("OPENSEARCH_AUTH", "", "basic", either("basic", "sigv4"), "how requests are authenticated"),
     Setting("VERIFY_SSL", "", "false", boolean, "verify the certificate"),
-    Setting("CA_BUNDLE", "", "", ca_file, "authorities to verify it against"),
-    Setting("RETRY_SECONDS", "", "300", non_negative, "total time for retries of one request"),
-    Setting("RUN_HOST", "", "", host_name, "stable name of this runner, by which it recognizes its orphaned tasks"),
-    Setting("LOG_LEVEL", "", "INFO", log_level, "what is logged"),
+    Setting("CA_BUNDLE", "", "", ca_file, "CA certificates to verify it with"),
+    Setting("RETRY_SECONDS", "", "300", non_negative, "seconds to retry one request"),
+    Setting("RUN_HOST", "", "", host_name, "stable name of this runner, used to recognize its own orphaned tasks"),
+    Setting("LOG_LEVEL", "", "INFO", log_level, "minimum level of log messages"),
     LOG_DIR,
     LOCK_DIR,
-    Setting("", "--dry-run", "false", boolean, "make all checks, change nothing"),
+    Setting("", "--dry-run", "false", boolean, "run all checks, change nothing"),
 ]  # fmt: skip
 SETTINGS: dict[str, list[Setting]] = {
     "reindex": [*ALL_SCRIPTS, WAIT_SECONDS, COPY_METHOD, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS],
     "switch_alias": [
         *ALL_SCRIPTS,
         Setting("DOCUMENT_COUNT_THRESHOLD", "--threshold", "10", percent,
-                "accepted difference of the document counts, percent of the source"),
+                "maximum difference between the document counts, in percent of the source"),
         Setting("FIELD_THRESHOLD", "--field-threshold", "10", percent,
-                "maximum drop, in percentage points, of the share of documents that have a field; 100 checks no field"),
+                "maximum drop, in percentage points, of the share of documents that have a field; 100 disables it"),
         Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number, "never switch to an index with fewer documents"),
         Setting("ACCEPT_FIELDS", "--accept-fields", "", field_names,
-                'comma-separated fields (with their multi-fields) that are not checked; quoted as in CSV: a,"b,c"'),
+                'comma-separated fields not to check (with their multi-fields), quoted as in CSV: a,"b,c"'),
         Setting("ACCEPT_SETTINGS", "--accept-settings", "", field_names,
-                "comma-separated index settings that this run does not check, * for all"),
+                "comma-separated index settings not to check, * for all"),
         READER_QUERIES, REFRESH_STRATEGY, replace(COPY_METHOD, flag=""),
-        Setting("DISK_CHECK", "", "true", boolean, "refuse a refresh that the data nodes have too little space for"),
+        Setting("DISK_CHECK", "", "true", boolean, "refuse a refresh if the data nodes have too little disk space"),
         replace(WAIT_SECONDS, flag="--wait-seconds"),
-        Setting("", "--undo", "false", boolean, "move readers back: counts, fields and queries are not checked"),
-        Setting("", "--show", "false", boolean, "print the index that the alias points at, nothing else"),
+        Setting("", "--undo", "false", boolean, "move readers back without checking counts, fields and queries"),
+        Setting("", "--show", "false", boolean, "print only the index that the alias points at"),
     ],
     "bulkupdate": [
         *ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS, SKIP_UNCHANGED,
         replace(INDEX_ALIAS, default=""), REFRESH_STRATEGY,
         Setting("", "--batch-size", "5000", positive_int, "documents per request"),
         Setting("", "--workers", "", positive_int, "bulk requests in flight (default: found while loading)"),
-        Setting("ID_COLUMN", "--id-column", "", str, "the column with the ids; a later row replaces an earlier one"),
-        Setting("DELIMITER", "--delimiter", ",", one_character, "the character between cells"),
-        Setting("MAX_REJECTS", "--max-rejects", "0", whole_number, "number of rejected rows that are accepted"),
-        Setting("MAX_AGE_HOURS", "--max-age-hours", "", non_negative, "refuse if the newest object is older, in hours"),
+        Setting("ID_COLUMN", "--id-column", "", str, "column of the document ids; a later row replaces an earlier one"),
+        Setting("DELIMITER", "--delimiter", ",", one_character, "character that separates cells"),
+        Setting("MAX_REJECTS", "--max-rejects", "0", whole_number, "maximum number of rejected rows"),
+        Setting("MAX_AGE_HOURS", "--max-age-hours", "", non_negative, "maximum age of the newest object, in hours"),
         Setting("READY_OBJECT", "--ready-object", "", str,
-                "a key under the prefix that must exist and be no older than the newest file; a manifest is compared"),
+                "key under the prefix that must exist, no older than the newest file; a manifest must match the files"),
         Setting("EXPECTED_ROWS", "--expected-rows", "", whole_number,
-                "rows that the load must read, whatever a manifest says (0: any number)"),
-        Setting("", "--no-cleanup", "false", boolean, "add documents to the index, replacing those of the same id"),
+                "number of rows that the load must read, even if a manifest differs (0: any number)"),
+        Setting("", "--no-cleanup", "false", boolean, "add documents to the index, replacing those with the same id"),
     ],
     "index_cleanup": [
         *ALL_SCRIPTS, WAIT_SECONDS, replace(CLEANUP_METHOD, flag="--method"), REQUESTS_PER_SECOND,
         Setting("", "--no-force-merge", "false", boolean,
-                "do not wait for the disk space to be freed (half a minute); for an index that is filled right away"),
+                "do not wait until the disk space is freed (half a minute), if the index will be filled right away"),
     ],
     "run_refresh": [
         LOG_DIR, LOCK_DIR, READER_QUERIES, SKIP_UNCHANGED,
-        Setting("PRIMARY_INDEX", "", "my_index_primary", one_line, "the index that readers are on"),
-        Setting("SECONDARY_INDEX", "", "my_index_secondary", one_line, "the standby index"),
+        Setting("PRIMARY_INDEX", "", "my_index_primary", one_line, "index that readers use"),
+        Setting("SECONDARY_INDEX", "", "my_index_secondary", one_line, "standby index"),
         INDEX_ALIAS,
-        Setting("S3_BUCKET", "", "your-bucket", bucket_name, "the bucket of the CSV files"),
-        Setting("S3_PREFIX", "", "your/prefix/", one_line, "the prefix of their keys"),
+        Setting("S3_BUCKET", "", "your-bucket", bucket_name, "bucket of the CSV files"),
+        Setting("S3_PREFIX", "", "your/prefix/", one_line, "prefix of their keys"),
         Setting("BATCH_SIZE", "", "1000", positive_int, "documents per request"),
-        Setting("STEP_DELAY_SECONDS", "", "5", non_negative, "seconds between two steps"),
+        Setting("STEP_DELAY_SECONDS", "", "5", non_negative, "seconds to pause between steps"),
         REFRESH_STRATEGY,
     ],
 }  # fmt: skip
 
 
 def load_env_file() -> list[str]:
-    """Add the variables of .env that the environment does not have; return the names that are unknown to the suite.
+    """Add variables from .env that are unset or empty in the environment; return unknown names.
 
-    An empty variable of the environment counts as unset. Raises ConfigurationError when the file cannot be read.
+    Raises ConfigurationError if the file cannot be read.
     """
     try:
         text = ENV_FILE.read_text("utf-8-sig")  # python-dotenv before 1.2.4 loses the first variable after a BOM
@@ -409,11 +404,11 @@ def load_env_file() -> list[str]:
         for name, value in values.items():
             if value is not None and not os.environ.get(name):
                 os.environ[name] = value
-    except (FileNotFoundError, IsADirectoryError):  # a virtual environment may have that name
+    except (FileNotFoundError, IsADirectoryError):  # a virtual environment may have this name
         return []
     except (OSError, ValueError) as error:
         reason = type(error).__name__
-        raise ConfigurationError(f"{ENV_FILE} cannot be read: {reason}; give it to this user, as UTF-8") from None
+        raise ConfigurationError(f"cannot read {ENV_FILE}: {reason}; give this user access, and use UTF-8") from None
     known = {*CREDENTIALS, *(setting.variable for rows in SETTINGS.values() for setting in rows)}
     return [name for name, value in values.items() if value and ENV_NAME.fullmatch(name) and name not in known]
 
@@ -435,21 +430,21 @@ def resolve(script: str, args: argparse.Namespace) -> argparse.Namespace:
 
 
 def print_settings(script: str) -> None:
-    """Print the settings of the runner, `NAME=text` a line; the first wrong one ends the process with a message.
+    """Print the settings of the runner, one `NAME=text` per line; exit with a message at the first invalid one.
 
-    Folders are absolute paths, and boolean values are `true` or `false`.
+    Folders are absolute paths; boolean values are `true` or `false`.
     """
     try:
         load_env_file()
         if os.environ.get("S3_PREFIX") == "":
-            raise ConfigurationError("S3_PREFIX: it is empty; give a prefix, or '*' for the whole bucket")
+            raise ConfigurationError("S3_PREFIX is empty; give a prefix, or '*' for the whole bucket")
         for setting in SETTINGS[script]:
             value, text = setting.value(), setting.given() or ""
             if setting.parse is own_folder:
                 text = str(value)
             elif setting.parse is boolean:
                 text = str(value).lower()
-            os.write(1, os.fsencode(f"{setting.variable}={text}\n"))  # byte by byte what the environment has
+            os.write(1, os.fsencode(f"{setting.variable}={text}\n"))  # the same bytes as in the environment
     except ConfigurationError as error:
         raise SystemExit(str(error)) from None
 
@@ -458,7 +453,7 @@ def print_settings(script: str) -> None:
 
 
 class LogFormatter(logging.Formatter):
-    """One line a message, UTC; control characters are escaped, so that no cell or header can forge a line."""
+    """One line per message, in UTC; control characters are escaped, so that no cell or header can forge a line."""
 
     converter = staticmethod(time.gmtime)
     CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -472,7 +467,7 @@ class LogFormatter(logging.Formatter):
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # has no [] before Python 3.11
-    """Writes to stderr; on a terminal it wipes the progress line first, and leaves progress to `Progress`."""
+    """Log to stderr; on a terminal, clear the progress line first, and leave progress to `Progress`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return ("\r\x1b[K" if self.stream.isatty() else "") + super().format(record)
@@ -482,9 +477,9 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # has no [] 
 
 
 def set_up_logging(script: str) -> None:
-    """Log to stderr, and to the file of the runner if it shows stderr to somebody (REFRESH_LOG_FILE).
+    """Log to stderr, and to the runner's log file if stderr is a terminal (REFRESH_LOG_FILE).
 
-    Only this suite is logged: lines of botocore and urllib3 could contain secrets.
+    Messages of botocore and urllib3 are not logged: they could contain secrets.
     """
     logging.raiseExceptions = False  # a closed stderr or a full disk must not stop a load
     log.handlers[:] = [LogHandler(sys.stderr)]
@@ -526,7 +521,7 @@ def per_second(count: float, began: float) -> int:
 
 
 class Progress:
-    """A line that is updated in place on a terminal, and a log line every 30 s, which a terminal does not show."""
+    """A line that is updated in place on a terminal; elsewhere, a log line every 30 s."""
 
     def __init__(self, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -545,7 +540,7 @@ class Progress:
         self._renew("")
 
     def _renew(self, line: str) -> None:
-        """Replace the progress line, unless stderr is no terminal or the process is in its background."""
+        """Replace the progress line if stderr is a terminal and the process is in its foreground."""
         with contextlib.suppress(OSError):
             terminal = sys.stderr.fileno()
             if os.tcgetpgrp(terminal) == os.getpgrp():
@@ -554,7 +549,7 @@ class Progress:
                 sys.stderr.flush()
 
     def _line(self, done: int, remark: str, now: float) -> str:
-        """Return what counts first: a terminal of 80 columns may cut the rest off."""
+        """Return the most important values first: a terminal may cut off the rest."""
         rate = done / max(now - self.began, 0.001)
         share = f"{done * 100 // self.total} %, " if self.total else ""
         left = f"{timedelta(seconds=round(max(self.total - done, 0) / rate))} left, " if self.total and rate else ""
@@ -564,20 +559,20 @@ class Progress:
 
 # --- this process: signals and retries --------------------------------------------------------------------------------
 
-interrupted = threading.Event()  # set by the first signal: what is left to do is clean-up, and bounded
+interrupted = threading.Event()  # set by the first signal: only clean-up follows, and it is bounded
 _cleanup_deadline = math.inf
 
 
 def _on_signal(number: int, _frame: object) -> None:
     global _cleanup_deadline
-    if not interrupted.is_set():  # a repeated one must not break the clean-up off
+    if not interrupted.is_set():  # a second signal must not interrupt the clean-up
         _cleanup_deadline = time.monotonic() + CLEANUP_S
         interrupted.set()
         raise Interrupted(number)
 
 
 def run_to_completion(action: Callable[[], None]) -> None:
-    """Run a clean-up after a failure; a first signal that breaks it off makes it run again, in the 20 s then left."""
+    """Run a clean-up after a failure; if the first signal interrupts it, run it again, within CLEANUP_S."""
     try:
         action()
     except Interrupted:
@@ -586,7 +581,7 @@ def run_to_completion(action: Callable[[], None]) -> None:
 
 
 def in_background(call: Callable[[], Result]) -> Future[Result]:
-    """Begin a call in a daemon thread: the process ends without it, whatever a read that hangs does."""
+    """Start a call in a daemon thread: unlike one of ThreadPoolExecutor, a hung read cannot keep the process alive."""
     future = Future[Result]()
 
     def carry_out() -> None:
@@ -600,26 +595,26 @@ def in_background(call: Callable[[], Result]) -> Future[Result]:
 
 
 def in_parallel(call: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> list[Result]:
-    """Call for each item, some at a time, and return the results in this order; a signal waits for no call."""
+    """Call for each item, several at a time, and return the results in order; a signal does not wait for calls."""
     waiting, results = iter([*enumerate(items)]), dict[int, Result]()
 
     def work() -> None:
-        for number, item in waiting:  # the next one that no other thread has taken
+        for number, item in waiting:  # the next one of all threads
             results[number] = call(item)
 
     try:
         for worker in [in_background(work) for _ in range(at_once)]:
             worker.result()
     finally:
-        list(waiting)  # after a failure or a signal no thread finds another item
+        list(waiting)  # after a failure or a signal, threads get no further items
     return [results[number] for number in sorted(results)]
 
 
 @contextlib.contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Turn SIGHUP, SIGINT and SIGTERM into `Interrupted`; a SIGHUP that nohup ignores stays ignored."""
+    """Turn SIGHUP, SIGINT and SIGTERM into `Interrupted`; under nohup, SIGHUP stays ignored."""
     interrupted.clear()
-    caught = [signal.SIGINT, signal.SIGTERM]  # SIGINT even where a shell's `&` has it ignored
+    caught = [signal.SIGINT, signal.SIGTERM]  # SIGINT even if a shell's `&` ignores it
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         caught.append(signal.SIGHUP)
     before = {number: signal.signal(number, _on_signal) for number in caught}
@@ -631,7 +626,7 @@ def signals_as_exceptions() -> Iterator[None]:
 
 
 def backoff_s(attempt: int, retry_after: str | None = None) -> float:
-    """Return the seconds before the next attempt: exponential with jitter, or what `Retry-After` asks, capped."""
+    """Return the seconds until the next attempt: exponential with jitter, or `Retry-After`; both are capped."""
     delay: float = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(attempt, 10)) * random.uniform(0.5, 1)
     if retry_after:
         with contextlib.suppress(urllib3.exceptions.InvalidHeader):
@@ -641,10 +636,10 @@ def backoff_s(attempt: int, retry_after: str | None = None) -> float:
 
 
 class Retry:
-    """Says whether there is another attempt, and waits for it.
+    """Decides whether to retry, and waits before the next attempt.
 
-    There is one for `limit_s` seconds since the first attempt or the last progress; after a signal, for the 20 s of the
-    clean-up. The last attempt may begin right before the end, and take its own time-out beyond it.
+    Retries end `limit_s` seconds after the first attempt or the last progress; after a signal, with the clean-up time.
+    The last attempt may begin right before the end, and its own timeout may exceed it.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -652,7 +647,7 @@ class Retry:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew, after progress."""
+        """Reset the time, after progress."""
         self.began, self.attempt = time.monotonic(), 0
 
     def seconds_left(self) -> float:
@@ -660,7 +655,7 @@ class Retry:
         return deadline - time.monotonic()
 
     def wait(self, why: str, retry_after: str | None = None) -> bool:
-        """Log why, sleep and return True; return False at once where the time would be over by then."""
+        """Log why, sleep and return True; return False at once if the pause would exceed the time."""
         delay = backoff_s(self.attempt, retry_after)
         if delay > self.seconds_left():
             return False
@@ -674,18 +669,18 @@ class Retry:
 
 
 def print_result(result: Mapping[str, Any] | str | None) -> None:
-    """Print the one line of stdout: the result as JSON, or a plain answer. A closed stdout undoes nothing."""
+    """Print the only line of stdout: the result as JSON, or plain text. A closed stdout is not a failure."""
     if result is None:
         return
     try:
         print(result if isinstance(result, str) else json.dumps(result), flush=True)
     except OSError as error:
-        log.warning("the result could not be written to stdout: %s", error.strerror)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it ends
+        log.warning("cannot write the result to stdout: %s", error.strerror)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains again at exit
 
 
 def print_error(text: str) -> None:
-    """Print an error that is found before logging is set up, to the runner's log file too (REFRESH_LOG_FILE)."""
+    """Print an error before logging is set up, also to the runner's log file."""
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
     with contextlib.suppress(OSError), open(os.environ.get("REFRESH_LOG_FILE") or os.devnull, "a") as log_file:
@@ -697,7 +692,7 @@ def run_cli(
     run: Callable[[argparse.Namespace], Mapping[str, Any] | str | None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse the command line, run the command with all settings, print its result, and return the exit code."""
+    """Parse the command line, run the command, print its result and return the exit code."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # started with 2>&-
     parser, usage = build_parser(), io.StringIO()
     try:
@@ -707,7 +702,7 @@ def run_cli(
         print_error(usage.getvalue())
         return int(stop.code or 0)
     gc.set_threshold(GC_THRESHOLD)
-    atexit.register(gc.freeze)  # or Python ends with a search for garbage among them: 90 ms
+    atexit.register(gc.freeze)  # or Python searches them for garbage at exit: 90 ms
     script = parser.prog.removesuffix(".py")
     set_up_logging(script)
     try:
@@ -716,7 +711,7 @@ def run_cli(
             settings = resolve(script, args)
             log.setLevel(settings.log_level)
             if unknown:
-                log.warning("%s: no setting of this suite: %s; is a name misspelled?", ENV_FILE, ", ".join(unknown))
+                log.warning("%s: unknown setting(s) %s; check the spelling", ENV_FILE, ", ".join(unknown))
             result = run(settings)
     except (Exception, Interrupted) as error:
         return log_failure(error)
@@ -725,7 +720,7 @@ def run_cli(
 
 
 def log_failure(error: BaseException) -> int:
-    """Log why a command failed, print what can be reported all the same, and return the exit code."""
+    """Log why a command failed, print its result if there is one, and return the exit code."""
     if isinstance(error, OperationFailed):
         log.error("%s", error)
         print_result(error.result)
@@ -738,7 +733,7 @@ def log_failure(error: BaseException) -> int:
         log.error("%s is not installed: %s", error.name, command)
         return 2
     place = traceback.extract_tb(error.__traceback__)[-1]
-    log.error("unexpected %s at %s:%s; LOG_LEVEL=DEBUG shows the traceback",
+    log.error("unexpected %s at %s:%s; run with LOG_LEVEL=DEBUG to see the traceback",
               type(error).__name__, Path(place.filename).name, place.lineno)  # fmt: skip
     log.debug("traceback", exc_info=error)
     return 1
@@ -748,7 +743,7 @@ def log_failure(error: BaseException) -> int:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Return the object in a text of JSON; an empty one for anything else."""
+    """Parse a JSON object; return an empty one for any other text."""
     with contextlib.suppress(ValueError):
         if isinstance(found := json.loads(text), dict):
             return found
@@ -756,7 +751,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 class StepResult(NamedTuple):
-    """A finished step of the runner: `printed` is its line of stdout, `result` the JSON object in it."""
+    """A finished step of the runner: `printed` is its line on stdout, `result` that line as JSON."""
 
     name: str
     seconds: int
@@ -771,9 +766,9 @@ class StepResult(NamedTuple):
 
 
 def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None, float | None]:
-    """Return the index that readers are on after these steps, its documents, and the age of its data in hours.
+    """Return the index that readers use after these steps, its document count, and the age of its data in hours.
 
-    None is what these steps do not say.
+    A value is None if these steps do not tell.
     """
     live, documents, age, loaded = None, None, None, None
     for step in (step for step in steps if step.exit_code == 0 or step.result.get("changed")):
@@ -793,14 +788,14 @@ def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None, flo
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file in one step, so that nobody reads half of it."""
+    """Replace a file atomically."""
     new = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         new.write_text(text)
         new.replace(path)
     except OSError as error:
         new.unlink(missing_ok=True)
-        raise SystemExit(f"{path} could not be written: {error.strerror}") from None
+        raise SystemExit(f"cannot write {path}: {error.strerror}") from None
 
 
 def print_closing_table(steps: Sequence[StepResult], seconds: int) -> None:
@@ -815,9 +810,9 @@ def utc(moment: float) -> str:
 
 
 def report_run(file: str, alias: str, began: str) -> None:
-    """Write how a run of the runner ended, for monitors, and print its summary.
+    """Write the report of a refresh for monitors, and print its summary.
 
-    stdin: exit code, last step and message in the first line, then a line for each finished step, separated by tabs.
+    stdin is tab-separated: exit code, last step and message in the first line, then one line per finished step.
     The summary is the closing table of a successful refresh, or where readers are after a failure.
     """
     ending, *lines = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n").split("\n")
@@ -933,15 +928,15 @@ def is_locked(path: Path) -> bool:
 
 
 class Aws:
-    """The boto3 clients of one run, made when they are needed; a session of each one's own costs 35 ms more."""
+    """The boto3 clients of a run, created on demand; they share a session, since each one takes 35 ms."""
 
     def __init__(self, region: str | None) -> None:
         self.region = region
 
     @cached_property
     def session(self) -> Any:
-        """Return the session; AWS_REGION is handed on, since boto3 reads only AWS_DEFAULT_REGION."""
-        import boto3  # slow to import: --help and runs without AWS do without it
+        """Return the session; boto3 reads only AWS_DEFAULT_REGION, so the region is passed."""
+        import boto3  # slow to import; --help and runs without AWS do not need it
 
         session = boto3.session.Session(region_name=self.region)
         if not session.region_name:
@@ -949,7 +944,7 @@ class Aws:
         return session
 
     def client(self, service: str, *, attempts: int = 5, read_timeout_s: float = 60, connections: int = 10) -> Any:
-        """Return a client; `attempts` is 1 where the caller tries again by itself, or the two would multiply."""
+        """Return a client; `attempts` is 1 if the caller retries, or both kinds of retries would multiply."""
         from botocore.config import Config
 
         retries: Any = {"mode": "standard", "total_max_attempts": attempts}
@@ -961,13 +956,13 @@ class Aws:
 
 
 class SignedAuth(AuthBase):
-    """Signs each request as it is sent; botocore renews credentials that come from a role before they expire."""
+    """Sign each request when it is sent; botocore renews the credentials of a role before they expire."""
 
     def __init__(self, aws: Aws) -> None:
         with aws_errors("AWS credentials", "sts:AssumeRole"):
             self.credentials, self.region = aws.session.get_credentials(), aws.session.region_name
         if self.credentials is None:
-            raise ConfigurationError("OPENSEARCH_AUTH: no AWS credentials; give them by role, profile or variables")
+            raise ConfigurationError("OPENSEARCH_AUTH=sigv4: no AWS credentials; give a role, a profile or variables")
 
     def __call__(self, sent: requests.PreparedRequest) -> requests.PreparedRequest:
         from botocore.auth import SigV4Auth
@@ -984,7 +979,7 @@ class SignedAuth(AuthBase):
 
 @contextlib.contextmanager
 def aws_errors(what: str, permission: str) -> Iterator[None]:
-    """Translate botocore's exceptions; `permission` is the IAM action that `what` needs."""
+    """Translate exceptions of botocore; `permission` is the IAM action that `what` needs."""
     from botocore.exceptions import (
         BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound,
     )  # fmt: skip
@@ -992,25 +987,25 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
     try:
         yield
     except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-        raise ConfigurationError(f"{what}: {error}; give the AWS credentials by role, profile or variables") from None
+        raise ConfigurationError(f"{what}: {error}; give AWS credentials: a role, a profile or variables") from None
     except ClientError as error:
         code, text = error.response["Error"].get("Code", "?"), error.response["Error"].get("Message", "")
         raise OperationFailed(f"{what}: {code}: {text}; {aws_advice(code, permission)}") from None
-    except (BotoCoreError, RuntimeError) as error:  # RuntimeError: renewed credentials that have expired again
-        advice = "check AWS_REGION, the network and the AWS credentials, and run again"
+    except (BotoCoreError, RuntimeError) as error:  # RuntimeError: renewed credentials have already expired
+        advice = "check AWS_REGION, the network and the AWS credentials, then run again"
         raise OperationFailed(f"{what}: {error}; {advice}") from None
 
 
-AWS_ADVICE = {  # by the code of the error
-    "AccessDenied|AccessDeniedException|403": "the IAM policy has to allow {permission}",
+AWS_ADVICE = {  # by error code
+    "AccessDenied|AccessDeniedException|403": "allow {permission} in the IAM policy",
     ".*Expired.*|Invalid(AccessKeyId|Token)|UnrecognizedClientException": "renew the AWS credentials and run again",
-    "SlowDown|ServiceUnavailable|InternalError|InternalServerError|.*Throttl.*": "AWS is busy: run again later",
-    "InvalidObjectState": "it is archived: restore it, or take it out of the prefix",
-    "RequestTimeTooSkewed": "set the clock of this host",
-    "SignatureDoesNotMatch": "check the secret access key of the AWS credentials, and the clock of this host",
-    "AllAccessDisabled": "AWS has disabled the bucket: ask AWS Support, or give another bucket",
-    "KMS.DisabledException": "enable its key in KMS again",
-    ".*": "check its name and the region",
+    "SlowDown|ServiceUnavailable|InternalError|InternalServerError|.*Throttl.*": "AWS is overloaded: run again later",
+    "InvalidObjectState": "the object is archived: restore it, or move it out of the prefix",
+    "RequestTimeTooSkewed": "set the clock on this host",
+    "SignatureDoesNotMatch": "check the secret access key and the clock on this host",
+    "AllAccessDisabled": "AWS has disabled the bucket: contact AWS Support, or use another bucket",
+    "KMS.DisabledException": "enable its KMS key again",
+    ".*": "check the name and the region",
 }
 
 
@@ -1024,16 +1019,16 @@ def aws_advice(code: str, permission: str) -> str:
 
 @dataclass(frozen=True)
 class Credentials:
-    """Where the cluster is, and as whom we ask; the password is in no repr."""
+    """Endpoint and user of the cluster; repr hides the password."""
 
     endpoint: str
-    username: str  # empty where requests are signed instead
+    username: str  # empty if requests are signed instead
     password: str = field(repr=False)
     source: str  # for the log
 
     @classmethod
     def load(cls, aws: Aws, settings: argparse.Namespace) -> Credentials:
-        """Read the environment, or else Parameter Store. Raises ConfigurationError or OperationFailed."""
+        """Read the environment or Parameter Store. Raises ConfigurationError or OperationFailed."""
         given = [os.environ.get(name, "") for name in CREDENTIALS]
         if given[0] == "none":
             given = ["", "", ""]
@@ -1044,39 +1039,39 @@ class Credentials:
             given, source = stored(aws, prefix, "endpoint", "username", "password"), "Parameter Store"
         elif not all(given):
             unset = " and ".join(name for name, value in zip(CREDENTIALS, given) if not value)
-            raise ConfigurationError(f"{unset}: not set; set all three, or none to use Parameter Store")
+            raise ConfigurationError(f"{unset} not set; set all three, or none of them to use Parameter Store")
         if ":" in given[1]:
-            raise ConfigurationError("a user name with a colon cannot be sent by Basic authentication; give another")
+            raise ConfigurationError("Basic authentication does not allow a user name with a colon; give another user")
         return cls(endpoint_url(given[0]), given[1], given[2], source)
 
 
 def stored(aws: Aws, prefix: str, *parameters: str) -> list[str]:
-    """Return the values below a prefix of Parameter Store, SecureString or not, read in one call."""
+    """Read values below a prefix of Parameter Store in one call; SecureStrings are decrypted."""
     names = [f"{prefix}/{name}" for name in parameters]
     if not names[0].startswith("/"):
-        raise ConfigurationError(f"OPENSEARCH_PARAMETER_PREFIX: {prefix!r} has no slash before it; give /{prefix}")
+        raise ConfigurationError(f"OPENSEARCH_PARAMETER_PREFIX: {prefix!r} does not begin with a slash; give /{prefix}")
     with aws_errors(f"Parameter Store, {prefix}/*", "ssm:GetParameters (and kms:Decrypt for a key of your own)"):
         found = aws.client("ssm").get_parameters(Names=names, WithDecryption=True)
     if missing := found["InvalidParameters"]:
-        raise OperationFailed(f"Parameter Store: {', '.join(missing)}: no such parameter in this region; create it")
+        raise OperationFailed(f"Parameter Store has no {', '.join(missing)} in this region; create it")
     values = {parameter["Name"]: re.sub(r"\r?\n\Z", "", parameter["Value"]) for parameter in found["Parameters"]}
     return [values[name] for name in names]
 
 
 def endpoint_url(text: str) -> str:
-    """Return the endpoint with a scheme and without a trailing slash. Raises ConfigurationError, never quoting it."""
+    """Return the endpoint with a scheme, without a trailing slash. ConfigurationError does not quote it: a secret?"""
     url = text.strip().rstrip("/")
     try:
         parts = urlsplit(url if "://" in url else f"https://{url}")
-        _ = parts.port  # is only parsed here
+        _ = parts.port  # parses it
     except ValueError:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200") from None
     if "@" in parts.netloc:
-        raise ConfigurationError("the endpoint holds a user or password; give them by variables of their own")
+        raise ConfigurationError("the endpoint contains a user or password; set the variables for those instead")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200")
     if parts.hostname.endswith(".aoss.amazonaws.com"):
-        raise ConfigurationError("OpenSearch Serverless has no _reindex, _refresh and _tasks; give a domain")
+        raise ConfigurationError("OpenSearch Serverless does not support _reindex, _refresh and _tasks; give a domain")
     return parts.geturl()
 
 
@@ -1085,13 +1080,13 @@ def endpoint_url(text: str) -> str:
 
 @dataclass(frozen=True)
 class Response:
-    """A response of the cluster; `resent` says that an earlier attempt may have been carried out as well."""
+    """A response of the cluster; with `resent`, an earlier attempt may have taken effect as well."""
 
     status: int
     body: bytes
     resent: bool = False
-    first: bool = True  # of the first attempt
-    sent: float = 0  # the last attempt, on the monotonic clock
+    first: bool = True  # the response to the first attempt
+    sent: float = 0  # time of the last attempt, on the monotonic clock
 
     @property
     def data(self) -> Any:
@@ -1099,18 +1094,18 @@ class Response:
             return json.loads(self.body)
         except ValueError:
             start = self.body[:80].decode(errors="replace")
-            raise RequestFailed(f"not an answer of OpenSearch (is the endpoint right?): {start!r}") from None
+            raise RequestFailed(f"the response is not from OpenSearch (is the endpoint right?): {start!r}") from None
 
 
 def innermost(error: BaseException) -> str:
-    """Return the reason at the bottom of an exception's chain: `[Errno 111] Connection refused`, not its wrappers."""
+    """Return the first cause in a chain of exceptions: `[Errno 111] Connection refused`, not its wrappers."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return str(error) or type(error).__name__
 
 
 def error_of(body: bytes) -> tuple[str, str]:
-    """Return type and reason of an error response; `error` may be an object, a string, or no JSON at all."""
+    """Return type and reason of an error response; `error` may be an object, a string, or missing."""
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
@@ -1121,7 +1116,7 @@ def error_of(body: bytes) -> tuple[str, str]:
 
 
 def root_cause(error: Mapping[str, Any]) -> tuple[str, str]:
-    """Return type and reason at the bottom of an error: of its first failed shard, where all that it says is that."""
+    """Return type and reason of the root cause of an error, or of its first failed shard."""
     if shards := error.get("failed_shards"):
         return root_cause(shards[0]["reason"])
     cause = (error.get("root_cause") or [error])[0]
@@ -1129,7 +1124,7 @@ def root_cause(error: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def other_server(response: requests.Response) -> str:
-    """Return what has answered in place of OpenSearch, if that shows."""
+    """Return the kind of server that responded instead of OpenSearch, if it can be recognized."""
     if {"osd-name", "kbn-name"} & {name.lower() for name in response.headers}:
         return "OpenSearch Dashboards"
     page = "html" in response.headers.get("Content-Type", "") and response.status_code in (200, 302, 404)
@@ -1137,48 +1132,48 @@ def other_server(response: requests.Response) -> str:
 
 
 class Connection:
-    """One connection pool to one cluster, and `request`."""
+    """A connection pool to one cluster."""
 
     def __init__(self, settings: argparse.Namespace) -> None:
         self.settings = settings
         self.aws = Aws(settings.aws_region)
         self.credentials = Credentials.load(self.aws, settings)
-        self.host: str = settings.run_host or HOST  # whose orphans are ours
+        self.host: str = settings.run_host or HOST  # tasks of this host are ours
         self.opaque_id = f"{SUITE}/{self.host}/{uuid.uuid4().hex[:12]}"
         self._session = self._open_session(settings.ca_bundle or settings.verify_ssl)
-        self._answered = False  # at least once, so that the endpoint is right
+        self._answered = False  # at least once: the endpoint is right
         self._version: tuple[int, int] | None = None
 
     def _open_session(self, verify: bool | str) -> requests.Session:
         session = requests.Session()
-        session.trust_env = False  # neither ~/.netrc nor the proxy variables decide who gets the credentials
+        session.trust_env = False  # or ~/.netrc and proxy variables could send the credentials elsewhere
         session.verify = verify
         if self.credentials.username:
             session.headers.update(self._create_auth_header())
         else:
             session.auth = SignedAuth(self.aws)
-        # without a context each connection reads the system's CA certificates (15 ms), needed or not
+        # without a context, each connection reads the system's CA certificates (15 ms)
         unverified = None if verify else create_urllib3_context(cert_reqs=ssl.CERT_NONE)
-        adapter = HTTPAdapter()  # without retries: request() alone retries
+        adapter = HTTPAdapter()  # without retries: only request() retries
         adapter.init_poolmanager(1, MAX_CONNECTIONS, ssl_context=unverified)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         if self.credentials.endpoint.startswith("http://"):
-            log.warning("the endpoint is http://: password and data are sent unencrypted")
+            log.warning("the endpoint is http://: passwords and data are sent unencrypted")
         elif not verify:
-            log.warning("certificates are not verified; VERIFY_SSL=true or CA_BUNDLE=file does")
+            log.warning("certificates are not verified; set VERIFY_SSL=true or CA_BUNDLE to verify them")
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         return session
 
     def _create_auth_header(self) -> dict[str, str]:
-        """Return the Basic header; UTF-8, so that a password may hold any character."""
+        """Return the Basic header, in UTF-8: a password may contain any character."""
         pair = f"{self.credentials.username}:{self.credentials.password}".encode()
         return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
 
     def version(self) -> tuple[int, int]:
-        """Return major and minor of the cluster's version, asked for once; the oldest if it hides what it is.
+        """Return the major and minor version of the cluster, read once; the oldest supported one if it is hidden.
 
-        In compatibility mode (compatibility.override_main_response_version) all versions say 7.10.2.
+        In compatibility mode (compatibility.override_main_response_version), each version reports 7.10.2.
         """
         if not self._version:
             found = self.request("GET", "/").data["version"]
@@ -1199,13 +1194,13 @@ class Connection:
         accept: Sequence[int] = (),
         busy: Callable[[float], None] | None = None,
     ) -> Response:
-        """Send one request (bytes are sent as NDJSON, anything else as JSON) and return the response.
+        """Send a request (bytes as NDJSON, anything else as JSON) and return the response.
 
-        Connection errors, 502, 503, 504 and 429 are tried again with growing pauses, for RETRY_SECONDS in all; for 10 s
-        before the cluster has answered once, and for 20 s after a signal. A request with `idempotent=False` is only
-        sent again when it was certainly not carried out; otherwise OutcomeUnknown is raised. With `retry=False` it is
-        not sent again at all. Statuses in `accept` are returned, every other failure raises RequestFailed. `busy` is
-        told of each 429 at once, with the time when the attempt was sent.
+        Connection errors, 429, 502, 503 and 504 are retried with exponential backoff for RETRY_SECONDS; for 10 s until
+        the cluster has responded once; after a signal, for the clean-up time. A request with `idempotent=False` is
+        sent again only if it cannot have taken effect; otherwise OutcomeUnknown is raised. With `retry=False`, it is
+        never sent again. Statuses in `accept` are returned; any other failure raises RequestFailed. `busy` is called
+        at each 429 with the time when the attempt was sent.
         """
         attempts, resent = Retry(self._retry_seconds()), False
         while True:
@@ -1225,7 +1220,7 @@ class Connection:
                     raise
 
     def probe(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
-        """Send a request that only asks for permissions, once; return status and body, status 0 without a response."""
+        """Send a permission probe once; return status and body (status 0: no response)."""
         try:
             response = self._send(method, path, body, FIRST_CONTACT_S, purpose="/permissions")
         except requests.RequestException as error:
@@ -1254,11 +1249,11 @@ class Connection:
         self, method: str, path: str, body: Any, params: Mapping[str, Any] | None, accept: Sequence[int],
         attempts: Retry,
     ) -> requests.Response:  # fmt: skip
-        """Send a request once. Raises RequestFailed, or OutcomeUnknown where there was no response."""
+        """Send a request once. Raises RequestFailed, or OutcomeUnknown if there was no response."""
         what, began = f"{method} {path}", time.monotonic()
         hurried = interrupted.is_set() or not self._answered
         if interrupted.is_set() and attempts.seconds_left() <= 0:
-            raise RequestFailed(f"{what}: not sent, the time to clean up is over; run again", never_sent=True)
+            raise RequestFailed(f"{what} was not sent: the time for clean-up is over; run again", never_sent=True)
         try:
             limit_s = max(1, attempts.seconds_left()) if hurried else READ_TIMEOUT_S
             response = self._send(method, path, body, limit_s, params)
@@ -1275,7 +1270,7 @@ class Connection:
 
     def _no_response(self, what: str, error: requests.RequestException) -> RequestFailed:
         if isinstance(error, requests.exceptions.SSLError) and "CERTIFICATE" in str(error):
-            advice = "renew the certificate, use the host name it is for, or set CA_BUNDLE to its CA"
+            advice = "renew the certificate, use the host name that it was issued for, or set CA_BUNDLE to its CA"
             return RequestFailed(f"{what}: {innermost(error)}; {advice}")
         reason = getattr(error.args[0] if error.args else None, "reason", None)
         refused = isinstance(reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
@@ -1285,14 +1280,14 @@ class Connection:
     def failure(self, what: str, status: int, body: bytes, retry_after: str | None = None) -> RequestFailed:
         kind, reason = error_of(body)
         text = f"{what}: {status} {kind and kind + ': '}{reason}{self._advice(status, kind, reason)}"
-        unknown = status in (502, 503, 504)  # a load balancer gave up, or the cluster is not ready
+        unknown = status in (502, 503, 504)  # a load balancer timed out, or the cluster is not ready
         kind_of_failure = OutcomeUnknown if unknown else RequestFailed
         return kind_of_failure(text, status, kind, reason, never_sent=status == 429, retry_after=retry_after)
 
     def _after_giving_up(self, began: float) -> str:
-        look = "look at GET _cluster/health and run again"
-        what_to_do = look if self._answered else "check the endpoint, and whether the cluster is up"
-        return f"; given up after {seconds_since(began):.0f} s: {what_to_do}"
+        look = "check GET _cluster/health and run again"
+        what_to_do = look if self._answered else "check the endpoint and that the cluster is up"
+        return f"; gave up after {seconds_since(began):.0f} s: {what_to_do}"
 
     @property
     def who(self) -> str:
@@ -1300,10 +1295,10 @@ class Connection:
 
     def _advice(self, status: int, kind: str, reason: str) -> str:
         user = self.who
-        if not self.credentials.username and status in (401, 403) and not kind:  # AWS itself, before the cluster
-            return "; renew the AWS credentials, or let their policy allow es:ESHttp* on the domain"
+        if not self.credentials.username and status in (401, 403) and not kind:  # from AWS, not from the cluster
+            return "; renew the AWS credentials, or allow es:ESHttp* on the domain in their policy"
         if status == 401:
-            return f"; {user} is not accepted: check user and password"
+            return f"; the cluster rejected {user}: check the user name and password"
         if status == 403 and "security" in kind:
             missing = re.search(r"no permissions for \[(.*?)\](?=\s|$)", reason)
             return f"; the role of {user} lacks {missing[1] if missing else 'a permission'}"
@@ -1311,7 +1306,7 @@ class Connection:
             disk = "flood" in reason
             return f"; {'free disk space on the data nodes' if disk else 'remove the block (index.blocks.*)'} first"
         if 300 <= status < 400:
-            return "; a redirect is not followed: give the final address as the endpoint"
+            return "; redirects are not followed: set the endpoint to the final address"
         return ""
 
 
@@ -1319,22 +1314,22 @@ class Connection:
 
 
 class OpenSearchBaseManager(Connection):
-    """One cluster, and the verbs that two scripts or more need.
+    """One cluster, and the operations that at least two scripts need.
 
-    Use it as a context manager: leaving it cancels tasks of this run that are still under way (after a failure),
-    releases the locks and closes the connections. Names with an underscore are for scripts and `TargetIndex`.
+    Use it as a context manager: the exit cancels running tasks of this run (after a failure), releases the locks and
+    closes the connections. Scripts and `TargetIndex` may call methods with an underscore.
     """
 
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(settings)
         self.dry_run: bool = settings.dry_run
-        self.names: list[str] = []  # the indices and aliases that the script works on
-        self.probes: list[Probe] = []  # of the permissions that it needs with these settings
+        self.names: list[str] = []  # indices and aliases that the script works on
+        self.probes: list[Probe] = []  # for the permissions that it needs with these settings
         self._locks: list[int] = []
         self._task_started = False
         cluster = self.credentials
         who = f"user {cluster.username} (from {cluster.source})" if cluster.username else "signed AWS requests"
-        log.info("cluster %s, %s%s", cluster.endpoint, who, ", dry run: nothing is changed" if self.dry_run else "")
+        log.info("cluster %s, %s%s", cluster.endpoint, who, ", dry run: nothing changes" if self.dry_run else "")
 
     def __enter__(self: Manager) -> Manager:
         return self
@@ -1344,7 +1339,7 @@ class OpenSearchBaseManager(Connection):
             if kind is not None and self._task_started:
                 run_to_completion(self._cancel_own_tasks)
         except OperationFailed as error:
-            log.error("tasks of this run may still be under way; the next run cancels them: %s", error)
+            log.error("tasks of this run may still be running on the server; the next run cancels them: %s", error)
         finally:
             for lock in self._locks:
                 os.close(lock)
@@ -1352,63 +1347,53 @@ class OpenSearchBaseManager(Connection):
 
     # --- indices ---
 
-    def _verify_index_exists(self, index: str) -> dict[str, Any]:
-        """Return the flat settings of an index. Raises OperationFailed for an alias or a missing one."""
-        response = self.request("GET", f"/{index}/_settings", params={"flat_settings": "true"}, accept=[404])
-        if response.status == 404:
-            raise OperationFailed(f'index {index} does not exist; create it first (README, "Setting up")')
-        found: dict[str, Any] = response.data
-        if index not in found:
-            raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the index itself")
-        settings: dict[str, Any] = found[index]["settings"]
-        return settings
-
-    def read_indices(self, *indices: str) -> dict[str, dict[str, Any]]:
-        """Return aliases, mapping and flat settings of each index. Raises as `_verify_index_exists`."""
-        path, params = f"/{','.join(indices)}", {"flat_settings": "true"}
-        response = self.request("GET", path, params=params, accept=[404])
-        missing = [index for index in indices if response.status == 404 or index not in response.data]
-        for index in missing:
-            self._verify_index_exists(index)
-        if missing:
-            raise OperationFailed(f"index {', '.join(missing)} was created just now; run again")
-        found: dict[str, dict[str, Any]] = response.data
+    def _read(self, name: str, accept: Sequence[int]) -> dict[str, Any]:
+        response = self.request("GET", f"/{name}", params={"flat_settings": "true"}, accept=accept)
+        found: dict[str, Any] = response.data if response.status == 200 else {}
         return found
 
-    def index_exists(self, index: str) -> bool:
-        return self.request("GET", f"/{index}/_settings", accept=[404]).status != 404
+    def read_index(self, index: str, accept: Sequence[int] = (404,)) -> dict[str, Any] | None:
+        """Return `aliases`, `mappings` and flat `settings`; None if there is no such index, or it is an alias."""
+        return self._read(index, accept).get(index)
+
+    def _verify_index_exists(self, index: str) -> dict[str, Any]:
+        """Return the same as `read_index`. Raises OperationFailed if there is no such index."""
+        if not (found := self._read(index, [404])):
+            raise OperationFailed(f'index {index} does not exist; create it first (README, "Setting up")')
+        if index not in found:
+            raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the name of an index")
+        return dict(found[index])
 
     def index_uuid(self, index: str) -> str:
-        """Return what tells an index from a later one of the same name. Raises as `_verify_index_exists`."""
-        return str(self._verify_index_exists(index)["index.uuid"])
+        """Return the UUID, which distinguishes an index from a later one of the same name."""
+        return str(self._verify_index_exists(index)["settings"]["index.uuid"])
 
     def verify_same_index(self, index: str, uuid: str) -> None:
-        """Raise OperationFailed when an index of this name is no longer the one that was seen first."""
+        """Raise OperationFailed if the index is not the one that had this UUID."""
         if self.index_uuid(index) != uuid:
             raise OperationFailed(
-                f"index {index} was deleted and created anew by somebody else meanwhile; see that its mapping is "
-                "right, and run again"
+                f"another client deleted and recreated index {index} during this run; check its mapping and run again"
             )
 
     def _check_index_aliases(self, index: str) -> list[str]:
-        """Return the aliases that point at an index; any one makes it live."""
-        return sorted(self.request("GET", f"/{index}/_alias").data[index]["aliases"])
+        """Return the aliases that point at an index; any alias makes it live."""
+        return sorted(self._verify_index_exists(index)["aliases"])
 
     def on_primaries(self) -> dict[str, str]:
-        """Return what makes a search ask the primary copies, since replicas may lag (segment replication)."""
-        return {"preference": "_primary"} if self.version() >= (2, 8) else {}  # 1.3 refuses it
+        """Return the parameter that sends searches to primaries: replicas may lag (segment replication)."""
+        return {"preference": "_primary"} if self.version() >= (2, 8) else {}  # 1.3 rejects it
 
     def _get_index_count(
         self, index: str, query: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
     ) -> int:
-        """Refresh, then count; all documents, or those that match a query."""
+        """Refresh, then count all documents or those that match a query."""
         self.verify_all_shards(self.request("POST", f"/{index}/_refresh").data, f"_refresh of {index}")
         body = {"query": query} if query else None
         where = {**self.on_primaries(), **(params or {})}
         counted = self.request("POST" if body else "GET", f"/{index}/_count", body, params=where).data
         self.verify_all_shards(counted, f"_count of {index}")
         if counted["_shards"]["successful"] < counted["_shards"]["total"]:
-            raise OperationFailed(f"_count of {index}: not every shard answered; see GET _cluster/health/{index}")
+            raise OperationFailed(f"_count of {index}: not all shards responded; see GET _cluster/health/{index}")
         return int(counted["count"])
 
     @staticmethod
@@ -1417,19 +1402,15 @@ class OpenSearchBaseManager(Connection):
             raise OperationFailed(f"{what}: {failed} shard(s) failed; see GET _cluster/allocation/explain")
 
     def shard_stats(self, index: str) -> dict[str, list[dict[str, Any]]]:
-        """Return the statistics of each shard's copies, by its number."""
+        """Return the statistics of the copies of each shard, by shard number."""
         found = self.request("GET", f"/{index}/_stats", params={"level": "shards"}).data
         shards: dict[str, list[dict[str, Any]]] = found["indices"][index]["shards"]
         return shards
 
-    def get_mapping(self, index: str) -> dict[str, Any]:
-        mapping: dict[str, Any] = self.request("GET", f"/{index}/_mapping").data[index]["mappings"]
-        return mapping
-
     # --- locks ---
 
     def lock(self, index: str, *, shared: bool = False) -> None:
-        """Hold the lock of an index on this host until the end. Raises Locked when another run holds it."""
+        """Hold the lock of an index on this host until the end. Raises Locked if another run holds it."""
         path = self.settings.lock_dir / f"{index}.lock"
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1437,9 +1418,11 @@ class OpenSearchBaseManager(Connection):
             self._locks.append(lock)
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Locked(f"another run on this host works on index {index}; wait for it ({path})") from None
+            raise Locked(
+                f"index {index} is locked by another run on this host; wait for it to finish ({path})"
+            ) from None
         except OSError as error:
-            raise OperationFailed(f"lock file {path}: {error.strerror}; set LOCK_DIR to a folder of your own") from None
+            raise OperationFailed(f"lock file {path}: {error.strerror}; set LOCK_DIR to a writable folder") from None
 
     # --- tasks on the server ---
 
@@ -1448,7 +1431,7 @@ class OpenSearchBaseManager(Connection):
         return {name: task for node in nodes.values() for name, task in node["tasks"].items()}
 
     def _writing_tasks(self) -> dict[str, dict[str, Any]]:
-        """Return the copy and by-query tasks of the cluster, each with its X-Opaque-Id, without their slices."""
+        """Return the copy and by-query tasks of the cluster with their X-Opaque-Id, without child tasks."""
         tasks = self._tasks(actions="*reindex,*byquery").items()
         return {
             name: {**task, "opaque_id": task.get("headers", {}).get("X-Opaque-Id", "")}
@@ -1462,35 +1445,40 @@ class OpenSearchBaseManager(Connection):
             if index in re.split(r"[\[\],\s]+", task.get("description", ""))
         }  # fmt: skip
 
-    def await_tasks(self, index: str, *, exclusive: bool = True) -> None:
-        """Let no other task touch the index: cancel our orphans, await our other hosts', refuse a stranger's.
+    def await_tasks(self, index: str, *, exclusive: bool = True) -> bool:
+        """Cancel orphaned tasks of this host on the index, wait for those of other hosts; say if there were any.
 
-        Call it with the lock held: if exclusive, a task of ours from this host is an orphan of a run that died.
+        Call it with the lock held: with an exclusive one, a task from this host is an orphan of a crashed run. Raises
+        Refused if another client's task is modifying the index.
         """
         began, awaited = time.monotonic(), ""
         while named := self._tasks_naming(index):
             for task, opaque_id in named.items():
                 if not opaque_id.startswith(f"{SUITE}/"):
-                    raise Refused(f"task {task} of somebody else works on index {index}; wait for it or cancel it")
+                    raise Refused(
+                        f"task {task}, which this suite did not start, is modifying index {index}; wait for it or "
+                        "cancel it"
+                    )
                 if opaque_id.startswith(f"{SUITE}/{self.host}/") and exclusive and not self.dry_run:
-                    log.warning("cancelling task %s on index %s, left by a run that died", task, index)
+                    log.warning("canceling task %s on index %s, left by a crashed run", task, index)
                     self.request("POST", f"/_tasks/{task}/_cancel", accept=[404])
             if self.dry_run:
-                log.warning("task %s of another run works on index %s", ", ".join(named), index)
-                return
+                log.warning("task %s of another run is modifying index %s", ", ".join(named), index)
+                return True
             if time.monotonic() - began > self.settings.wait_seconds:
-                raise Refused(f"task {', '.join(named)} of another run still works on index {index}; wait for it")
+                raise Refused(
+                    f"task {', '.join(named)} of another run is still modifying index {index}; wait for it to finish"
+                )
             if awaited != (awaited := ", ".join(named)):
-                log.info("waiting for task %s of another run on index %s", awaited, index)
+                log.info("waiting for task %s of another run, which is modifying index %s", awaited, index)
             time.sleep(1)
+        return bool(awaited)
 
     def run_task(self, path: str, body: Any, *, label: str, total: int, **params: Any) -> dict[str, Any]:
-        """Start a task on the server, follow it, and return its response once it is known to be whole.
+        """Run a task on the server, one slice per shard, throttled to REQUESTS_PER_SECOND; return its response.
 
-        It runs in slices, one a shard, held back to REQUESTS_PER_SECOND in all.
-
-        Raises OperationFailed when it ended with an error, failures, a time-out or a cancellation, or vanished with
-        its node. A start without a response is looked up by X-Opaque-Id before it is started again.
+        Raises OperationFailed if it ends with an error, failures, a timeout or a cancellation, or disappears. If there
+        is no response to the start, the task is looked up by X-Opaque-Id before it is started again.
         """
         progress, pause = Progress(label, total, "documents"), POLL_FIRST_S
         params = {**params, **self.settings.requests_per_second.task_params(),
@@ -1500,7 +1488,7 @@ class OpenSearchBaseManager(Connection):
             response = self.request("GET", f"/_tasks/{task}", accept=[404])
             if response.status == 404:
                 raise OperationFailed(
-                    f"{label}: task {task} vanished with its node, its outcome is unknown; run it again"
+                    f"{label}: task {task} disappeared (node restart?); its outcome is unknown, run the step again"
                 )
             if response.data["completed"]:
                 break
@@ -1518,7 +1506,7 @@ class OpenSearchBaseManager(Connection):
             try:
                 return str(self.request("POST", path, body, params=params, idempotent=False).data["task"])
             except OutcomeUnknown as unknown:
-                again = retry.wait(f"{unknown}; looking whether the task was started")
+                again = retry.wait(f"{unknown}; checking whether the task was started")
                 if started := [task for task, own in self._own_tasks().items() if own["action"].endswith(action)]:
                     return started[0]
                 if not again:
@@ -1528,7 +1516,7 @@ class OpenSearchBaseManager(Connection):
         return {name: task for name, task in self._writing_tasks().items() if task["opaque_id"] == self.opaque_id}
 
     def _documents_done(self, task: str, status: Mapping[str, Any]) -> int:
-        """Return how far a task is; a sliced one knows nothing of it until its slices end, so they are summed."""
+        """Return how many documents a task has processed; for a sliced task, sum its slices."""
         parts = [status]
         if status.get("slices"):
             parts = [child["status"] for child in self._tasks(parent_task_id=task).values()]
@@ -1536,32 +1524,26 @@ class OpenSearchBaseManager(Connection):
         return sum(part.get(kind, 0) for part in parts for kind in ("created", "updated", "deleted"))
 
     def _task_response(self, label: str, document: Mapping[str, Any]) -> dict[str, Any]:
-        if error := document.get("error"):
-            raise self._task_failure(f"{label}:", error)
-        response: dict[str, Any] = document["response"]
+        error, response, what = document.get("error"), document.get("response", {}), label
         if failures := response.get("failures"):
-            cause = failures[0].get("cause") or failures[0].get("reason") or failures[0]
-            raise self._task_failure(f"{label}: {len(failures)} failure(s), the first:", cause)
+            error = failures[0].get("cause") or failures[0].get("reason") or failures[0]
+            what = f"{label}: {len(failures)} failure(s), the first"
+        if error:
+            kind, reason = root_cause(error)
+            failure = TooMuchAtOnce if MEMORY_ERRORS.search(str(error.get("type"))) else OperationFailed
+            raise failure(f"{what}: {kind}: {reason}{self._advice(0, kind, reason) or '; run it again'}")
         if response.get("canceled"):
-            raise OperationFailed(f"{label}: cancelled ({response['canceled']}); run it again")
+            raise OperationFailed(f"{label}: canceled ({response['canceled']}); run it again")
         if response.get("timed_out"):
             raise OperationFailed(f"{label}: timed out on the server; run it again")
-        return response
-
-    def _task_failure(self, what: str, error: Mapping[str, Any]) -> OperationFailed:
-        failure = TooMuchAtOnce if MEMORY_ERRORS.search(str(error.get("type"))) else OperationFailed
-        return failure(f"{what} {self._reason_of(error)}")
-
-    def _reason_of(self, error: Mapping[str, Any]) -> str:
-        kind, reason = root_cause(error)
-        return f"{kind}: {reason}{self._advice(0, kind, reason) or '; run it again'}"
+        return dict(document["response"])
 
     def _cancel_own_tasks(self) -> None:
-        """Cancel what this run started and wait until it is gone, for the time of a clean-up at most."""
+        """Cancel the tasks of this run and wait until they have ended, for the clean-up time at most."""
         retry = Retry(CLEANUP_S)
         while (own := self._own_tasks()) and retry.seconds_left() > 0:
             for task in own:
-                log.warning("cancelling task %s", task)
+                log.warning("canceling task %s", task)
                 self.request("POST", f"/_tasks/{task}/_cancel", accept=[404])
             time.sleep(0.5)
 
@@ -1570,38 +1552,34 @@ class OpenSearchBaseManager(Connection):
 
 
 class Probe(NamedTuple):
-    """A request that changes nothing, but is denied to a user who lacks the permissions that it stands for.
-
-    Any other response means that it is allowed.
-    """
+    """A harmless request that is denied to a user without certain permissions; any other response means allowed."""
 
     method: str
     path: str
     body: Any = None
 
 
-# The server refuses these for another reason, once the user may send them: no such task, setting, scroll or document.
+# If the permission is there, the server rejects these for another reason: no such task, setting, scroll or document.
 UNKNOWN_SETTING = {"index.permission_probe": 1}
 NOT_THERE = {"_id": "permission-probe", "if_seq_no": 0, "if_primary_term": 1}
 
 
 def reading_probes(*indices: str) -> list[Probe]:
-    """What every script sends before it changes anything."""
+    """Requests that each script sends before it changes anything."""
     names = ",".join(indices)
     cluster = ["/", f"/_cluster/health/{names}?timeout=0s", "/_tasks?actions=*reindex"]
-    parts = ["", "/_settings", "/_mapping", "/_alias", "/_count", "/_stats/store"]
-    paths = [*cluster, *(f"/{names}{part}" for part in parts)]
+    paths = [*cluster, *(f"/{names}{part}" for part in ("", "/_count", "/_stats/store"))]
     return [*(Probe("GET", path) for path in paths), Probe("POST", f"/{names}/_refresh")]
 
 
 def bulk_probe(index: str, *actions: str) -> Probe:
-    """Only for an index that exists: on a missing one, this would create it."""
+    """Only for an index that exists: a bulk request would create a missing one."""
     lines = [json.dumps({action: NOT_THERE}) + ("\n{}" if action == "index" else "") for action in actions]
     return Probe("POST", f"/{index}/_bulk?pipeline=_none&timeout=1s", ("\n".join(lines) + "\n").encode())
 
 
 def deleting_probes(index: str) -> list[Probe]:
-    """What is sent to empty an index, except for the deletions themselves (`bulk_probe`)."""
+    """Requests that empty an index, except for the deletions themselves (`bulk_probe`)."""
     return [
         Probe("GET", "/_tasks/permission-probe:1"),
         Probe("POST", "/_tasks/permission-probe:1/_cancel"),
@@ -1617,38 +1595,37 @@ def settings_probe(index: str) -> Probe:
 
 
 def creating_probes(index: str) -> list[Probe]:
-    """What is sent to recreate an index, except for the deletion, which cannot be asked without deleting."""
+    """Requests that recreate an index, except for the deletion, for which there is no harmless request."""
     return [Probe("PUT", f"/{index}", {"settings": UNKNOWN_SETTING}), Probe("GET", f"/{index}")]
 
 
 def denied(method: str, status: int, body: bytes) -> list[str]:
-    """Return what a response says is missing: permissions of the role, or a verb of IAM or the access policy."""
-    if status != 403 and b'"errors":true' not in body:  # of the items of a bulk request
+    """Return the permissions that a response reports as missing: of the role, or of IAM or the access policy."""
+    if status != 403 and b'"errors":true' not in body:  # in a bulk response
         return []
     text = body.decode(errors="replace")
     if found := re.findall(r"no permissions for \[((?:[^][]|\[\w+\])+)\]", text):
         return [role_line(action) for actions in found for action in actions.split(", ")]
     if status != 403 or error_of(body)[0] or re.search("request: .* is not allowed", text):
-        return []  # a block, or nobody may send this to a managed domain
+        return []  # a block, or a request that managed domains do not allow
     verb = re.search(r"es:\w+", text)
     return [verb[0] if verb else f"es:ESHttp{method.capitalize()}"]
 
 
 def role_line(action: str) -> str:
-    """Return an action as a role has it: with those that the server derives from it for each shard."""
+    """Return an action as a role names it, with the actions that the server derives from it for each shard."""
     return re.sub(r"^(indices:(data/read/scroll|admin/(refresh|flush)|data/write/bulk(?=\[))).*", r"\1*", action)
 
 
 def missing_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> list[str]:
-    """Send all probes, eight at a time; return what is denied, each once."""
-
+    """Send all probes, eight at a time; return the denied permissions without duplicates."""
     found = in_parallel(lambda probe: denied(probe.method, *manager.probe(*probe)), probes, PROBES_AT_ONCE)
     return sorted({line for lines in found for line in lines})
 
 
 def require_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> None:
-    """Raise OperationFailed that names all that is missing, as lines of a role."""
-    if not manager._answered:  # a wrong endpoint or certificate has to show, and not eight times
+    """Raise OperationFailed that names all missing permissions, as lines of a role."""
+    if not manager._answered:  # or a wrong endpoint would fail eight times, and unnoticed
         manager.request("GET", "/", accept=[403])
     if not (missing := missing_permissions(manager, probes)):
         return
@@ -1662,8 +1639,8 @@ def require_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe])
     if role:
         advice.append(f"add to the role of {manager.who}: {json.dumps(role)}")
     if verbs:
-        advice.append(f"let IAM and the access policy of the domain allow {', '.join(verbs)} to {manager.who}")
-    raise OperationFailed(f"permissions are missing, nothing was changed; {'; '.join(advice)}")
+        advice.append(f"allow {manager.who} {', '.join(verbs)} in IAM and in the access policy of the domain")
+    raise OperationFailed(f"permissions are missing; nothing was changed; {'; '.join(advice)}")
 
 
 # --- the state of an index --------------------------------------------------------------------------------------------
@@ -1671,117 +1648,121 @@ def require_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe])
 TO_READ = ("index.blocks.read", "index.blocks.search_only")
 TO_MOVE_ALIAS = (*TO_READ, "index.blocks.read_only", "index.blocks.read_only_allow_delete")
 TO_FILL = (*TO_MOVE_ALIAS, "index.blocks.write", "index.append_only.enabled")
-REMEDIES = {  # where removing the setting is none
-    "index.blocks.read_only_allow_delete": "free disk space on the data nodes, and the server removes it",
+REMEDIES = {  # where removing the setting does not help
+    "index.blocks.read_only_allow_delete": "free disk space on the data nodes; the server then removes it",
     "index.blocks.search_only": "scale the index up again (_scale)",
     "index.append_only.enabled": "create the index without it",
 }
 
 
 def recovered_settings(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an index as they are once a load has restored what it has changed."""
+    """Return the settings of an index as they are after the load has restored them."""
     settings, marker = found["settings"], found["mappings"].get("_meta", {}).get(SUITE) or {"found": {}, "set": {}}
     changed = {name: value for name, value in marker["found"].items() if settings.get(name) == marker["set"].get(name)}
     return {**settings, **changed}
 
 
 def refuse_unusable(index: str, found: Mapping[str, Any], obstacles: Sequence[str]) -> None:
-    """Raise Refused if the index is closed, or has a setting that is an obstacle to what it is needed for."""
+    """Raise Refused if the index is closed or has one of these settings."""
     settings = recovered_settings(found)
     if settings.get("index.verified_before_close") == "true":
-        raise Refused(f"index {index} is closed, nothing was changed; open it, see POST /{index}/_open")
+        raise Refused(f"index {index} is closed; nothing was changed. Open it (POST /{index}/_open) and run again")
     for name in obstacles:
         if settings.get(name) == "true":
             remedy = REMEDIES.get(name, f'remove it: PUT /{index}/_settings {{"{name}": null}}')
-            raise Refused(f"index {index} has {name}, nothing was changed; check why, and {remedy}")
+            raise Refused(f"index {index} has {name}; nothing was changed. Check why it was set, then {remedy}")
 
 
-def await_primaries(manager: OpenSearchBaseManager, *indices: str) -> None:
-    """Wait for RETRY_SECONDS until no index is red. Raises Refused."""
-    retry, path = Retry(manager.settings.retry_seconds), f"/_cluster/health/{','.join(indices)}"
+def await_primaries(
+    manager: OpenSearchBaseManager, index: str, limit_s: float, failure: type[OperationFailed] = Refused
+) -> bool:
+    """Wait until the index is not red; say whether that took any time. Raises `failure` after `limit_s`."""
+    retry, path = Retry(limit_s), f"/_cluster/health/{index}"
     while True:
-        health = manager.request("GET", path, params={"level": "indices"}).data["indices"]
-        if not (red := ", ".join(index for index in indices if health[index]["status"] == "red")):
-            return
-        if not retry.wait(f"index {red} is red: a shard has no active copy; checking again"):
-            raise Refused(f"index {red} is red: a shard has no active copy (see GET _cluster/allocation/explain); "
-                          "nothing was changed, run again")  # fmt: skip
+        if manager.request("GET", path).data["status"] != "red":
+            return retry.attempt > 0
+        if not retry.wait(f"index {index} is red: a shard has no active copy; checking again"):
+            unchanged = "; nothing was changed" if failure is Refused else ""
+            raise failure(f"index {index} is red: a shard has no active copy{unchanged}. See GET "
+                          "_cluster/allocation/explain, and run again when it is yellow")  # fmt: skip
 
 
 def fields_in(definition: Mapping[str, Any]) -> int:
-    """Count a field as the server's limit does: with its multi-fields, and with those that a text has hidden."""
+    """Count a field as the server does: with its multi-fields and the hidden fields of a text field."""
     hidden = ("index_prefixes" in definition) + bool(definition.get("index_phrases"))
     return 1 + hidden + sum(map(fields_in, definition.get("fields", {}).values()))
 
 
 def refuse_too_many_fields(index: str, found: Mapping[str, Any], added: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise Refused if these fields, by their full names, are more than may be added to the mapping."""
+    """Raise Refused if adding these fields, by their full names, would exceed the limit of the mapping."""
     held, name = dict(field_definitions(found["mappings"])), "index.mapping.total_fields.limit"
     objects = {parent for field in added for parent in parents_of(field)} - {*held, *added}
     needed = len(objects) + sum(map(fields_in, [*held.values(), *added.values()]))
     if added and needed > (limit := int(found["settings"].get(name, 1000))):
         raise Refused(
             f"index {index} would have {needed:,} fields with the new ones ({', '.join(added)[:200]}), and {name} is "
-            f'{limit:,}; nothing was changed. Raise it: PUT /{index}/_settings {{"{name}": {needed}}}, or take columns '
-            "out of the files"
+            f'{limit:,}; nothing was changed. Raise it: PUT /{index}/_settings {{"{name}": {needed}}}, or remove '
+            "columns from the files"
         )
 
 
-# --- what an index and its copies hold --------------------------------------------------------------------------------
+# --- documents and shard copies ---------------------------------------------------------------------------------------
 
 
 def result_window(settings: Mapping[str, Any]) -> int:
-    """Return how many documents one search of an index with these settings may return."""
+    """Return the maximum number of documents that one search may return."""
     return int(settings.get("index.max_result_window", DEFAULT_WINDOW))
 
 
-def verify_sees_everything(manager: OpenSearchBaseManager, index: str) -> None:
+def verify_sees_everything(manager: OpenSearchBaseManager, index: str, found: Mapping[str, Any] | None = None) -> None:
     """Raise OperationFailed if document-level security hides documents of an index from this user."""
-    if any(definition.get("type") == "nested" for _, definition in field_definitions(manager.get_mapping(index))):
-        return  # _stats counts the nested objects too
-    for _ in range(3):  # another client may be writing in between
+    mapping = (found or manager._verify_index_exists(index))["mappings"]
+    if any(definition.get("type") == "nested" for _, definition in field_definitions(mapping)):
+        return  # _stats also counts nested objects
+    for _ in range(3):  # another client may write in between
         seen, stats = manager._get_index_count(index), manager.request("GET", f"/{index}/_stats/docs", accept=[403])
-        if stats.status == 403:  # a backup index, or a role without this: unknown
+        if stats.status == 403:  # a backup index, or a role without this permission: unknown
             return
         live = int(stats.data["indices"][index]["primaries"]["docs"]["count"])
         if live <= seen or manager._get_index_count(index) != seen:
             return
     raise OperationFailed(
-        f"index {index} holds {live:,} documents, and {manager.who} sees {seen:,} of them: "
+        f"index {index} holds {live:,} documents, but {manager.who} sees only {seen:,} of them: "
         "document-level security hides the others; give this user a role without it"
     )
 
 
 def await_replicas(manager: OpenSearchBaseManager, index: str) -> None:
-    """Wait until each active copy of an index holds what its primary holds: with segment replication it may lag.
+    """Wait until the replicas of an index have caught up with their primaries: with segment replication, they may lag.
 
-    Readers, copies and deletions are served by any copy. Raises Refused after WAIT_SECONDS.
+    Searches, copies and deletions read from any copy. Raises Refused after WAIT_SECONDS.
     """
-    settings, wait_seconds = manager._verify_index_exists(index), manager.settings.wait_seconds
+    settings, wait_seconds = manager._verify_index_exists(index)["settings"], manager.settings.wait_seconds
     if settings.get("index.replication.type") != "SEGMENT" or settings["index.number_of_replicas"] == "0":
         return
     began, complete, shards = time.monotonic(), 0, manager.shard_stats(index)
     progress = Progress(f"waiting for the replicas of {index}", len(shards), "shards")
     while (behind := lagging_shards(shards)) is not None:
         complete = 0 if behind else complete + 1
-        if complete == 2:  # one reading is not enough: a replica may not have heard of the last change yet
+        if complete == 2:  # once is not enough: a replica may not have received the last checkpoint yet
             return progress.close()
         if behind and time.monotonic() - began > wait_seconds:
             raise Refused(
-                f"index {index}: in {behind} of {len(shards)} shards a replica lags behind its primary after "
-                f"{wait_seconds:g} s; see GET _cat/segment_replication/{index}, and run again"
+                f"index {index}: in {behind} of {len(shards)} shards a replica still lags behind its primary after "
+                f"{wait_seconds:g} s; see GET _cat/segment_replication/{index} and run again"
             )
         progress.update(len(shards) - behind)
         time.sleep(1)
         shards = manager.shard_stats(index)
-    log.warning("index %s replicates segments, and this version does not report how far: replicas may lag", index)
+    log.warning("index %s uses segment replication, and this version cannot report its progress: replicas may lag",
+                index)  # fmt: skip
 
 
 def lagging_shards(shards: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
-    """Return in how many shards an active copy lags behind its primary; None before 2.10, which does not report it.
+    """Return the number of shards with an active copy that lags behind its primary; None if that is not reported.
 
-    Neither number is enough: in some versions the primary counts the bytes, in others each replica, against the last
-    checkpoint that it has heard of; and a replica may know from the translog of documents that no search sees yet.
+    Two values are needed: bytes behind are reported by the primary in some versions, in others by each replica and
+    against the last checkpoint that it received; and the translog may hold documents that no search sees yet.
     """
     lagging = 0
     for copies in shards.values():
@@ -1798,73 +1779,72 @@ def lagging_shards(shards: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | N
 
 
 class Marker:
-    """What says, in `_meta` of an index's mapping, that the index is unfinished: `{started, host, found, set}`.
+    """The marker in `_meta` of an index's mapping means that the index is unfinished: `{started, host, found, set}`.
 
-    `set` has the settings that were changed for the load, `found` their values before (None: the default). `own` is the
-    marker of this run, for as long as it is in the index. While an index is cloned, its marker also has `source`, its
-    UUID: the clone, which gets a copy of the marker, is unfinished, and the source is not.
+    `set` holds the settings that were changed for the load, `found` their previous values (None: the default). `own` is
+    the marker of this run while it is in the index. While an index is cloned, its marker also holds `source`, the UUID
+    of the index: the clone, which inherits the marker, is unfinished; the source is not.
     """
 
     def __init__(self, manager: OpenSearchBaseManager, index: str) -> None:
         self.manager, self.index = manager, index
         self.own: dict[str, Any] | None = None
 
-    def read(self) -> dict[str, Any] | None:
-        """Return the marker, of whatever run, or None."""
-        marker: dict[str, Any] | None = self._meta().get(SUITE)
+    def read(self, found: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """Return the marker of any run, or None; `found` saves reading the index once more."""
+        marker: dict[str, Any] | None = self._meta(found).get(SUITE)
         return marker
 
     def is_of_clone_source(self, marker: Mapping[str, Any]) -> bool:
         return "source" in marker and marker["source"] == self.manager.index_uuid(self.index)
 
-    def refuse(self, what_to_do: str) -> None:
+    def refuse(self, what_to_do: str, found: Mapping[str, Any] | None = None) -> None:
         """Raise Refused if the index is unfinished."""
-        if (marker := self.read()) and not self.is_of_clone_source(marker):
+        if (marker := self.read(found)) and not self.is_of_clone_source(marker):
             raise Refused(
-                f"index {self.index} is unfinished: a load on {marker.get('host')}, started {marker.get('started')}, "
-                f"did not succeed; {what_to_do}"
+                f"index {self.index} is unfinished: a load on {marker.get('host')}, started at "
+                f"{marker.get('started')}, did not succeed; {what_to_do}"
             )
 
     def write(self, found: Mapping[str, Any], wanted: Mapping[str, str], **more: Any) -> bool:
-        """Write the marker of this run; return False, with a warning, if the cluster rejects it."""
-        meta = self._meta()
+        """Write the marker of this run; return False and log a warning if the cluster rejects it."""
         self.own = {  # before the request: a signal may arrive in between
             "started": utc(time.time()), "host": self.manager.host,
-            "found": {name: found.get(name) for name in wanted}, "set": dict(wanted), **more,
+            "found": {name: found["settings"].get(name) for name in wanted}, "set": dict(wanted), **more,
         }  # fmt: skip
         try:
-            self._put(meta, self.own)
+            self._put(self._meta(found), self.own)
             return True
         except OutcomeUnknown:
             raise
         except RequestFailed as error:
-            log.warning("index %s: the marker cannot be written, so its settings stay as they are: %s",
+            log.warning("index %s: the marker cannot be written, so the settings stay unchanged: %s",
                         self.index, error)  # fmt: skip
             self.own = None
             return False
 
     def replace(self, former: Mapping[str, Any] | None = None) -> None:
-        """Remove the marker of this run, or put the former one in its place.
+        """Remove the marker of this run, or replace it by the former one.
 
-        Raises OperationFailed if the index has another run's marker by now; that one stays.
+        Raises OperationFailed if the index now has the marker of another run; that one stays.
         """
         if self.own is None:
             return
         meta = self._meta()
         if (there := meta.get(SUITE)) != self.own:
             raise OperationFailed(
-                f"index {self.index}: another run has started to fill it, and its marker stays: {there}; make sure "
-                "that one of the two has succeeded, or run again"
+                f"index {self.index}: another run has started to fill it; its marker stays: {there}. Make sure that "
+                "one of the two runs succeeded, or run again"
             )
         self._put(meta, former)
 
-    def recover(self) -> None:
-        """Restore what a run that did not succeed has left; its marker stays on an index that is unfinished."""
-        if not (marker := self.read()):
+    def recover(self, found: Mapping[str, Any] | None = None) -> None:
+        """Undo the changes of a run that did not succeed; its marker stays on an index that is unfinished."""
+        if not (marker := self.read(found)):
             return
         cloned = self.is_of_clone_source(marker)
         state = "was being cloned" if cloned else "is unfinished"
-        log.warning("index %s %s: a run on %s, started %s, did not succeed", self.index, state, marker.get("host"),
+        log.warning("index %s %s: a run on %s, started at %s, did not succeed", self.index, state, marker.get("host"),
                     marker.get("started"))  # fmt: skip
         if self.manager.dry_run:
             return
@@ -1874,25 +1854,25 @@ class Marker:
             self.replace()
 
     def restore_settings(self, marker: Mapping[str, Any] | None) -> None:
-        """Restore each setting that still has the value of the load, and read it back; others were changed since."""
-        current = self.manager._verify_index_exists(self.index)
+        """Restore each setting that still has the value of the load, and read it back."""
+        current = self.manager._verify_index_exists(self.index)["settings"]
         found, changed = (marker["found"], marker["set"]) if marker else ({}, {})
         left = {name: value for name, value in found.items() if current.get(name) == changed.get(name)}
         if not left:
             return
         self.manager.request("PUT", f"/{self.index}/_settings", left)
-        now = self.manager._verify_index_exists(self.index)
+        now = self.manager._verify_index_exists(self.index)["settings"]
         if wrong := [name for name, value in left.items() if now.get(name) != value]:
-            raise OperationFailed(f"index {self.index}: {', '.join(wrong)} could not be restored; run again")
+            raise OperationFailed(f"index {self.index}: cannot restore {', '.join(wrong)}; run again")
         shown = (f"{name}={'default' if value is None else value}" for name, value in left.items())
         log.info("index %s: restored %s", self.index, ", ".join(shown))
 
-    def _meta(self) -> dict[str, Any]:
-        meta: dict[str, Any] = self.manager.get_mapping(self.index).get("_meta", {})
+    def _meta(self, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        meta: dict[str, Any] = (found or self.manager._verify_index_exists(self.index))["mappings"].get("_meta", {})
         return meta
 
     def _put(self, meta: Mapping[str, Any], marker: Mapping[str, Any] | None) -> None:
-        """Write `_meta` with this marker or without one; an update replaces all of it, so others' entries go along."""
+        """Write `_meta` with this marker or without one; an update replaces all entries, so others are included."""
         others = {key: value for key, value in meta.items() if key != SUITE}
         self.manager.request(
             "PUT", f"/{self.index}/_mapping", {"_meta": {**others, SUITE: marker} if marker else others}
@@ -1900,7 +1880,7 @@ class Marker:
 
 
 def load_settings(found: Mapping[str, Any], without_replicas: bool) -> dict[str, str]:
-    """Return the settings to change for the duration of a load, less those that have the value already."""
+    """Return the settings to change during a load, without those that already have the value."""
     wanted = {"index.refresh_interval": "-1"}
     if without_replicas and found.get("index.auto_expand_replicas", "false") == "false":
         wanted["index.number_of_replicas"] = "0"
@@ -1911,88 +1891,92 @@ class TargetIndex:
     """An index that is about to be filled, from the lock to the last count.
 
         target = TargetIndex(manager, "my_index_primary")
-        target.claim()                      # no other task works on it, and what a crashed run left is recovered
+        target.claim()                      # locked, recovered after a crashed run, no task is modifying it
         with target.fill():                 # marked as unfinished, settings of a load
-            ...                             # it is emptied, documents come in
+            ...                             # empty it, add documents
             target.restore_settings()
-            ...                             # counted
+            ...                             # count
                                             # the marker is removed: only now is the index finished
 
-    What a kill leaves on the server, by the request that was sent last. The next script that is to write to the index,
-    on any host, recovers it: `claim` restores the settings, and a `fill` that succeeds replaces the marker. Until then
+    State on the server after a kill, by the last request that was sent. The next script that writes to the index, on
+    any host, recovers it: `claim` restores the settings, and a successful `fill` replaces the marker. Until then,
     switch_alias.py refuses the index, and reindex.py does not copy from it.
 
         marker written            marker; all documents are there
         settings changed          marker, refresh interval -1 (and 0 replicas, if requested)
-        deletion, documents       the same, and some of the documents; a server-side task goes on: claim() cancels the
-                                  tasks of this host, waits for those of another host, refuses another client's
+        deletion, documents       the same, and some of the documents; a server-side task may be running: claim()
+                                  cancels tasks of this host, waits for those of another host, refuses other clients'
         settings restored         marker; the documents are not counted
         marker removed            nothing to recover
 
-    index_cleanup.py adds the states of an index that is recreated. If no marker can be written, nothing shows that an
-    index is unfinished.
+    index_cleanup.py adds the states of an index that is recreated. If the marker cannot be written, an unfinished index
+    cannot be recognized.
     """
 
     def __init__(self, manager: OpenSearchBaseManager, name: str, *, shared: bool = False) -> None:
         self.manager, self.name, self.shared = manager, name, shared
         self.marker = Marker(manager, name)
         self.uuid = ""
-        self.found: dict[str, Any] = {}  # aliases, mappings and settings when it was claimed
+        self.found: dict[str, Any] = {}  # aliases, mappings and settings at the claim
         self.emptied = False  # at least partly
         self.obstacles: Sequence[str] = TO_FILL
 
     def claim(self, *, may_be_live: bool = False, may_be_missing: bool = False, alias: str = "") -> None:
         """Lock the index and recover it; a dry run changes nothing.
 
-        `alias` is the one that readers will have left when the index is emptied; any other one keeps it live.
-
-        Raises Locked, Refused if it is live or another client is working on it, OperationFailed if it is missing.
+        Readers of `alias` will have left the index before it is emptied; any other alias keeps it live. Raises Locked,
+        Refused (it is live, or another client is modifying it) or OperationFailed (it is missing).
         """
         self.manager.lock(self.name, shared=self.shared)
-        self.require_permissions()
-        self.recover_index()
+        found = self.manager.read_index(self.name, accept=[403, 404])
+        self.require_permissions(found is not None)
+        found = self.recover_index(found)
         self.marker = Marker(self.manager, self.name)
-        if may_be_missing and not self.manager.index_exists(self.name):
+        if may_be_missing and not (found := found or self.manager.read_index(self.name)):
             return
-        found = self.manager.read_indices(self.name)[self.name]
-        self.uuid, self.found = found["settings"]["index.uuid"], found
+        found = self.read(found)
         refuse_unusable(self.name, found, self.obstacles)
-        self.await_primaries()
+        if self.await_primaries():
+            found = self.read()
         if not may_be_live:
-            self.refuse_live()
+            self.refuse_live(found)
         elif alias and (others := sorted({*found["aliases"]} - {alias})):
             arguments = ["--alias", others[0], "--source", self.name, "--target", "ITS_OWN_INDEX"]
             raise Refused(
-                f"index {self.name} is to be emptied, but alias {', '.join(others)} points at it too; nothing was "
-                "changed. Give that alias an index of its own, and move it there: "
+                f"index {self.name} is to be emptied, but alias {', '.join(others)} also points at it; nothing was "
+                f"changed. Give that alias its own index and move it there: "
                 f"{script_command('switch_alias.py', *arguments)}"
             )
         elif aliases := ", ".join(sorted(found["aliases"])):
             log.info("index %s is live: alias %s points at it", self.name, aliases)
-        self.manager.await_tasks(self.name, exclusive=not self.shared)
-        self.marker.recover()
+        if self.manager.await_tasks(self.name, exclusive=not self.shared):
+            found = self.read()
+        self.marker.recover(found)
 
-    def require_permissions(self) -> None:
-        """Raise OperationFailed if the user may not do all that the script needs to do."""
-        there = self.exists()  # a bulk request would create a missing index
-        probes = [probe for probe in self.manager.probes if there or "_bulk" not in probe.path]
+    def read(self, found: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Remember the state of the index, read now unless it is given, and return it; the first UUID counts."""
+        self.found = found or self.manager._verify_index_exists(self.name)
+        self.uuid = self.uuid or self.found["settings"]["index.uuid"]
+        return self.found
+
+    def require_permissions(self, exists: bool) -> None:
+        """Raise OperationFailed if the user lacks a permission that the script needs."""
+        probes = [probe for probe in self.manager.probes if exists or "_bulk" not in probe.path]  # it would create it
         require_permissions(self.manager, probes)
 
-    def exists(self) -> bool:
-        response = self.manager.request("GET", f"/{self.name}", accept=[403, 404])
-        return response.status == 200 and self.name in response.data
+    def await_primaries(self) -> bool:
+        return await_primaries(self.manager, self.name, self.manager.settings.retry_seconds)
 
-    def await_primaries(self) -> None:
-        await_primaries(self.manager, self.name)
+    def recover_index(self, found: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Recover a missing index, and return its state; here there is nothing to recover it from."""
+        return found
 
-    def recover_index(self) -> None:
-        """Recover a missing index; here there is nothing to recover it from."""
-
-    def refuse_live(self) -> None:
-        if aliases := self.manager._check_index_aliases(self.name):
+    def refuse_live(self, found: Mapping[str, Any] | None = None) -> None:
+        """Raise Refused if an alias points at the index now, or did when `found` was read."""
+        if aliases := sorted((found or self.manager._verify_index_exists(self.name))["aliases"]):
             raise Refused(
                 f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give the "
-                "other index, or move readers there first (switch_alias.py)"
+                "other index, or first move readers there (switch_alias.py)"
             )
 
     def verify_same(self) -> None:
@@ -2002,13 +1986,14 @@ class TargetIndex:
     def fill(self, *, loading: bool = True, without_replicas: bool = False) -> Iterator[None]:
         """Mark the index as unfinished until the body has succeeded.
 
-        With `loading`, its refresh interval is -1 meanwhile (and replicas 0, if requested), unless the marker cannot be
-        written: the body calls `restore_settings` before it counts. If the body fails, they are restored here and the
-        marker stays; if even that fails, or the process is killed, `claim` of the next run restores them.
+        With `loading`, the refresh interval is -1 (and replicas 0, if requested) unless the marker cannot be written;
+        the body calls `restore_settings` before it counts. If the body fails, the settings are restored here and the
+        marker stays; if that fails too, or the process is killed, `claim` of the next run restores them.
         """
-        self.refuse_live()
-        found, former = self.manager._verify_index_exists(self.name), self.marker.read()
-        wanted = load_settings(found, without_replicas) if loading else {}
+        found = self.manager._verify_index_exists(self.name)
+        self.refuse_live(found)
+        former = self.marker.read(found)
+        wanted = load_settings(found["settings"], without_replicas) if loading else {}
         try:
             if self.marker.write(found, wanted):
                 self._change_settings(wanted)
@@ -2019,14 +2004,14 @@ class TargetIndex:
                 if isinstance(failure, Refused) and not self.emptied:
                     self.marker.replace(former)
             except OperationFailed as error:
-                log.error("index %s: its settings are not restored yet, the next run restores them: %s",
+                log.error("index %s: its settings are not restored yet; the next run restores them: %s",
                           self.name, error)  # fmt: skip
             raise
         self.verify_same()
         self.marker.replace()  # only now is the index finished
 
     def restore_settings(self) -> None:
-        """Restore what `fill` has changed, and read it back."""
+        """Restore the settings that `fill` has changed."""
         if self.marker.own:
             self.marker.restore_settings(self.marker.own)
 
@@ -2044,14 +2029,14 @@ class TargetIndex:
 
 
 def parents_of(name: str) -> set[str]:
-    """Return the objects that a field is part of: `a` and `a.b` of `a.b.c`."""
+    """Return the objects that contain a field: `a` and `a.b` for `a.b.c`."""
     return set(itertools.accumulate(name.split(".")[:-1], "{}.{}".format))
 
 
 def field_definitions(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each field of a mapping, objects included, by its full path, with its definition.
+    """Yield the full path and the definition of each field of a mapping, objects included.
 
-    Of an object it is less its `properties`, which follow as fields of their own; multi-fields (`fields`) stay in it.
+    The definition of an object lacks `properties`: they follow as separate fields; multi-fields (`fields`) stay in it.
     """
     for name, definition in mapping.get("properties", {}).items():
         yield prefix + name, {key: value for key, value in definition.items() if key != "properties"}

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from index_cleanup import CannotReplace, ClearableIndex, read_index
+from index_cleanup import CannotReplace, ClearableIndex
 from opensearch_base_manager import (
     TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused,
     RequestFailed, Response, TooMuchAtOnce, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
@@ -24,6 +24,7 @@ from opensearch_base_manager import (
 
 WRITE_BLOCK = {"index.blocks.write": "true"}
 EXPANSION = "index.auto_expand_replicas"
+REPLICATION_TYPE = "index.replication.type"  # of all settings, a clone alone does not take over this one
 BATCH_SIZE = 5000  # documents per scroll batch; copies 8 to 15 % faster than the server's default of 1000
 BATCH_BYTES = 32 * 1024 * 1024  # of all slices, in the store; a node accepts 10 % of its heap, uncompressed
 SAMPLE_SIZE, SAMPLE_BYTES = 50, 8 * 1024 * 1024  # compared after a copy: documents per shard, and bytes of all shards
@@ -79,8 +80,9 @@ class Clone:
         replicas = self._replicas_of_target(former)
         self.marker.restore_settings(former)
         found = self.manager._verify_index_exists(self.source)
-        wanted = {name: value for name, value in WRITE_BLOCK.items() if found.get(name) != value}
-        if not self.marker.write(found, wanted, source=found["index.uuid"], replicas=replicas):
+        source_uuid = found["settings"]["index.uuid"]
+        wanted = {name: value for name, value in WRITE_BLOCK.items() if found["settings"].get(name) != value}
+        if not self.marker.write(found, wanted, source=source_uuid, replicas=replicas):
             raise CannotReplace("the marker cannot be written")
         if wanted:
             self.manager.request("PUT", f"/{self.source}/_settings", wanted)
@@ -89,8 +91,9 @@ class Clone:
             self.target.verify_same()
             self.target.delete_index()
         # the clone would keep a null in its settings, so unwanted settings are removed afterwards
-        self._create({**replicas, EXPANSION: replicas[EXPANSION] or "false"}, found["index.uuid"])
-        self._await_primaries()
+        given = {name: found["settings"][name] for name in (REPLICATION_TYPE,) if name in found["settings"]}
+        self._create({**replicas, **given, EXPANSION: replicas[EXPANSION] or "false"}, source_uuid)
+        await_primaries(self.manager, self.target.name, self.manager.settings.wait_seconds, OperationFailed)
         left = {**dict.fromkeys(WRITE_BLOCK), EXPANSION: replicas[EXPANSION]}
         self.manager.request("PUT", f"/{self.target.name}/_settings", left)
 
@@ -105,15 +108,15 @@ class Clone:
         """Remove the block and, unless the target is missing, the marker from the source."""
         if self.marker.own:
             self.marker.restore_settings(self.marker.own)
-            if self.manager.index_exists(self.target.name):
+            if self.manager.read_index(self.target.name):
                 self.marker.replace()
 
     def _replicas_of_target(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the target's numbers of replicas; those in the marker of a run that has deleted it and crashed."""
         if self.target.uuid:
-            found = self.manager._verify_index_exists(self.target.name)
+            found = self.manager._verify_index_exists(self.target.name)["settings"]
         else:
-            found = (former or {}).get("replicas") or self.manager._verify_index_exists(self.source)
+            found = (former or {}).get("replicas") or self.manager._verify_index_exists(self.source)["settings"]
         expansion = found.get(EXPANSION, "false")
         return {"index.number_of_replicas": found["index.number_of_replicas"],
                 EXPANSION: None if expansion == "false" else expansion}  # fmt: skip
@@ -121,24 +124,12 @@ class Clone:
     def _create(self, settings: Mapping[str, Any], source_uuid: str) -> None:
         """Create the clone. If a response was lost, the repeated request is rejected, but the clone is there."""
         response = self._send(settings)
-        made = read_index(self.manager, self.target.name)
+        made = self.manager.read_index(self.target.name)
         if not made:
             raise self.manager.failure(f"_clone of {self.source}", response.status, response.body)
         if made["settings"].get("index.resize.source.uuid") != source_uuid:
             raise OperationFailed(f"another client has created index {self.target.name}; delete it and run again")
         self.target.uuid = made["settings"]["index.uuid"]
-
-    def _await_primaries(self) -> None:
-        """Wait until each shard of the clone has an active copy. Raises OperationFailed after WAIT_SECONDS."""
-        began, path = time.monotonic(), f"/_cluster/health/{self.target.name}"
-        params = {"wait_for_status": "yellow", "timeout": "30s"}
-        while self.manager.request("GET", path, params=params, accept=[408]).status == 408:
-            if time.monotonic() - began > self.manager.settings.wait_seconds:
-                raise OperationFailed(
-                    f"clone {self.target.name} has shards without an active copy; see GET _cluster/allocation/explain, "
-                    "and run again"
-                )
-            log.info("waiting for the shards of clone %s", self.target.name)
 
     def _send(self, settings: Mapping[str, Any]) -> Response:
         """Ask for a clone; return the response, also if the cluster rejects the request (400)."""
@@ -186,40 +177,40 @@ class Reindex(OpenSearchBaseManager):
         """Claim the target, and check that the source is complete and can be copied; return the source's UUID."""
         self.lock(self.source, shared=not self.clone)  # so that a task on it is known to be running
         self.target.claim(may_be_missing=self.clone is not None)
-        found = self.read_indices(self.source)[self.source]
+        found = self._verify_index_exists(self.source)
         refuse_unusable(self.source, found, TO_READ)
-        await_primaries(self, self.source)
-        verify_sees_everything(self, self.source)
+        if await_primaries(self, self.source, self.settings.retry_seconds):
+            found = self._verify_index_exists(self.source)
+        verify_sees_everything(self, self.source, found)
         marker = Marker(self, self.source)
         # if another client has moved readers to it, only the target may be complete
-        marker.refuse(f"load it again, or move readers to {self.target.name}, before it is copied")
+        marker.refuse(f"load it again, or move readers to {self.target.name}, before it is copied", found)
         if self.clone and (obstacle := self.clone.obstacle()):
             self._copy_instead(obstacle)
         if not self.clone:
-            marker.recover()
-            if self.target.count_unless_red() is not None:
-                verify_sees_everything(self, self.target.name)
-            self._compare_fields()
+            marker.recover(found)
+            self.target.verify_sees_everything()
+            self._compare_fields(found)
         return str(found["settings"]["index.uuid"])
 
     def _copy_instead(self, obstacle: str) -> None:
         log.warning("%s cannot be cloned, copying its documents instead: %s", self.source, obstacle)
         self.clone = None
-        self.target.uuid = self.index_uuid(self.target.name)
+        self.target.read()
 
-    def _compare_fields(self) -> None:
-        found = self.read_indices(self.source, self.target.name)
-        missing, different = compare_fields(*(found[index]["mappings"] for index in (self.source, self.target.name)))
+    def _compare_fields(self, source: Mapping[str, Any]) -> None:
+        target = self.target.found
+        missing, different = compare_fields(source["mappings"], target["mappings"])
         if different:
             raise Refused(
                 f"fields defined differently in {self.source} and {self.target.name}: {', '.join(different)}; "
                 f"recreate {self.target.name} with the mapping of {self.source}"
             )
-        definitions = dict(field_definitions(found[self.source]["mappings"]))
-        refuse_too_many_fields(self.target.name, found[self.target.name], {name: definitions[name] for name in missing})
+        definitions = dict(field_definitions(source["mappings"]))
+        refuse_too_many_fields(self.target.name, target, {name: definitions[name] for name in missing})
         if missing:
             log.info("fields to be added to %s: %s", self.target.name, ", ".join(missing))
-        pipeline = found[self.target.name]["settings"].get("index.final_pipeline", "_none")
+        pipeline = target["settings"].get("index.final_pipeline", "_none")
         if pipeline != "_none":
             log.warning("index %s has the final pipeline %s, which processes the copied documents again",
                         self.target.name, pipeline)  # fmt: skip
@@ -238,7 +229,7 @@ class Reindex(OpenSearchBaseManager):
         except CannotReplace as error:
             self.clone.abandon()
             self._copy_instead(str(error))
-            self._compare_fields()
+            self._compare_fields(self._verify_index_exists(self.source))
             return {}
         except BaseException:
             self._abandon_clone(self.clone)
@@ -265,8 +256,8 @@ class Reindex(OpenSearchBaseManager):
 
     def _add_missing_fields(self) -> None:
         """Define new fields as in the source; otherwise the copy would make the server guess their types (dates!)."""
-        source = self.get_mapping(self.source)
-        if compare_fields(source, self.get_mapping(self.target.name))[0]:
+        source, target = (self._verify_index_exists(index)["mappings"] for index in (self.source, self.target.name))
+        if compare_fields(source, target)[0]:
             self.request("PUT", f"/{self.target.name}/_mapping", {"properties": source["properties"]})
 
     def _copy(self, total: int) -> dict[str, Any]:
@@ -296,7 +287,7 @@ class Reindex(OpenSearchBaseManager):
 
     def _first_batch_size(self) -> int:
         """Estimate from the size of the stored documents how many per slice fit into the cluster's memory."""
-        settings = self._verify_index_exists(self.source)
+        settings = self._verify_index_exists(self.source)["settings"]
         slices = min(int(settings["index.number_of_shards"]), MAX_SLICES)
         fitting = int(BATCH_BYTES / slices / max(self._bytes_per_document(), 1))
         return max(1, min(BATCH_SIZE, result_window(settings), fitting))

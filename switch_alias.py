@@ -366,7 +366,7 @@ class Audit:
     def _compare_settings(self) -> None:
         """Raise Refused if readers would notice the target's settings, or if these are not supported."""
         params = {"flat_settings": "true", "include_defaults": "true"}
-        found = {index: self.switch.request("GET", f"/{index}/_settings", params=params).data[index]
+        found = {index: self.switch.request("GET", f"/{index}", params=params).data[index]
                  for index in self.views}  # fmt: skip
         for index, alias in self.alias.items():
             refuse_unsupported(index, found[index]["settings"], alias)
@@ -420,7 +420,7 @@ class Audit:
     # --- fields ---
 
     def _mappings(self) -> list[dict[str, Any]]:
-        return [self.switch.get_mapping(index) for index in self.views]
+        return [self.switch._verify_index_exists(index)["mappings"] for index in self.views]
 
     def _compare_fields(self, before: int, after: int) -> None:
         """Raise Refused if fields are defined differently, or if too large a share of the documents has lost one."""
@@ -645,11 +645,12 @@ class SwitchAlias(OpenSearchBaseManager):
     def _check_pair(self, indices: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise Refused for whatever would prevent the switch, independent of the data that the target will hold."""
         # a crashed run may have deleted the target: the step that fills it restores it, or reports that it is missing
-        there = [self.source, self.target] if self.index_exists(self.target) else [self.source]
-        found = self.read_indices(*there)
-        for index in there:
-            refuse_unusable(index, found[index], TO_MOVE_ALIAS)
-        await_primaries(self, self.source)
+        found, target = {self.source: self._verify_index_exists(self.source)}, self.read_index(self.target)
+        if target:
+            found[self.target] = target
+        for index, state in found.items():
+            refuse_unusable(index, state, TO_MOVE_ALIAS)
+        await_primaries(self, self.source, self.settings.retry_seconds)
         if others := sorted({*found[self.source]["aliases"]} - {self.alias}):
             log.warning("alias %s points at %s too: a refresh that would empty this index is refused; give that alias "
                         "an index of its own", ", ".join(others), self.source)  # fmt: skip
@@ -658,7 +659,7 @@ class SwitchAlias(OpenSearchBaseManager):
                         "or a deletion may be lost with its node", moving)  # fmt: skip
         if self.settings.disk_check:
             check_disk(self, self.source)
-        if len(there) == 2:
+        if target:
             if self.settings.refresh_strategy == "copy-back" and self.source != self.settings.source:
                 self.settings.accept_settings = ["*"]  # readers return to the index that they normally use
             Audit(self, indices).check_beforehand()

@@ -82,12 +82,12 @@ INDEX_PERMISSIONS = """
 indices:data/read/search indices:admin/shards/search_shards indices:data/write/bulk* indices:data/write/index
 indices:data/write/delete indices:data/write/delete/byquery indices:admin/mapping/put indices:admin/refresh*
 indices:admin/flush* indices:admin/forcemerge indices:admin/aliases indices:admin/aliases/get indices:admin/get
-indices:admin/mappings/get indices:monitor/settings/get indices:admin/settings/update indices:monitor/stats
+indices:admin/settings/update indices:monitor/stats
 """.split()
 # What the method recreate needs besides, on the indices and on their backup indices.
 RECREATE_PERMISSIONS = """
-indices:admin/create indices:admin/delete indices:admin/resize indices:admin/get indices:admin/aliases/get
-indices:monitor/settings/get indices:admin/mappings/get indices:data/read/search indices:admin/refresh*
+indices:admin/create indices:admin/delete indices:admin/resize indices:admin/get indices:data/read/search
+indices:admin/refresh*
 """.split()
 
 INTEGERS = """year month day dep_time sched_dep_time dep_delay arr_time sched_arr_time arr_delay flight air_time

@@ -354,10 +354,10 @@ FAILING = {
     "403": (answer(403, FORBIDDEN), "lacks indices:data/read/search"),
     "500": (answer(500, {"error": "odd"}), "500 odd"),
     "400": (answer(400, {"error": "odd"}), "400 odd"),
-    "429 for good": (answer(429), "given up after"),
-    "503 for good": (answer(503), "given up after"),
-    "no answer": (delayed(3), "given up after"),
-    "not JSON": (answer(200, "<html>"), "not an answer of OpenSearch"),
+    "429 for good": (answer(429), "gave up after"),
+    "503 for good": (answer(503), "gave up after"),
+    "no answer": (delayed(3), "gave up after"),
+    "not JSON": (answer(200, "<html>"), "the response is not from OpenSearch"),
 }
 
 

@@ -108,18 +108,18 @@ LOAD = "--bucket b --prefix p/ --index t-a"
         (bulkupdate, f'{LOAD} --delimiter "', "--delimiter: "),
         (bulkupdate, f"{LOAD} --delimiter=", "--delimiter: "),
         *[
-            (bulkupdate, f"--bucket {wrong} --prefix p/ --index t-a", "give the bucket's name alone")
+            (bulkupdate, f"--bucket {wrong} --prefix p/ --index t-a", "is not a bucket name; give the name alone")
             for wrong in ("s3://your-bucket", "your-bucket/", "arn:aws:s3:::your-bucket", "a/b")
         ],
         (bulkupdate, "--bucket b --prefix p/", "required: --index"),
-        (index_cleanup, "--index t-*", r"--index: 't-\*' is not the name"),
-        (index_cleanup, "--index t-a,t-b", "--index: 't-a,t-b' is not the name"),
-        (index_cleanup, "--index _all", "--index: '_all' is not the name"),
-        (index_cleanup, "--index <t-{now/d}>", "--index: '<t-{now/d}>' is not the name"),
-        (index_cleanup, "--index t-a/_doc", "--index: 't-a/_doc' is not the name"),
-        (index_cleanup, "--index T-A", "--index: 'T-A' is not the name"),
-        (index_cleanup, "--index t-%2a", "--index: 't-%2a' is not the name"),
-        (index_cleanup, "--index=", "--index: '' is not the name"),
+        (index_cleanup, "--index t-*", r"--index: 't-\*' is not an index name"),
+        (index_cleanup, "--index t-a,t-b", "--index: 't-a,t-b' is not an index name"),
+        (index_cleanup, "--index _all", "--index: '_all' is not an index name"),
+        (index_cleanup, "--index <t-{now/d}>", "--index: '<t-{now/d}>' is not an index name"),
+        (index_cleanup, "--index t-a/_doc", "--index: 't-a/_doc' is not an index name"),
+        (index_cleanup, "--index T-A", "--index: 'T-A' is not an index name"),
+        (index_cleanup, "--index t-%2a", "--index: 't-%2a' is not an index name"),
+        (index_cleanup, "--index=", "--index: '' is not an index name"),
         (reindex, "--source t-* --target t-b", "--source: 't-"),
         (switch_alias, "--alias t-x,t-y --source t-a --target t-b", "--alias: 't-x,t-y'"),
         (index_cleanup, "--index t-a --all", "unrecognized arguments: --all"),
@@ -134,12 +134,12 @@ def test_a_wrong_flag_is_a_usage_error_and_nothing_is_sent(script, argv, says, r
     ("script", "argv", "variables", "says"),
     [
         *[(index_cleanup, "--index t-a", *case) for case in [
-            ({"OPENSEARCH_PASSWORD": ""}, "OPENSEARCH_PASSWORD: not set"),
-            ({"OPENSEARCH_USERNAME": "", "OPENSEARCH_ENDPOINT": ""}, "ENDPOINT and OPENSEARCH_USERNAME: not set"),
+            ({"OPENSEARCH_PASSWORD": ""}, "OPENSEARCH_PASSWORD not set"),
+            ({"OPENSEARCH_USERNAME": "", "OPENSEARCH_ENDPOINT": ""}, "ENDPOINT and OPENSEARCH_USERNAME not set"),
             ({"OPENSEARCH_USERNAME": "a:b"}, "user name with a colon"),
-            ({"OPENSEARCH_ENDPOINT": "https://me:hidden@host"}, "the endpoint holds a user or password"),
-            ({"OPENSEARCH_ENDPOINT": "me:hidden@host"}, "the endpoint holds a user or password"),
-            ({"OPENSEARCH_ENDPOINT": "https://x.us-east-1.aoss.amazonaws.com"}, "Serverless has no _reindex"),
+            ({"OPENSEARCH_ENDPOINT": "https://me:hidden@host"}, "the endpoint contains a user or password"),
+            ({"OPENSEARCH_ENDPOINT": "me:hidden@host"}, "the endpoint contains a user or password"),
+            ({"OPENSEARCH_ENDPOINT": "https://x.us-east-1.aoss.amazonaws.com"}, "Serverless does not support _reindex"),
             ({"OPENSEARCH_ENDPOINT": "ftp://host"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://host:port"}, "endpoint is not a URL such as"),
             ({"OPENSEARCH_ENDPOINT": "https://[::1"}, "endpoint is not a URL such as"),
@@ -195,7 +195,8 @@ def test_without_aws_credentials_the_message_says_where_they_may_come_from(comma
     connect("", "", "")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert_says(run(*commands.copy), 2, "Parameter Store, /opensearch/", "credentials", "role, profile or variables")
+    outcome = run(*commands.copy)
+    assert_says(outcome, 2, "Parameter Store, /opensearch/", "credentials", "a role, a profile or variables")
 
 
 # --- Parameter Store --------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def test_missing_parameters_are_named(commands, run, box, name, connect, monkeyp
     prefix = f"/{name('parameters')}"
     sandbox.aws_client("ssm", box.environment).put_parameter(Name=f"{prefix}/endpoint", Value="x", Type="String")
     monkeypatch.setenv("OPENSEARCH_PARAMETER_PREFIX", prefix)
-    assert_says(run(*commands.copy), 1, f"{prefix}/username, {prefix}/password: no such parameter", "create it")
+    assert_says(run(*commands.copy), 1, f"Parameter Store has no {prefix}/username, {prefix}/password in", "create it")
 
 
 def test_a_denied_parameter_names_the_permission(commands, run, environment, connect, monkeypatch):
@@ -235,7 +236,7 @@ def test_a_wrong_password_names_the_user(commands, run, connect):
     ("command", "permission"),
     [
         ("switch", "indices:admin/aliases"), ("switch", "indices:data/read/search"),
-        ("copy", "indices:monitor/settings/get"), ("empty", "indices:admin/mappings/get"),
+        ("copy", "indices:admin/settings/update"), ("empty", "indices:admin/mapping/put"),
         ("empty", "cluster:monitor/tasks/lists"),
     ],
 )  # fmt: skip

@@ -108,7 +108,7 @@ def test_an_alias_that_comes_right_before_the_deletion_is_seen(index, name, recr
 
 def assert_deleted_instead(outcome, admin, index, former, reason):
     assert outcome.code == 0, outcome.err
-    assert f"index {index} cannot be recreated, its documents are deleted one by one" in outcome.err
+    assert f"index {index} cannot be recreated, so its documents are deleted instead" in outcome.err
     assert reason in outcome.err
     assert (uuid_of(admin, index), count(admin, index)) == (former, 0)
 
@@ -121,7 +121,7 @@ def test_without_a_permission_nothing_is_deleted(missing, index, may_recreate, r
     outcome = recreate(index, "--no-force-merge")
     assert_deleted_instead(outcome, admin, index, former, missing)
     if missing == "indices:admin/delete":
-        assert f"the empty index {index}-recreate stays" in outcome.err
+        assert f"the empty index {index}-recreate could not be deleted" in outcome.err
 
 
 def test_an_index_named_like_the_backup_is_left_alone(index, make_index, recreate, admin):
@@ -190,7 +190,7 @@ def test_an_index_that_a_template_for_its_name_alone_changes_stays_away_until_th
     for _ in range(2):
         outcome = recreate(index)
         assert outcome.code == 1
-        assert f"an index template (or another run) gives a new index {index}" in outcome.last
+        assert f"an index template (or another run) gave the new index {index}" in outcome.last
         assert list(admin("GET", f"/_alias/{live}")) == [other]
         assert list(admin("GET", f"/{index}*")) == [f"{index}-recreate"]
     assert (reader.finish(), reader.errors) == ([(4, 6.0)], [])
@@ -264,7 +264,7 @@ def deleted(index, recreate, proxy, admin):
     crash = crash_at(proxy, "PUT", f"^/{index}$", skip=1)
     outcome = recreate(index)
     assert outcome.code == 1, outcome.err
-    assert f"index {index} is not restored yet, the next run restores it" in outcome.err
+    assert f"index {index} is not restored yet; the next run restores it" in outcome.err
     assert not exists(admin, f"{index}") or list(admin("GET", f"/{index}*/_settings")) == [f"{index}-recreate"]
     proxy.rules.remove(crash)
     return wanted
@@ -474,7 +474,7 @@ def test_a_permission_that_is_lost_in_the_middle_is_named_and_what_stands_where(
     outcome = recreate(index)
     assert outcome.code == 1, outcome.err
     assert "lacks indices:admin/create" in outcome.last
-    assert f"index {index} is deleted, {index}-recreate holds its definition" in outcome.last
+    assert f"index {index} is deleted, and {index}-recreate holds its definition" in outcome.last
     assert "create it first" not in outcome.err
     may_recreate(*sandbox.RECREATE_PERMISSIONS)
     assert recreate(index).code == 0
@@ -488,7 +488,7 @@ def test_a_backup_that_may_not_be_read_is_not_treated_as_missing(method, deleted
     outcome = recreate(index, "--method", method)
     assert outcome.code == 1, outcome.err
     assert f"index {index} does not exist; create it first" in outcome.last
-    assert f"unless {index}-recreate holds its definition, which could not be read" in outcome.last
+    assert f"unless {index}-recreate holds its definition; that index cannot be read" in outcome.last
     assert "lacks indices:admin/get" in outcome.last
     may_recreate(*sandbox.RECREATE_PERMISSIONS)
     assert recreate(index).code == 0

@@ -444,7 +444,7 @@ def test_no_value_loses_a_character_between_the_file_and_a_step(arguments_of_the
 def test_the_whole_bucket_is_an_asterisk_and_an_empty_prefix_a_mistake(arguments_of_the_load, refresh):
     assert arguments_of_the_load(S3_PREFIX="*") == ("your-bucket", "")
     code, _, err = finish(refresh(""))
-    assert (code, err) == (2, "S3_PREFIX: it is empty; give a prefix, or '*' for the whole bucket\n")
+    assert (code, err) == (2, "S3_PREFIX is empty; give a prefix, or '*' for the whole bucket\n")
 
 
 # --- what it shows, and what it leaves for a monitor ------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_a_wrong_secret_is_refused_with_what_to_do(verifier, make_index, run, mo
     outcome = run(index_cleanup, "--index", make_index())
     assert outcome.code == 1
     assert "403 The request signature" in outcome.last or "403 " in outcome.last
-    assert "renew the AWS credentials, or let their policy allow es:ESHttp*" in outcome.last
+    assert "renew the AWS credentials, or allow es:ESHttp*" in outcome.last
     assert "wrong" not in outcome.err
 
 

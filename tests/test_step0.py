@@ -514,7 +514,7 @@ def test_a_header_that_is_no_csv_says_why(make_index, put_csv, run, content, sai
     [
         ("InvalidObjectState", "restore it"), ("RequestTimeTooSkewed", "clock"),
         ("SignatureDoesNotMatch", "secret"), ("AllAccessDisabled", "bucket"),
-        ("NoSuchBucket", "check its name"), ("AccessDenied", "IAM policy"), ("ExpiredToken", "credentials"),
+        ("NoSuchBucket", "check the name"), ("AccessDenied", "IAM policy"), ("ExpiredToken", "credentials"),
         ("SlowDown", "again"),
     ],
 )  # fmt: skip
@@ -568,5 +568,5 @@ def test_nothing_was_changed_is_not_said_after_a_first_round_of_deleting(make_in
     outcome = run(index_cleanup, "--index", index, "--no-force-merge")
     assert outcome.code == 4, outcome.err
     assert "nothing was changed" not in outcome.last
-    assert "30 documents" in outcome.last
+    assert "30 of its documents" in outcome.last
     assert count(admin, index) == 1

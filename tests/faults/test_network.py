@@ -127,7 +127,7 @@ def test_a_fault_that_passes_is_got_over(world, point, fault):
     world.expect(run, code=0)
     assert took_place(rule)
     what = f"{POINTS[point][0]} {path_of(world, point)}"
-    assert re.search(rf"WARNING .*{what}.*; (trying again|looking whether|checking where)", run.log), run.log
+    assert re.search(rf"WARNING .*{what}.*; (trying again|checking whether|checking where)", run.log), run.log
     world.assert_done()
 
 
@@ -289,7 +289,7 @@ def test_an_outage_that_outlasts_retry_seconds_ends_the_run(world):
 def test_a_user_who_is_no_longer_accepted_ends_the_run_and_is_named(world, point):
     rule = disturb(world, point, answer(401, "Unauthorized"), times=None)
     what = f"{POINTS[point][0]} {path_of(world, point)}"
-    message = rf"{what}\S*: 401 Unauthorized; user {sandbox.USER} is not accepted"
+    message = rf"{what}\S*: 401 Unauthorized; the cluster rejected user {sandbox.USER}"
     world.expect(world.refresh(), code=1, message=message)
     assert took_place(rule)
     world.heal()
@@ -307,6 +307,6 @@ def test_a_password_that_is_changed_during_the_run_ends_it(world, point, account
         run = world.refresh(**account.login)
     finally:
         change(OWN_PASSWORD)
-    world.expect(run, code=1, message=f"401 Unauthorized; user {account.user} is not accepted: check user and password")
+    world.expect(run, code=1, message=f"401 Unauthorized; the cluster rejected user {account.user}: check")
     assert took_place(rule)
     world.heal(**account.login)

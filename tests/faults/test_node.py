@@ -138,7 +138,7 @@ def test_a_copy_that_vanished_with_its_node_fails_and_the_next_run_heals(world, 
     node.restart()
     run = await_run(world, process)
     node.wait()
-    message = rf"copying {world.primary} to {world.secondary}: task \S+ vanished with its node.*run it again"
+    message = rf"copying {world.primary} to {world.secondary}: task \S+ disappeared .node restart.*run the step again"
     world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 1 copy")
     assert_outage_seen(world, run)
     assert len(world.documents(world.secondary)) == copied
@@ -153,7 +153,7 @@ def test_an_emptying_that_vanished_with_its_node_fails_and_the_next_run_heals(wo
     node.restart()
     run = await_run(world, process)
     node.wait()
-    message = rf"emptying {world.primary}: task \S+ vanished with its node.*run it again"
+    message = rf"emptying {world.primary}: task \S+ disappeared .node restart.*run the step again"
     world.expect(run, code=1, message=rf"(?s){message}.*FAILED at: 3 load")
     assert_outage_seen(world, run)
     assert len(world.documents(world.primary)) == len(OLD) - deleted
