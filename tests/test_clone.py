@@ -153,7 +153,7 @@ def test_a_client_that_writes_all_the_time_gets_errors_and_loses_nothing(pair, c
 
 
 def test_an_index_of_five_shards_is_cloned_whatever_the_templates(make_index, clone, look, admin, name, may_recreate):
-    source = make_index("source", NUMBER, docs=50, settings={"number_of_shards": 5})
+    source = make_index("source", NUMBER, docs=50, settings={"number_of_shards": 5, "replication.type": "SEGMENT"})
     brings = {"settings": {"index.default_pipeline": "missing"}, "mappings": {"properties": {"x": {"type": "long"}}}}
     template = {"index_patterns": [name("target")], "template": {**brings, "aliases": {name("alias"): {}}}}
     admin("PUT", f"/_index_template/{name('template')}", template)
@@ -166,3 +166,4 @@ def test_an_index_of_five_shards_is_cloned_whatever_the_templates(make_index, cl
     made = admin("GET", f"/{name('target')}")[name("target")]
     assert (made["aliases"], made["mappings"]["properties"]) == ({}, NUMBER)
     assert "default_pipeline" not in made["settings"]["index"]
+    assert made["settings"]["index"]["replication"] == {"type": "SEGMENT"}
