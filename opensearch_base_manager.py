@@ -913,7 +913,7 @@ def hold_reason(path: Path) -> str:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether another process holds a lock; only for a moment, it is held here."""
+    """Return whether another process holds a lock; to find out, this one takes a shared lock for a moment."""
     if not path.exists():
         return False
     with path.open() as lock:
