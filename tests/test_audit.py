@@ -170,6 +170,15 @@ def test_names_may_come_by_several_options_and_with_spaces_after_the_commas(pair
     assert outcome.result["fields_checked"] == 1
 
 
+def test_a_trailing_comma_accepts_no_other_field(pair, switch, owners):
+    old, new = pair({**FLIGHT, "c": WORD}, [{"n": 1, "carrier": 1, "c": 1}], [{"n": 1}])
+    for accepted in "c,", '""', ",":
+        outcome = switch(old, new, "--accept-fields", accepted)
+        assert outcome.code == 4, outcome.err
+        assert "carrier 100.0 % -> 0.0 %" in outcome.last
+    assert owners() == [old]
+
+
 def test_a_list_of_names_that_cannot_be_read_is_a_usage_error(switch, capsys):
     assert switch("t-a", "t-b", "--accept-fields", 'a,"b').code == 2
 
