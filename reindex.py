@@ -32,18 +32,17 @@ SAMPLE_WINDOW = 2000  # sequence numbers; searching it takes milliseconds, howev
 MAX_SLICES = 20  # the server's limit for slices=auto, which starts one per shard
 
 
-def compare_fields(source: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the fields that the target's mapping lacks, and those that it defines differently."""
-    known = dict(field_definitions(target))
-    missing = [name for name, _ in field_definitions(source) if name not in known]
-    different = [name for name, definition in field_definitions(source) if known.get(name, definition) != definition]
-    return missing, different
+def compare_fields(source: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the definitions of the fields that the target lacks, and the fields that it defines differently."""
+    wanted, known = dict(field_definitions(source)), dict(field_definitions(target))
+    missing = {name: definition for name, definition in wanted.items() if name not in known}
+    return missing, [name for name, definition in wanted.items() if known.get(name, definition) != definition]
 
 
 class Clone:
     """A copy with `_clone`: the target is deleted, and the source's files get a second name (hard links).
 
-    The source has a write block meanwhile, which readers do not notice. The table shows the state after a kill, by the
+    Meanwhile the source has a write block, which readers do not notice. The table shows the state after a kill, by the
     last request that was sent. The marker is in the source, and its entry `source` is the source's UUID; the clone
     inherits the marker. The next run, on any host, removes block and marker from the source and clones again.
 
@@ -151,10 +150,10 @@ class Reindex(OpenSearchBaseManager):
         if settings.source == settings.target:
             raise ConfigurationError("source and target are the same index; give two different ones")
         super().__init__(settings)
-        self.source: str = settings.source
-        self.target = ClearableIndex(self, settings.target)
-        self.names = [settings.source, settings.target]
         source, target = settings.source, settings.target
+        self.source: str = source
+        self.target = ClearableIndex(self, target)
+        self.names = [source, target]
         nothing = {"source": {"index": source, "query": {"match_none": {}}}, "dest": {"index": target}}
         self.probes = [
             *reading_probes(source, target), *deleting_probes(target), settings_probe(target),
@@ -206,8 +205,7 @@ class Reindex(OpenSearchBaseManager):
                 f"fields defined differently in {self.source} and {self.target.name}: {', '.join(different)}; "
                 f"recreate {self.target.name} with the mapping of {self.source}"
             )
-        definitions = dict(field_definitions(source["mappings"]))
-        refuse_too_many_fields(self.target.name, target, {name: definitions[name] for name in missing})
+        refuse_too_many_fields(self.target.name, target, missing)
         if missing:
             log.info("fields to be added to %s: %s", self.target.name, ", ".join(missing))
         pipeline = target["settings"].get("index.final_pipeline", "_none")
@@ -232,16 +230,13 @@ class Reindex(OpenSearchBaseManager):
             self._compare_fields(self._verify_index_exists(self.source))
             return {}
         except BaseException:
-            self._abandon_clone(self.clone)
+            try:
+                run_to_completion(self.clone.abandon)
+            except OperationFailed as error:
+                log.error("index %s may have a write block until the next run: %s", self.source, error)
             raise
         log.info("cloned %s to %s", self.source, self.target.name)
         return {"total": total, "batches": 0}
-
-    def _abandon_clone(self, clone: Clone) -> None:
-        try:
-            run_to_completion(clone.abandon)
-        except OperationFailed as error:
-            log.error("index %s may have a write block until the next run: %s", self.source, error)
 
     def _copy_documents(self, source_uuid: str) -> dict[str, Any]:
         with self.target.fill(without_replicas=self.settings.load_without_replicas):

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -74,11 +74,10 @@ class Field(NamedTuple):
 
     def is_countable(self) -> bool:
         """Say whether `exists` finds the documents that have this field."""
-        stored = self.definition.get("store", False)
         if self.type in TEXT_TYPES:  # the server answers 500 for a text that is only stored
             return bool(self.definition.get("index", True))
-        default = self.type != "binary"
-        return bool(self.definition.get("index", default) or self.definition.get("doc_values", default) or stored)
+        defaults = {"index": self.type != "binary", "doc_values": self.type != "binary", "store": False}
+        return any(self.definition.get(name, default) for name, default in defaults.items())
 
     def parameters(self) -> dict[str, Any]:
         """Return the effective parameters: explicit ones, and the server's defaults."""
@@ -176,15 +175,15 @@ def compare_settings(live: Mapping[str, Any], target: Mapping[str, Any]) -> tupl
     return lost, others
 
 
-def refuse_unsupported(index: str, settings: Mapping[str, Any], alias: Mapping[str, Any]) -> None:
+def refuse_unsupported(index: str, settings: Mapping[str, Any], routing: Mapping[str, str]) -> None:
     """Raise Refused if readers of an index could not be served completely."""
     if int(settings.get("index.number_of_search_replicas", 0)):
         raise Refused(f"index {index} has search replicas, which are not supported; set "
                       f"index.number_of_search_replicas to 0. {AGAIN}")  # fmt: skip
     shards = int(settings["index.number_of_shards"])
-    if "search_routing" in alias and shards > 1:
+    if routing and shards > 1:
         raise Refused(
-            f"the alias has the search routing {alias['search_routing']}, and index {index} has {shards} primary "
+            f"the alias has the search routing {routing['routing']}, and index {index} has {shards} primary "
             "shards: documents are loaded without routing, so readers would miss some of them; remove the routing "
             f"from the alias. {AGAIN}"
         )
@@ -314,10 +313,11 @@ class Audit:
         """`indices` are those behind the alias, with its definitions; the target gets the definition of the source."""
         self.switch, self.settings = switch, switch.settings
         self.source, self.target = switch.source, switch.target
-        self.accepted: list[str] = self.settings.accept_fields or []
+        # "" (from a trailing comma) would match the parent of every field that is not a multi-field
+        self.accepted = [name for name in self.settings.accept_fields or [] if name]
         of_source = indices.get(self.source, next(iter(indices.values())))
-        self.alias = {self.source: of_source, self.target: indices.get(self.target, of_source)}
-        self.views = {index: ReadersView(switch, index, alias) for index, alias in self.alias.items()}
+        self.views = {index: ReadersView(switch, index, indices.get(index, of_source))
+                      for index in (self.source, self.target)}  # fmt: skip
         self.documents = 0  # in the target
         self.visible = 0  # those of them that readers of the alias will see
         self.fields: dict[str, Any] = {"fields_checked": 0}  # for the result
@@ -340,7 +340,7 @@ class Audit:
     def check_beforehand(self) -> None:
         """Make the checks that need no data in the target: settings, definitions of fields, and rejected queries."""
         self._compare_settings()
-        if self.settings.field_threshold < 100 and (redefined := self._redefined(*self._mappings())):
+        if self.settings.field_threshold < 100 and (redefined := self._read_fields()[2]):
             self._refuse_fields(redefined)
         for place, body in self.switch.queries:
             if isinstance(self.views[self.source].hits(body), str):  # only then: the target may be red
@@ -368,8 +368,8 @@ class Audit:
         params = {"flat_settings": "true", "include_defaults": "true"}
         found = {index: self.switch.request("GET", f"/{index}", params=params).data[index]
                  for index in self.views}  # fmt: skip
-        for index, alias in self.alias.items():
-            refuse_unsupported(index, found[index]["settings"], alias)
+        for index, view in self.views.items():
+            refuse_unsupported(index, found[index]["settings"], view.routing)
         lost, others = compare_settings(found[self.source], found[self.target])
         accepted: list[str] = self.settings.accept_settings or []
         passed = {name: values for name, values in lost.items() if {name, "*"} & {*accepted}}
@@ -419,21 +419,16 @@ class Audit:
 
     # --- fields ---
 
-    def _mappings(self) -> list[dict[str, Any]]:
-        return [self.switch._verify_index_exists(index)["mappings"] for index in self.views]
-
     def _compare_fields(self, before: int, after: int) -> None:
         """Raise Refused if fields are defined differently, or if too large a share of the documents has lost one."""
-        mappings = self._mappings()
-        old, new = (fields_of(mapping) for mapping in mappings)
+        old, new, redefined = self._read_fields()
         if self.accepted:
             unknown = listed([name for name in self.accepted if name not in old])
             log.warning("fields not checked: %s; no such field in %s: %s", listed(self.accepted), self.source, unknown)
-        redefined = self._redefined(*mappings)
-        counts = self._count_fields({
-            name: field for name, field in old.items()
-            if field.is_countable() and not self._is_in({*self.accepted, *redefined}, name, old)
-        }, new)  # fmt: skip
+        skipped = {*self.accepted, *redefined}
+        countable = {name: field for name, field in old.items()
+                     if field.is_countable() and not {name, field.parent} & skipped}  # fmt: skip
+        counts = self._count_fields(countable, new)
         change = {name: (Fraction(had, before), Fraction(has, after)) for name, (had, has) in counts.items()}
         worst_first = sorted(change, key=lambda name: change[name][1] - change[name][0])
         threshold = self.settings.field_threshold
@@ -447,18 +442,19 @@ class Audit:
         if redefined or fallen:
             self._refuse_fields({**redefined, **{name: shares(*change[name]) for name in fallen}})
 
-    def _redefined(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-        """Return what readers would lose with the target's mapping, less what is accepted; no multi-field twice."""
-        fields, lost = fields_of(old), lost_definitions(old, new)
-        return {
-            name: text for name, text in lost.items()
-            if not self._is_in(self.accepted, name, fields) and not (name in fields and fields[name].parent in lost)
-        }  # fmt: skip
+    def _read_fields(self) -> tuple[dict[str, Field], dict[str, Field], dict[str, str]]:
+        """Return the fields of both indices, and what readers would lose with the target's definitions.
 
-    @staticmethod
-    def _is_in(names: Collection[str], name: str, fields: Mapping[str, Field]) -> bool:
-        """Say whether a field is one of these, or a multi-field of one."""
-        return name in names or (name in fields and fields[name].parent in names)
+        Accepted fields and their multi-fields are left out, and multi-fields of a field that is named itself.
+        """
+        mappings = [self.switch._verify_index_exists(index)["mappings"] for index in self.views]
+        old, new = (fields_of(mapping) for mapping in mappings)
+        lost = lost_definitions(*mappings)
+        parents = {name: old[name].parent if name in old else "" for name in lost}
+        return old, new, {
+            name: text for name, text in lost.items()
+            if not {name, parents[name]} & {*self.accepted} and parents[name] not in lost
+        }  # fmt: skip
 
     def _refuse_fields(self, differing: Mapping[str, str]) -> None:
         self.fields["fields_fallen"] = differing
@@ -562,16 +558,12 @@ class SwitchAlias(OpenSearchBaseManager):
         self.alias, self.source, self.target = settings.alias, settings.source, settings.target
         if self.source and self.target:
             self.names = [self.source, self.target, self.alias]
-            self.probes = self._probes()
-
-    def _probes(self) -> list[Probe]:
-        indices, alias = [self.source, self.target], self.alias
-        rejected = [{"add": {"index": index, "alias": alias, "index_routing": "x,y"}} for index in indices]
-        return [
-            *reading_probes(*indices), Probe("GET", f"/{alias}/_alias/{alias}"),
-            Probe("POST", "/_tasks/permission-probe:1/_cancel"),
-            Probe("POST", "/_aliases", {"actions": rejected}),  # two routing values are never accepted
-        ]  # fmt: skip
+            rejected = [{"add": {"index": index, "alias": self.alias, "index_routing": "x,y"}}
+                        for index in (self.source, self.target)]  # two routing values are never accepted # fmt: skip
+            self.probes = [
+                *reading_probes(self.source, self.target), Probe("GET", f"/{self.alias}/_alias/{self.alias}"),
+                Probe("POST", "/_tasks/permission-probe:1/_cancel"), Probe("POST", "/_aliases", {"actions": rejected}),
+            ]  # fmt: skip
 
     def failure(self, what: str, status: int, body: bytes, retry_after: str | None = None) -> RequestFailed:
         """Leave out the server's reason why a search failed: it quotes values of the query."""

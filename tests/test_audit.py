@@ -137,6 +137,15 @@ def test_names_may_come_by_several_options_and_with_spaces_after_the_commas(make
     assert outcome.result["fields_checked"] == 1
 
 
+def test_a_trailing_comma_accepts_no_other_field(make_pair, switch, behind_alias):
+    old, new = make_pair({**FLIGHT, "c": WORD}, [{"n": 1, "carrier": 1, "c": 1}], [{"n": 1}])
+    for accepted in "c,", '""', ",":
+        outcome = switch(old, new, "--accept-fields", accepted)
+        assert outcome.code == 4, outcome.err
+        assert "carrier 100.0 % -> 0.0 %" in outcome.last
+    assert behind_alias() == [old]
+
+
 def test_a_list_of_names_that_cannot_be_read_is_a_usage_error(switch):
     assert switch("t-a", "t-b", "--accept-fields", 'a,"b').code == 2
 
