@@ -174,7 +174,7 @@ def test_answers_that_are_short_of_items_are_not_believed(world):
     run = world.refresh()
     world.expect(run, code=0)
     assert rule.seen > 5
-    assert re.search("9 answers to 10 documents", run.log)
+    assert re.search("9 results for 10 documents", run.log)
     world.assert_done()
 
 
@@ -276,7 +276,7 @@ def test_answers_that_stay_short_of_items_end_the_run(world):
     rule = world.proxy.on("POST", "/_bulk", SHORT_ITEMS, times=None)
     run = world.refresh(RETRY_SECONDS="3")
     world.expect(run, code=1, message=f"{world.primary}: .*documents")
-    assert "9 answers to 10 documents" in run.log
+    assert "9 results for 10 documents" in run.log
     assert rule.seen > 3
     world.heal()
 
@@ -297,7 +297,7 @@ def test_answers_that_stay_short_of_items_are_the_reason_that_is_told(world):
     run = world.refresh(RETRY_SECONDS="2")
     assert run.code == 1
     world.heal()
-    world.expect(run, code=1, message="answers to 10 documents")
+    world.expect(run, code=1, message="results for 10 documents")
 
 
 @pytest.mark.long

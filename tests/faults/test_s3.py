@@ -105,7 +105,7 @@ def test_an_object_whose_connection_breaks_is_read_on_from_there(world, key, off
     run = world.refresh()
     world.expect(run, code=0)
     assert rule.seen == LOOKS + 2
-    assert re.search(rf"{re.escape(key)}, byte [\d,]+: .*; reading on from there", run.log)
+    assert re.search(rf"{re.escape(key)}, byte [\d,]+: .*; resuming the read", run.log)
     first, tag = reads[-1]
     sent = offset % len(world.objects[key])
     assert first == sent if kind == "closed" else first <= sent  # a reset may overtake what was sent
@@ -120,7 +120,7 @@ def test_an_object_whose_connection_breaks_while_it_is_looked_at_is_looked_at_ag
     run = world.refresh()
     world.expect(run, code=0)
     assert rule.seen == LOOKS + 2
-    assert "reading on from there" in run.log
+    assert "resuming the read" in run.log
     world.assert_done()
 
 
@@ -138,7 +138,7 @@ def test_an_object_that_breaks_off_again_and_again_fails_the_load(world):
     put_large(world)
     rule = world.s3_proxy.on("GET", r"c\.csv", reset_in_answer(100_000), skip=LOOKS, times=None)
     run = world.refresh(RETRY_SECONDS="3")
-    world.expect(run, code=1, message=r"s3://\S+c\.csv, byte 0: cannot be read on: .*(broken|reset)")
+    world.expect(run, code=1, message=r"s3://\S+c\.csv, byte 0: the read cannot be resumed: .*(broken|reset)")
     assert "FAILED at: 3 load" in run.err
     assert rule.seen > LOOKS + 2
     world.heal()
