@@ -1116,7 +1116,7 @@ class ConcurrencyLimit:
             if sent > self._halved:
                 self._halved, self._window_began = time.monotonic(), 0.0
                 self.number = self._ceiling = max(1, min(self.number, self.in_flight) // 2)
-                log.warning("the cluster is busy (429): from now on, at most %s requests in flight", self.number)
+                log.warning("the cluster is busy (429): at most %s requests in flight from now on", self.number)
 
     def interrupt(self) -> None:
         """Discard the current window: without requests in flight, its rate is not the cluster's."""
@@ -1244,7 +1244,7 @@ class BulkStore:
     def _lower_max_bytes(self, size: int) -> None:
         with self._lock:
             self._max_bytes = most = min(self._max_bytes, max(size // 2, 1))
-        log.warning("the cluster rejects requests of %s bytes (413): from now on, at most %s", size, most)
+        log.warning("the cluster rejects requests of %s bytes (413): at most %s from now on", size, most)
 
     def _handle_item_results(self, batch: Batch, response: Response, resent: bool) -> tuple[Batch, str]:
         """Count or reject each document; return those that have to be resent, and the reason."""
