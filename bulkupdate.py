@@ -1,12 +1,12 @@
-"""Replace the documents of an index by the rows of all CSV files under an S3 prefix, each row exactly once.
+"""Replace the documents of an index with the rows of all CSV files under an S3 prefix. Each row is stored exactly once.
 
 Example:    python bulkupdate.py --bucket your-bucket --prefix your/prefix/ --index my_index_primary --batch-size 1000
-Exit codes: 0 the index holds every row, counted; 1 failed; 2 usage; 3 finished, with more rejected rows than
-            MAX_REJECTS; 4 refused before the load touched anything; 75 locked; 129, 130, 143 signals.
+Exit codes: 0 the index holds every row, verified by count; 1 failed; 2 usage; 3 finished, but more rows were rejected
+            than MAX_REJECTS; 4 refused before any change; 75 locked; 129, 130, 143 signals.
 
-From top to bottom in the order of the data: list, look, read, parse, type, render, batch, send, handle item results.
-`Renderer` makes bulk text of records and knows no cluster; `BulkStore` stores bulk text and knows no CSV; the script
-at the end, `BulkUpdate`, puts them together.
+The file follows the data from top to bottom: list, inspect, read, parse, convert, render, batch, send. `Renderer` turns
+CSV records into bulk text without a cluster, `BulkStore` sends bulk text without CSV, and `BulkUpdate`, at the end,
+connects the two.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from datetime import datetime, timezone
 from decimal import Decimal
 from functools import partial
 from json.encoder import encode_basestring
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,51 +47,51 @@ from opensearch_base_manager import (
 )  # fmt: skip
 
 MIB = 1024 * 1024
-HEAD_BYTES = 64 * 1024  # enough to see a header and some hundred rows of each object
+HEAD_BYTES = 64 * 1024  # of each object, read before the load: its header and some hundred rows
 MAX_MANIFEST_BYTES = 16 * MIB  # about 100,000 objects
-KEPT_BYTES = 16 * MIB  # of objects that were whole in their heads, together; others are read again
-READS_AT_ONCE = 32  # S3 takes 50 to 200 ms for a first byte, and answers thousands of requests side by side
-AHEAD_BYTES = MIB  # of an object, before its turn comes; the rest is asked for when it has come
-READ_AHEAD_BYTES = 4 * MIB  # of all objects whose turn has not come
-READ_BYTES = 256 * 1024  # at once from S3
-S3_READ_TIMEOUT_S = 20  # S3 begins to answer within a second; after that long it hangs, and reading on costs little
-S3_FIRST_CONTACT_S = 10  # a wrong endpoint or region shows at once
-CHUNK_BYTES = 16 * 1024  # of text a step: the cells stay in the processor's cache; 256 KiB took 1.5 times as long
-MAX_CELL_CHARS = 8 * MIB  # a quote still open after that much is a stray one
-MAX_LINE_BYTES = 16 * MIB  # and a record's
-MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes refuse requests above 10 MiB
+KEPT_BYTES = 16 * MIB  # total of small objects kept in memory from the checks; others are read again for the load
+READS_AT_ONCE = 32  # S3 needs 50 to 200 ms for a first byte, and serves thousands of requests in parallel
+AHEAD_BYTES = MIB  # read from an object before its turn; its rest is requested when its turn comes
+READ_AHEAD_BYTES = 4 * MIB  # total of all objects that wait for their turn
+READ_BYTES = 256 * 1024  # per read from S3
+S3_READ_TIMEOUT_S = 20  # S3 responds within a second; resuming a hung read is cheap
+S3_FIRST_CONTACT_S = 10  # a wrong endpoint or region is reported soon
+CHUNK_BYTES = 16 * 1024  # of text per step: its cells fit into the processor's cache; 256 KiB took 1.5 times as long
+MAX_CELL_CHARS = 8 * MIB  # a quote that is still open after this much text is a stray quote
+MAX_LINE_BYTES = 16 * MIB  # also the maximum for a record
+MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes reject requests above 10 MiB
 MIN_REQUESTS = 3  # in flight; fewer would leave two cores idle between requests
-MAX_BYTES_IN_FLIGHT = 24 * MIB  # bodies in memory here and on the node, which accepts 10 % of its heap (107 MB of 1 GB)
+MAX_BYTES_IN_FLIGHT = 24 * MIB  # bodies in memory here and on the node, which allows 10 % of its heap (107 MB of 1 GB)
 MAX_BYTES_OF_FIXED = 40 * MIB  # with --workers
-QUEUE_S = 0.1  # of work that may wait in the cluster; less costs distant loads time, more delays other clients' writes
+QUEUE_S = 0.1  # of queued work in the cluster; less slows distant loads, more delays other clients' writes
 JITTER = 0.25  # or this share of the fastest response: when times varied by 0.5 s around 1 s, the limit fell to 4
-WINDOW_S, WINDOW_RESPONSES = 0.25, 1.2  # length of a measurement: at least so long, and so many fastest responses
+WINDOW_S, WINDOW_RESPONSES = 0.25, 1.2  # minimum length of a measurement: seconds, and fastest response times
 REFRESH_EVERY_DOCUMENTS = 100_000  # 2 to 4 % faster than one refresh at the end
-CACHED_CELLS = 4000  # remembered values a column, and no longer than this many characters each
+CACHED_CELLS = 4000  # converted values per column, of at most so many characters each
 CACHED_CELL_CHARS = 32
-REJECTS_TOLERATED = 10_000  # past that the file is of another kind than the index; MAX_REJECTS may raise it
+REJECTS_TOLERATED = 10_000  # after more, the files do not fit the index; MAX_REJECTS can raise this
 REJECTS_SHOWN = 5
 REASONS_SHOWN = 10
-REASON_END = re.compile(r""": ['"]| in document with id | \(""")  # what follows is about one row
+REASON_END = re.compile(r""": ['"]| in document with id | \(""")  # the rest of a reason concerns a single row
 KEEP_DAYS = 30
-RECORD = f"{SUITE}/loaded"  # in `_meta`, with SKIP_UNCHANGED: what a load that ended well has stored
-IRRELEVANT_SETTINGS = re.compile(  # to documents and to what searches answer
+RECORD = f"{SUITE}/loaded"  # in `_meta`, with SKIP_UNCHANGED: the last successful load
+IRRELEVANT_SETTINGS = re.compile(  # settings that change neither documents nor search results
     r"index\.(uuid|creation_date|provided_name|version\.|resize\.|routing\.|number_of_replicas|auto_expand_replicas|"
     r"refresh_interval|blocks\.|translog\.|merge\.|unassigned\.|priority)"
 )
 DOCUMENT_END = "}\n"
-FIRST_COMMA = re.compile("\n{,")  # of a document; str.replace takes 2.5 times as long
+FIRST_COMMA = re.compile("\n{,")  # of a document without its first column; a rendered cell contains no newline
 GZIP_MAGIC = b"\x1f\x8b"
-MAX_ID_BYTES = 512  # one longer id and the cluster refuses the whole request
+MAX_ID_BYTES = 512  # the cluster rejects a complete request for one longer id
 BULK_RESULTS = "errors,items.*.status,items.*.error.type,items.*.error.reason,items.*.error.caused_by.reason"
-VALUE = re.compile(  # what a column name does not look like: nothing, a number, a date
+VALUE = re.compile(  # what column names do not look like: an empty cell, a number, a date
     r"|[+-]?[0-9.,]*[0-9](?:[eE][+-]?[0-9]+)?|[0-9]{4}-[0-9]{2}-[0-9]{2}.*|[0-9]{1,2}/[0-9]{1,2}/[0-9]{2,4}.*"
 )
 METADATA_FIELDS = frozenset(
     ["_id", "_index", "_source", "_routing", "_field_names", "_ignored", "_size", "_type", "_seq_no", "_version",
      "_doc_count", "_nested_path", "_primary_term", "_data_stream_timestamp"]
 )  # fmt: skip
-NO_CSV = {  # how files begin that are something else
+NO_CSV = {  # the first bytes of other formats
     b"\x28\xb5\x2f\xfd": "compressed with zstd", b"PK\x03\x04": "a zip archive or a spreadsheet",
     GZIP_MAGIC: "compressed with gzip twice", b"PAR1\x15": "Parquet",
 }  # fmt: skip
@@ -107,13 +108,13 @@ class S3Object:
     key: str
     size: int
     etag: str
-    modified: datetime = field(compare=False)  # another time alone makes it no other object
+    modified: datetime = field(compare=False)  # a new timestamp alone is not a change
 
     def is_csv(self) -> bool:
         return self.key.lower().endswith((".csv", ".csv.gz"))
 
     def age_h(self, now: datetime) -> float:
-        """Return the hours since it was written; below 0 where the clock of S3 is ahead."""
+        """Return the age in hours; negative if the clock of S3 is ahead."""
         return (now - self.modified).total_seconds() / 3600
 
     def __str__(self) -> str:
@@ -121,10 +122,10 @@ class S3Object:
 
 
 def log_ignored(data: Sequence[S3Object], ignored: Sequence[S3Object]) -> None:
-    """Log what is not loaded: CSV files whose names say that they are no data, and all else."""
+    """Log the objects that are not loaded. CSV files among them cause a warning."""
     if leftovers := [item for item in ignored if item.is_csv()]:
         number, size = counted(len(leftovers), "object"), sum(item.size for item in leftovers)
-        log.warning('not loaded, since a part of the name begins with "." or "_": %s (%s bytes), the first is %s',
+        log.warning('not loaded, because a part of the name begins with "." or "_": %s (%s bytes), the first is %s',
                     number, f"{size:,}", leftovers[0].key)  # fmt: skip
     empty = sum(not item.size for item in data)
     folders = sum(item.key.endswith("/") for item in ignored)
@@ -134,13 +135,8 @@ def log_ignored(data: Sequence[S3Object], ignored: Sequence[S3Object]) -> None:
         log.info("not loaded: %s%s", text, " with another suffix" * (others > 0))
 
 
-def is_data(item: S3Object, prefix: str, named: Container[str]) -> bool:
-    """Return whether an object is to be loaded; those that a manifest names are, whatever their names."""
-    return item.key in named or (item.is_csv() and not is_leftover(item.key, prefix))
-
-
 def is_leftover(key: str, prefix: str) -> bool:
-    """Return whether a name below the prefix marks no data, by Spark's rule: `_date=2024-01-01/` is a partition."""
+    """Return whether the name marks a temporary file, by Spark's rule. `_date=2024-01-01/` is a partition."""
     parts = key.removeprefix(prefix).split("/")
     if prefix and not prefix.endswith("/"):
         parts = parts[1:]  # the first one begins within the prefix
@@ -157,13 +153,13 @@ def folders_of(prefix: str, objects: Iterable[S3Object]) -> list[str]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the producer says it wrote: the sizes of the objects by key, and the rows; None where it does not say."""
+    """The producer's list of its output: sizes of the objects by key, and the number of rows. None means unknown."""
 
     sizes: Mapping[str, int | None] = field(default_factory=dict)
     rows: int | None = None
 
     def differences(self, objects: Iterable[S3Object]) -> list[str]:
-        """Return what differs in the bucket, if the manifest names objects."""
+        """Return how the bucket differs from the objects in the manifest, if it lists any."""
         found = {item.key: item.size for item in objects} if self.sizes else {}
         return [
             *(f"{key} is missing" for key in self.sizes if key not in found),
@@ -174,9 +170,9 @@ class Manifest:
 
 
 def parse_manifest(data: bytes, bucket: str, prefix: str) -> Manifest | None:
-    """Parse what `UNLOAD ... MANIFEST VERBOSE` of Redshift writes, or `{"rows": N}`; return None for anything else.
+    """Parse a manifest of Redshift's `UNLOAD ... MANIFEST VERBOSE`, or `{"rows": N}`; return None for anything else.
 
-    A manifest whose objects are all elsewhere is none either: it may have been copied with the data.
+    A manifest without any object under the prefix does not count: it may have been copied with the data.
     """
     root = f"s3://{bucket}/"
     try:
@@ -197,44 +193,43 @@ def counted(number: int, word: str) -> str:
 
 
 class Bucket:
-    """The objects of one bucket, read through one client; failures are OperationFailed and name the object.
+    """The objects of one bucket. A failure is an OperationFailed that names the object.
 
-    `list_objects` and S3Body try again; the client itself tries once, or each of their attempts would be several.
-    `retry_seconds` is for how long a read that brings nothing, or the listing after a load, is tried again.
+    `list_objects` and S3Body retry, so the client itself makes a single attempt. `retry_seconds` limits the retries of
+    a read without progress, and of the listing after a load.
     """
 
     def __init__(self, name: str, aws: Aws, retry_seconds: float) -> None:
         self.name, self.retry_seconds = name, retry_seconds
-        self.kept: dict[str, bytes] = {}  # small objects, by key: whole since their heads were read
+        self.kept: dict[str, bytes] = {}  # small objects by key, complete since the checks
         with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
             self.client = aws.client("s3", attempts=1, read_timeout_s=S3_READ_TIMEOUT_S, connections=READS_AT_ONCE + 1)
 
     def list_objects(self, prefix: str, retry_seconds: float) -> list[S3Object]:
-        """Return all objects under a prefix, in the order of their keys.
+        """Return all objects under a prefix in key order.
 
-        A listing that breaks off goes on behind the last key, for `retry_seconds` without a new one.
+        An interrupted listing resumes after the last key, for up to `retry_seconds` without progress.
         """
         place, found, retry = f"s3://{self.name}/{prefix}", list[S3Object](), Retry(retry_seconds)
+        pages = self.client.get_paginator("list_objects_v2")
         while True:
             after = {"StartAfter": found[-1].key} if found else {}
             try:
-                for page in self.client.get_paginator("list_objects_v2").paginate(
-                    Bucket=self.name, Prefix=prefix, **after
-                ):
+                for page in pages.paginate(Bucket=self.name, Prefix=prefix, **after):
                     found += [S3Object(item["Key"], item["Size"], item["ETag"], item["LastModified"])
                               for item in page.get("Contents", [])]  # fmt: skip
                     retry.restart()
                 return found
             except Exception as error:
-                if not (may_pass(error) and retry.wait(f"{place}: {error}; listing again")):
+                if not (is_transient(error) and retry.wait(f"{place}: {error}; listing again")):
                     with aws_errors(place, "s3:ListBucket on the bucket"):
                         raise
 
     def get(self, item: S3Object, first: int, last: int) -> Any:
-        """Return some bytes of an object as it was listed, as a stream.
+        """Return a stream of some bytes of an object as it was listed.
 
-        Raises OperationFailed when it was replaced or deleted since, or may not be read; what may pass (5xx, connection
-        errors) is raised as it is.
+        Raises OperationFailed if it was replaced or deleted since, or access is denied. A transient failure (5xx,
+        connection error) is raised unchanged.
         """
         from botocore.exceptions import ClientError
 
@@ -243,16 +238,16 @@ class Bucket:
         try:
             return self.client.get_object(Bucket=self.name, Key=item.key, IfMatch=item.etag, Range=span)["Body"]
         except ClientError as error:
-            if may_pass(error):
+            if is_transient(error):
                 raise
             if done := {404: "deleted", 412: "replaced"}.get(error.response["ResponseMetadata"]["HTTPStatusCode"]):
                 raise OperationFailed(f"{place} was {done} since it was listed; run again") from None
-            with aws_errors(place, "s3:GetObject (and kms:Decrypt for a key of your own)"):
+            with aws_errors(place, "s3:GetObject (and kms:Decrypt for your own key)"):
                 raise
 
 
-def may_pass(error: Exception) -> bool:
-    """Return whether a failure of S3 may be over soon: it is busy, or cannot be reached."""
+def is_transient(error: Exception) -> bool:
+    """Return whether a retry may help: S3 is busy or cannot be reached."""
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, SSLError
 
     if isinstance(error, ClientError):
@@ -261,12 +256,12 @@ def may_pass(error: Exception) -> bool:
     return isinstance(error, (HTTPClientError, ConnectionError)) and not isinstance(error, SSLError)
 
 
-# --- look -------------------------------------------------------------------------------------------------------------
+# --- inspect ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the first 64 KiB of an object show: its columns, and whether rows follow."""
+    """The first 64 KiB of an object: its columns, and whether rows follow."""
 
     key: str
     columns: Sequence[str] = ()
@@ -274,14 +269,14 @@ class Head:
 
 
 class NewColumns(dict[str, set[str]]):
-    """The columns that the mapping lacks, by name, with the kinds of their values in the heads."""
+    """The columns that the mapping lacks: the kinds of their values in the heads, by name."""
 
     def __init__(self, mapping: Mapping[str, Any]) -> None:
         super().__init__()
         self._mapping, self._known = mapping, types_in(mapping)
 
     def undecided(self, columns: Sequence[str]) -> list[int]:
-        """Add the new ones of these columns; return the places of those whose further values could change the type."""
+        """Add the new ones of these columns; return the positions where more values could still change the type."""
         new = [(place, name) for place, name in enumerate(columns) if name not in self._known]
         return [place for place, name in new
                 if "text" not in self.setdefault(name, set()) and is_dynamic(self._mapping, name)]  # fmt: skip
@@ -290,10 +285,10 @@ class NewColumns(dict[str, set[str]]):
 def read_heads(
     bucket: Bucket, objects: Iterable[S3Object], delimiter: str, new: NewColumns, check: FirstRows | None = None
 ) -> list[Head]:
-    """Read the heads of all objects that hold something; complete objects are kept for the load, 16 MiB in total."""
+    """Read the heads of all objects that are not empty; keep up to 16 MiB of complete objects for the load."""
     heads, kept = list[Head](), 0
     for item, data in read_ahead(bucket, [item for item in objects if item.size], HEAD_BYTES):
-        head = look_at(item, data, delimiter, new, check)
+        head = inspect_head(item, data, delimiter, new, check)
         heads += [head] if head.columns else []
         if len(data) == item.size and kept + item.size <= KEPT_BYTES:
             bucket.kept[item.key] = data
@@ -301,10 +296,10 @@ def read_heads(
     return heads
 
 
-def look_at(
+def inspect_head(
     item: S3Object, data: bytes, delimiter: str, new: NewColumns, check: FirstRows | None = None
 ) -> Head:
-    """Read the head of an object. Raises Refused when it is not a CSV file that can be loaded."""
+    """Read the head of an object. Raises Refused if it is not a CSV file that can be loaded."""
     data, complete = head_lines(item, data)
     columns, blocks = read_csv(io.BytesIO(data), item.key, delimiter, complete=False)
     if data and not columns:
@@ -323,7 +318,7 @@ def look_at(
 
 
 def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
-    """Return the complete lines at the beginning of an object, unpacked, and whether they are all of it."""
+    """Return the complete lines at the beginning of an object, unpacked, and whether these are the complete object."""
     complete = len(data) >= item.size
     if data[:2] == GZIP_MAGIC:
         unpacker = zlib.decompressobj(31)  # expects a gzip header
@@ -335,7 +330,7 @@ def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
     if found := [kind for magic, kind in NO_CSV.items() if data.startswith(magic)]:
         raise Refused(f"{item.key} is {found[0]}; save it as plain CSV, or compressed with gzip once")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or abs(data[::2].count(0) - data[1::2].count(0)) > len(data) // 4:
-        raise Refused(f"{item.key}: UTF-16; save it as UTF-8")
+        raise Refused(f"{item.key} is encoded in UTF-16; save it as UTF-8")
     if data.count(0) > len(data) // 4:
         raise Refused(f"{item.key}: many NUL characters; is it a CSV file?")
     data = data.removeprefix(b"\xef\xbb\xbf")
@@ -347,7 +342,7 @@ def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
 
 
 def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
-    """Raise Refused where an object has no header, or one that names no fields; log columns that only some have."""
+    """Raise Refused for an object without a header or with unusable names; log columns that only some objects have."""
     parts = Counter(name for head in heads for name in set(head.columns))
     for head in heads:
         common = {name for name in head.columns if name in known or parts[name] > 1}
@@ -355,7 +350,7 @@ def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
             value = next(name for name in head.columns if name not in common and VALUE.fullmatch(name))
             raise Refused(
                 f"{head.key}: this part has no header: most of its column names are unknown, and {value!r} looks like "
-                "a value; nothing was changed: add the column names to each part, or to the mapping"
+                "a value; nothing was changed; add the column names to each part, or to the mapping"
             )
         check_names(head)
     if partial_columns := [f"{name} ({found} of {len(heads)})" for name, found in parts.items() if found < len(heads)]:
@@ -365,7 +360,7 @@ def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
 def lacks_header(columns: Sequence[str], known: Container[str]) -> bool:
     """Return whether a first row is data: fewer than half of its cells are known names, and one looks like a value.
 
-    Values beside known names alone are names: `country,1960,1961`.
+    If all other names are known, the values are names: `country,1960,1961`.
     """
     new = [name for name in columns if name not in known]
     values = sum(bool(VALUE.fullmatch(name)) for name in new)
@@ -373,9 +368,9 @@ def lacks_header(columns: Sequence[str], known: Container[str]) -> bool:
 
 
 def check_names(head: Head) -> None:
-    """Raise Refused where column names cannot be field names."""
+    """Raise Refused if column names cannot be field names."""
     if doubled := sorted({name for name in head.columns if head.columns.count(name) > 1 and name}):
-        raise Refused(f"{head.key}: doubled column names: {', '.join(doubled)}; rename them")
+        raise Refused(f"{head.key}: duplicate column names: {', '.join(doubled)}; rename them")
     if wrong := [name for name in head.columns if not all(name.split(".")) or name in METADATA_FIELDS]:
         names = ", ".join(map(repr, wrong))
         raise Refused(f"{head.key}: the header has names that cannot be fields: {names}; rename them")
@@ -399,26 +394,27 @@ def column_types(
 
 
 def new_fields(index: str, mapping: Mapping[str, Any], new: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
-    """Return the definitions of new columns, by the kinds of their values."""
+    """Return the definitions of new columns, based on the kinds of their values."""
     templates = {name: rule for name, kinds in new.items() if (rule := dynamic_template(mapping, name, kinds))}
     others = [name for name in new if name not in templates]
     if strict := [name for name in others if dynamic_of(mapping, name).startswith("strict")]:
         raise Refused(
-            f"columns that the strict mapping of {index} does not know: {', '.join(strict)}; add them to the "
-            "mapping, or take them out of the files"
+            f"columns that the strict mapping of {index} does not define: {', '.join(strict)}; add them to the "
+            "mapping, or remove them from the files"
         )
     if ignored := [name for name in others if dynamic_of(mapping, name).startswith("false")]:
-        log.warning("not searchable, since the mapping does not know them (dynamic: false): %s", ", ".join(ignored))
+        log.warning("not searchable, because the mapping does not define them (dynamic: false): %s", ", ".join(ignored))
     added = {name: templates.get(name) or new_field(kinds) for name, kinds in new.items() if name not in ignored}
-    if torn := inside_values(mapping, added):
-        raise Refused(f"columns inside of another that is no object: {', '.join(torn)}; rename one of the two")
+    values = {name for name, kind in types_in(mapping).items() if kind not in ("object", "nested")}
+    if inside := [name for name in added if parents_of(name) & {*values, *added}]:  # a.b beside a number a
+        raise Refused(f"columns inside another one that is not an object: {', '.join(inside)}; rename one of the two")
     if added:
         log.info("new fields: %s", ", ".join(f"{name} ({value['type']})" for name, value in added.items()))
     return added
 
 
 def kind_of(cell: str) -> str:
-    """Say what a value could be: long, double, boolean or text; nothing when it is no evidence."""
+    """Return the kind of a value: long, double, boolean or text; "" if the cell is no evidence."""
     if cell.strip() in EMPTY:
         return ""
     if re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", cell):
@@ -429,7 +425,7 @@ def kind_of(cell: str) -> str:
 
 
 def new_field(kinds: set[str]) -> dict[str, Any]:
-    """Return the definition of a new column; text unless every value seen is a canonical number or true/false."""
+    """Return the definition of a new column: text unless all values are canonical numbers, or all true/false."""
     kinds = kinds - {""}
     if kinds and kinds <= {"long", "double"}:
         return {"type": "double" if "double" in kinds else "long"}
@@ -439,7 +435,7 @@ def new_field(kinds: set[str]) -> dict[str, Any]:
 
 
 def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
-    """Return what the mapping says of new fields where `name` would be: the nearest object's `dynamic` counts."""
+    """Return the `dynamic` setting that applies to a new field: that of the nearest object."""
     dynamic = str(mapping.get("dynamic", "true")).lower()
     for part in name.split(".")[:-1]:
         mapping = mapping.get("properties", {}).get(part, {})
@@ -453,15 +449,15 @@ def is_dynamic(mapping: Mapping[str, Any], name: str) -> bool:
 
 
 def dynamic_property(mapping: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """Return the definition that `dynamic_properties` have for a column; the server refuses to add such a field."""
+    """Return the definition in `dynamic_properties` for a column; the server refuses to add such a field."""
     rules: dict[str, dict[str, Any]] = mapping.get("dynamic_properties", {}) if is_dynamic(mapping, name) else {}
     return next((rule for pattern, rule in rules.items() if matches(pattern, name)), None)
 
 
 def dynamic_template(mapping: Mapping[str, Any], name: str, kinds: set[str]) -> dict[str, Any] | None:
-    """Return the definition of the first of the `dynamic_templates` that matches a new column.
+    """Return the definition from the first of the `dynamic_templates` that matches a new column.
 
-    One with other conditions than `match_mapping_type` and `match` is not evaluated, nor are those behind it.
+    A template with conditions other than `match_mapping_type` and `match` ends the search.
     """
     kind, leaf = new_field(kinds)["type"], name.rpartition(".")[2]
     for entry in mapping.get("dynamic_templates", []) if is_dynamic(mapping, name) else []:
@@ -480,36 +476,30 @@ def dynamic_template(mapping: Mapping[str, Any], name: str, kinds: set[str]) -> 
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Return whether a name matches a pattern of the server, in which only the asterisk is special."""
+    """Return whether a name matches a pattern of the server, where only the asterisk is special."""
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.S) is not None
 
 
 def unwritable(columns: Iterable[str], types: Mapping[str, str]) -> list[str]:
-    """Return the columns that no document could bring: alias fields, and single parts of nested objects."""
+    """Return the columns that a document cannot contain: alias fields, and single properties of nested objects."""
     nested = {name for name, kind in types.items() if kind == "nested"}
     return [name for name in columns if types.get(name) == "alias" or nested & parents_of(name)]
-
-
-def inside_values(mapping: Mapping[str, Any], added: Mapping[str, Any]) -> list[str]:
-    """Return the new fields that would be part of one that holds a value itself, as a.b would beside a number a."""
-    values = {name for name, kind in types_in(mapping).items() if kind not in ("object", "nested")}
-    return [name for name in added if parents_of(name) & {*values, *added}]
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
 def read_ahead(bucket: Bucket, objects: Iterable[S3Object], limit: int) -> Iterator[tuple[S3Object, bytes]]:
-    """Yield each object, in order, with its first `limit` bytes; those of the next ones are on their way meanwhile.
+    """Yield each object, in order, with its first `limit` bytes, while up to 32 requests and 4 MiB are read ahead.
 
-    They are 32 requests and 4 MiB at most. Raises OperationFailed for an object when its turn comes.
+    Raises OperationFailed for an object when its turn comes.
     """
     coming, left = deque[tuple[S3Object, Callable[[], bytes]]](), READ_AHEAD_BYTES
     for item in [*objects, None]:
         size = min(item.size, limit) if item else 0
         while coming and (not item or size > left or len(coming) == READS_AT_ONCE):
             left += min(coming[0][0].size, limit)
-            yield coming[0][0], coming.popleft()[1]()  # in no variable: it would live until the next one
+            yield coming[0][0], coming.popleft()[1]()  # not in a variable, which would keep the bytes alive
         if item and item.key in bucket.kept:
             coming.append((item, partial(bucket.kept.pop, item.key)))
         elif item:
@@ -518,9 +508,9 @@ def read_ahead(bucket: Bucket, objects: Iterable[S3Object], limit: int) -> Itera
 
 
 class S3Body(io.RawIOBase):
-    """The bytes of one object, or the first `limit` of them; a read that breaks off is resumed there.
+    """The bytes of one object, or the first `limit` of them. An interrupted read is resumed at the same position.
 
-    `first` are those that were read before: the others are asked for at once, and come while these are taken.
+    `first` are bytes that were read before. The rest is downloaded while these bytes are consumed.
     """
 
     def __init__(self, bucket: Bucket, item: S3Object, limit: int | None = None, first: bytes = b"") -> None:
@@ -536,11 +526,11 @@ class S3Body(io.RawIOBase):
         return True
 
     def read_all(self) -> bytes:
-        return b"".join(iter(partial(self.read, READ_BYTES), b""))  # readall() of the library takes 8 KiB a step
+        return b"".join(iter(partial(self.read, READ_BYTES), b""))  # readall() of the library reads 8 KiB at a time
 
     def readinto(self, buffer: Any) -> int:
         data: Any = self._first[: len(buffer)] or self._read(len(buffer))
-        self._first = self._first[len(data) :] or b""  # an empty view would still hold all of it
+        self._first = self._first[len(data) :] or b""  # an empty view would keep all bytes in memory
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
@@ -555,11 +545,11 @@ class S3Body(io.RawIOBase):
                 raise OSError("it ended early")
             except OperationFailed:
                 raise
-            except Exception as error:  # urllib3, botocore, http.client and ssl each have their own for a broken read
+            except Exception as error:  # urllib3, botocore, http.client and ssl each have their own
                 self._body = None
                 place = f"s3://{self.bucket.name}/{self.item.key}, byte {self.position:,}"
-                if not retry.wait(f"{place}: {error}; reading on from there"):
-                    raise OperationFailed(f"{place}: cannot be read on: {error}; run again") from None
+                if not retry.wait(f"{place}: {error}; resuming the read"):
+                    raise OperationFailed(f"{place}: the read cannot be resumed: {error}; run again") from None
         return b""
 
     def _open(self) -> Any:
@@ -567,8 +557,8 @@ class S3Body(io.RawIOBase):
         return opening.result() if opening else self.bucket.get(self.item, self.position, self.end - 1)
 
 
-def plain(body: io.RawIOBase) -> BinaryIO:
-    """Return the content, unpacked when it is gzip; its first bytes tell, names are often wrong."""
+def unpacked(body: io.RawIOBase) -> BinaryIO:
+    """Return the content, unpacked if it is gzip (detected by magic bytes; file names are unreliable)."""
     stream = io.BufferedReader(body, READ_BYTES)
     if stream.peek(2)[:2] == GZIP_MAGIC:
         return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
@@ -576,7 +566,7 @@ def plain(body: io.RawIOBase) -> BinaryIO:
 
 
 def decode(data: bytes) -> tuple[str, bool]:
-    """Return the text, and whether its cells have to be looked at one by one (bad UTF-8, NUL)."""
+    """Return the text, and whether its cells have to be checked one by one (bad UTF-8, NUL)."""
     try:
         return data.decode(), b"\0" in data
     except UnicodeDecodeError:
@@ -584,7 +574,7 @@ def decode(data: bytes) -> tuple[str, bool]:
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[str, bool]]:
-    """Yield the text in pieces of whole lines. Raises OverflowError when a line does not end."""
+    """Yield the text in pieces of complete lines. Raises OverflowError if a line does not end."""
     rest = b""
     while data := stream.read(CHUNK_BYTES):
         data = rest + data
@@ -602,7 +592,7 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[str, bool]]:
 
 
 class Defect(Exception):
-    """A record that cannot become a document: why, and what stands there."""
+    """A record that cannot become a document: the reason, its content, and the column."""
 
     def __init__(self, reason: str, row: Any, column: str | None = None) -> None:
         super().__init__(reason)
@@ -610,9 +600,9 @@ class Defect(Exception):
 
 
 def open_quote(place: str, line: int, where: str) -> OperationFailed:
-    """Return the failure for a quote that does not close: how many rows it swallowed is unknown."""
+    """Return the failure for a quote that does not close: the number of rows inside it is unknown."""
     return OperationFailed(
-        f"{place}, line {line}: a quote of the record that begins here is open {where}; mend the file"
+        f"{place}, line {line}: a quote in the record that begins here is still open {where}; fix the file"
     )
 
 
@@ -627,16 +617,30 @@ class Block:
 
 
 def parse(text: str, place: str, first_line: int, delimiter: str) -> tuple[Block, str]:
-    """Parse the records of a text that begins on `first_line`; return them, and the text of a last one left open.
+    """Parse the records of a text that begins on `first_line`; return them, and the text of a last, unfinished one.
 
-    Raises OperationFailed when a quote is still open after 8 MiB.
+    Raises OperationFailed if a quote is still open after 8 MiB.
     """
+    if '"' not in text and text.endswith("\n"):
+        source: Iterable[str] = text[:-1].split("\n")  # a tenth faster
+    else:
+        source = io.StringIO(text, newline="\n")
+    with contextlib.suppress(csv.Error):
+        reader = csv.reader(source, delimiter=delimiter, strict=True)
+        rows = list(reader)
+        if len(rows) == reader.line_num:  # each line is a record, as in most files
+            return Block(range(first_line, first_line + len(rows)), rows), ""
+    return parse_records(text, place, first_line, delimiter)
+
+
+def parse_records(text: str, place: str, first_line: int, delimiter: str) -> tuple[Block, str]:
+    """Parse records one by one, of several lines or with defects."""
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
-    block, ends, rest = Block([], []), [0], ""  # the number of lines up to the end of each record
+    rows, ends, rest = list[Any](), [0], ""  # the number of lines up to the end of each record
     while True:
         try:
             for row in reader:
-                block.rows.append(row)
+                rows.append(row)
                 ends.append(reader.line_num)
             break
         except csv.Error as error:
@@ -647,15 +651,13 @@ def parse(text: str, place: str, first_line: int, delimiter: str) -> tuple[Block
                 break
             if "field limit" in str(error) and raw.count('"') % 2:
                 raise open_quote(place, first_line + ends[-1], f"after {MAX_CELL_CHARS // MIB} MiB") from None
-            block.rows.append(Defect(f"not CSV: {error}", raw))
+            rows.append(Defect(f"not CSV: {error}", raw))
             ends.append(reader.line_num)
-    plain = ends[-1] == len(block.rows)  # each line is a record
-    block.lines = range(first_line, first_line + ends[-1]) if plain else [first_line + end for end in ends[:-1]]
-    return block, rest
+    return Block([first_line + end for end in ends[:-1]], rows), rest
 
 
 def mark_unreadable(block: Block) -> None:
-    """Turn rows with a NUL or with bytes that are not UTF-8 into defects."""
+    """Replace rows with a NUL or invalid UTF-8 by defects."""
     for place, row in enumerate(block.rows):
         text = "" if isinstance(row, Defect) else "".join(row)
         if found := re.search("[\0\udc80-\udcff]", text):
@@ -664,44 +666,51 @@ def mark_unreadable(block: Block) -> None:
 
 
 def no_header(place: str, row: Any = None) -> Refused:
-    what_to_do = "add the column names"
+    advice = "add the column names"
     if isinstance(row, Defect):
         spaced = re.search(r'"[ \t]', str(row.row))
-        what_to_do = f"{row.reason}; {'remove the space between quote and delimiter' if spaced else 'mend the file'}"
-    return Refused(f"{place}: the first line is not a CSV header: {what_to_do}")
+        advice = f"{row.reason}; {'remove the space between quote and delimiter' if spaced else 'fix the file'}"
+    return Refused(f"{place}: the first line is not a CSV header: {advice}")
 
 
 def header_of(place: str, row: Any) -> list[str]:
-    """Return the column names in the first record. Raises Refused when it is no CSV."""
+    """Return the column names in the first record. Raises Refused if it is not CSV."""
     if not row or isinstance(row, Defect):
         raise no_header(place, row)
     if re.fullmatch("sep=.?", row[0]):
-        raise Refused(f"{place}: the first line, {row[0]}, is for spreadsheets; remove it, and give the delimiter")
-    return [sys.intern(name.strip()) for name in row]  # 10,000 objects need 10 MB less
+        raise Refused(f"{place}: the first line, {row[0]}, is for spreadsheets; remove it, and set the delimiter")
+    return [sys.intern(name.strip()) for name in row]  # saves 10 MB for 10,000 objects
+
+
+def all_have(width: int, rows: Sequence[Any]) -> bool:
+    """Return whether all records have this number of cells and none is a Defect."""
+    return set(map(type, rows)) == {list} and set(map(len, rows)) == {width}
 
 
 def blank_out(block: Block, header: Sequence[str]) -> Block:
-    """Turn rows of empty cells into blank lines, and rows that repeat the header of two columns or more."""
-    last = header[-1] if len(header) > 1 else None
-    for place in [place for place, row in enumerate(block.rows)
-                  if isinstance(row, list) and not (row and row[0] and row[-1] != last)]:  # fmt: skip
-        row = block.rows[place]
+    """Replace rows of empty cells, and rows that repeat the header of two columns or more, by blank lines."""
+    rows, last = block.rows, header[-1] if len(header) > 1 else None
+    if all_have(len(header), rows) and "" not in map(itemgetter(0), rows) and last not in map(itemgetter(-1), rows):
+        return block  # most blocks, without Python code for each row
+    for place, row in enumerate(rows):
+        if isinstance(row, Defect):
+            continue
         if not any(row):
             block.empty += bool(row)
-            block.rows[place] = []
+            rows[place] = []
         elif row[-1] == last and [row[0].removeprefix("\ufeff").strip('"'), *row[1:]] == header:  # each file has a BOM
             block.repeated.append(block.lines[place])
-            block.rows[place] = []
+            rows[place] = []
     return block
 
 
 def read_csv(
     stream: BinaryIO, place: str, delimiter: str, *, complete: bool = True
 ) -> tuple[list[str], Iterator[Block]]:
-    """Return the columns of an object, none where it is empty, and its records in blocks; the only one that reads CSV.
+    """Return the columns of an object (none if it is empty) and its records in blocks. All CSV is read here.
 
-    Where the stream is not `complete`, a last record that is left open is ignored. Raises Refused for the header, and
-    OperationFailed when the object is broken gzip, when a line does not end, or when a quote is left open.
+    If the stream is not `complete`, an unfinished last record is ignored. Raises Refused for an unusable header, and
+    OperationFailed for broken gzip, a line that does not end, or a quote that does not close.
     """
     blocks = read_blocks(stream, place, delimiter, complete)
     first = next(blocks, None)
@@ -713,23 +722,23 @@ def read_csv(
 
 
 def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) -> Iterator[Block]:
-    """Yield the records of one object in blocks, the header first."""
-    text, line, suspect, left_open = "", 1, False, 0  # of a record left open: its text, its line, its length
+    """Yield the records of one object in blocks, beginning with the header."""
+    text, line, suspect, unfinished = "", 1, False, 0  # of an unfinished record: text, first line, length
     try:
         for piece, is_suspect in itertools.chain(read_lines(stream), [("", False)]):
             text += piece if text or line > 1 else piece.removeprefix("\ufeff")
             suspect = suspect or is_suspect  # its cells have to be checked one by one
-            if piece and len(text) <= 2 * left_open:
-                continue  # parsed anew with each piece, giant cells would take minutes
+            if piece and len(text) <= 2 * unfinished:
+                continue  # parsing a giant cell again with each piece would take minutes
             block, rest = parse(text, place, line, delimiter)
             if suspect:
                 mark_unreadable(block)
                 suspect = bool(rest)
             line += text.count("\n") - rest.count("\n")
-            text, left_open = rest, len(rest)
+            text, unfinished = rest, len(rest)
             if rest and not piece and complete:
                 raise open_quote(place, line, "at the end of the file")
-            if left_open > MAX_LINE_BYTES:
+            if unfinished > MAX_LINE_BYTES:
                 raise open_quote(place, line, f"after {MAX_LINE_BYTES // MIB} MiB")
             if block.rows:
                 yield block
@@ -739,14 +748,13 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) ->
         raise OperationFailed(f"{place}, after line {line + text.count(chr(10)) - 1}: {error}") from None
 
 
-# --- type -------------------------------------------------------------------------------------------------------------
+# --- convert ----------------------------------------------------------------------------------------------------------
 
-# what means that there is no value, for all types but those of `render_text`
-EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"])
+EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"])  # for all but `render_text`
 NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]+))?")
 BOOLEANS = dict.fromkeys(["true", "yes", "t", "1"], "true") | dict.fromkeys(["false", "no", "f", "0"], "false")
 
-Render = Callable[[str], str]  # from a cell's text to JSON; "" leaves the field out; ValueError makes a reject
+Render = Callable[[str], str]  # from a cell to JSON; "" omits the field; a ValueError rejects the row
 
 
 def render_text(cell: str) -> str:
@@ -754,24 +762,24 @@ def render_text(cell: str) -> str:
 
 
 def render_other(cell: str) -> str:
-    """Dates, addresses, points and the like go as they stand: the server knows their formats."""
+    """Keep dates, addresses, points and the like unchanged: the server parses their formats."""
     return "" if cell.strip() in EMPTY else encode_basestring(cell)
 
 
 def render_float(cell: str) -> str:
-    """Return a number as JSON spells it, digit for digit; whether it fits is for the server to say."""
+    """Return a JSON number with every digit; the server checks the range."""
     if (cell := cell.strip()) in EMPTY:
         return ""
-    sign, whole, fraction, exponent = number(cell).groups(default="")
-    whole = whole.lstrip("0") or "0"
-    return f"{sign.strip('+')}{whole}{fraction and '.' + fraction}{exponent and 'e' + exponent}"
+    sign, integer, fraction, exponent = number(cell).groups(default="")
+    integer = integer.lstrip("0") or "0"
+    return f"{sign.strip('+')}{integer}{fraction and '.' + fraction}{exponent and 'e' + exponent}"
 
 
 def render_integer(cell: str, *, low: int, high: int) -> str:
-    """Return an integer with every digit. Raises ValueError for a fraction or overflow, which the server would cut."""
+    """Return an integer with every digit. Raises ValueError for a fraction, which the server would cut, or overflow."""
     if (cell := cell.strip()) in EMPTY:
         return ""
-    if len(number(cell)[4] or "") > 4:  # what Decimal cannot hold
+    if len(number(cell)[4] or "") > 4:  # more than Decimal can hold
         raise ValueError("out of range")
     value = Decimal(cell)
     if value != value.to_integral_value():
@@ -782,7 +790,7 @@ def render_integer(cell: str, *, low: int, high: int) -> str:
 
 
 def number(cell: str) -> re.Match[str]:
-    """Return the parts of a number: sign, whole, fraction, exponent. Raises ValueError."""
+    """Return the parts of a number: sign, integer, fraction, exponent. Raises ValueError."""
     match = NUMBER.fullmatch(cell)
     if not match or not (match[2] or match[3]):
         raise ValueError("not a number")
@@ -802,14 +810,14 @@ def render_boolean(cell: str) -> str:
 
 
 def render_json(cell: str) -> str:
-    """Return the JSON of a cell on one line, digit for digit."""
+    """Return the JSON of a cell on one line, with every digit."""
     if cell.strip() in EMPTY:
         return ""
     try:
         json.loads(cell, parse_constant=lambda name: json.loads(""), parse_float=str, parse_int=str)
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
-    return cell.translate({10: " ", 13: " "})  # outside strings, where JSON allows them
+    return cell.translate({10: " ", 13: " "})  # JSON allows them outside strings only
 
 
 RENDERERS: dict[str, Render] = {  # every other type: render_other
@@ -830,12 +838,12 @@ RENDERERS: dict[str, Render] = {  # every other type: render_other
 
 
 class Column(dict[str, str]):
-    """From a cell's text to its finished `,"name":value` token; remembers the latest few thousand."""
+    """A cache from a cell to its finished token: `,"name":value`, or without the comma for the first column."""
 
-    def __init__(self, name: str, kind: str) -> None:
+    def __init__(self, name: str, kind: str, comma: str = ",") -> None:
         super().__init__()
-        self.name, self.render = name, RENDERERS.get(kind, render_other)
-        self.prefix = f",{encode_basestring(name)}:"
+        self.name, self.kind, self.render = name, kind, RENDERERS.get(kind, render_other)
+        self.prefix = f"{comma}{encode_basestring(name)}:"
 
     def __missing__(self, cell: str) -> str:
         value = self.render(cell)
@@ -853,28 +861,28 @@ def separator(operation: str, quoted_id: str, version: str = "") -> str:
 
 
 def separator_with_id(cell: str, version: int, no_ids: Container[str]) -> str:
-    """Take the id from a column; thanks to the version a later row wins, in any order of arrival."""
+    """Use the id in a cell. Because of the version, a later row wins in any order of arrival."""
     if cell.strip() in no_ids or len(cell.encode()) > MAX_ID_BYTES:
-        raise ValueError(f"no id, or one of more than {MAX_ID_BYTES} bytes")
+        raise ValueError(f"the id is empty or longer than {MAX_ID_BYTES} bytes")
     return separator("index", encode_basestring(cell), f',"version":{version},"version_type":"external"')
 
 
 @dataclass
 class Source:
-    """One object while its records are rendered."""
+    """The object whose records are being rendered."""
 
     key: str
     columns: list[Column]
-    id_place: int  # of the column that holds the id
-    separator: str  # with a placeholder for the number of the record
-    record: int = 1  # the number of the next one
+    id_place: int  # position of the id column
+    separator: str  # with a placeholder for the record number
+    record: int = 1  # number of the next record
 
 
 class Renderer:
-    """Turns the records of all objects into bulk text; what cannot become a document goes to `reject(key, line, ...)`.
+    """Turns the records of all objects into bulk text, and passes defective ones to `reject(key, line, ...)`.
 
-    Used by the main thread alone, but for `is_own_version`. Without an id column the ids depend on bucket, key and
-    record alone: sending or loading again changes nothing.
+    Only the main thread uses it, except for `is_own_version`. Without an id column, the ids depend only on bucket, key
+    and record number, so a resend or another load changes nothing.
     """
 
     def __init__(
@@ -886,22 +894,26 @@ class Renderer:
         self.id_column, self.operation = id_column, operation
         is_text = RENDERERS.get(types.get(id_column, "text")) is render_text  # `NA` is Namibia
         self.no_ids = {"", r"\N"} if is_text else {*EMPTY, r"\N"}
-        self.first_version = time.time_ns()  # of --id-column: a later row has a higher one, a later load too
+        self.first_version = time.time_ns()  # with --id-column; versions rise with each row and from load to load
         self.read = self.skipped = 0  # records
-        self.empty = self.repeated = 0  # of the skipped ones: rows of empty cells, rows that repeat the header
+        self.empty = self.repeated = 0  # skipped records: rows of empty cells, rows that repeat the header
         self.first_repeated = ""
 
     def documents(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> Iterator[Batch]:
         """Yield the documents of one object."""
+        if not columns:
+            return
         id_place = columns.index(self.id_column) if self.id_column in columns else 0
         digest = hashlib.sha256(f"{self.bucket}/{key}".encode()).hexdigest()[:16]
         placeholder = separator(self.operation, f'"{digest}-%09d"')
-        source = Source(key, [self.columns[name] for name in columns], id_place, placeholder)
+        first, *others = (self.columns[name] for name in columns)
+        first = Column(first.name, first.kind, comma="")
+        source = Source(key, [first, *others], id_place, placeholder)
         for block in blocks:
             lines = block.lines
             try:
                 text = self._render(source, block.rows)
-            except ValueError:  # something is wrong in one of them
+            except ValueError:  # at least one record is defective or blank
                 lines, text = self._render_good(source, block)
             self.empty += block.empty
             if block.repeated:
@@ -910,19 +922,19 @@ class Renderer:
             yield Batch.of(key, lines, text)
 
     def is_own_version(self, version: int) -> bool:
-        """Say whether a document of this version is a row of this load; else it is somebody's newer one."""
+        """Return whether a document of this version is a row of this load, not a newer one of another client."""
         return 0 <= version - self.first_version <= self.read
 
     def _render(self, source: Source, rows: Sequence[Any]) -> str:
-        r"""Return the documents of consecutive records. Raises ValueError when one of them is no document.
+        r"""Return the documents of consecutive records. Raises ValueError if one of them cannot become a document.
 
-        The cells are rendered a column at a time, so that nearly all of it runs in C.
+        Cells are rendered column by column, so that nearly all of the work runs in C.
 
             rows    [7, a], [8, b]
             cells   (7, 8), (a, b)
-            parts   }\n{"create":{"_id":"x-1"}}\n{   ,"n":7  ,"k":"a"   }\n{...   ,"n":8  ,"k":"b"
+            parts   }\n{"create":{"_id":"x-1"}}\n{   "n":7  ,"k":"a"   }\n{...   "n":8  ,"k":"b"
         """
-        if {len(row) if isinstance(row, list) else 0 for row in rows} != {len(source.columns)}:
+        if not all_have(len(source.columns), rows):
             raise ValueError("a defect, or records of different widths")
         cells = list(zip(*rows))
         stride = len(cells) + 1
@@ -932,10 +944,11 @@ class Renderer:
             parts[place::stride] = map(column.__getitem__, values)
         source.record += len(rows)
         self.read += len(rows)
-        return "".join(parts)
+        text = "".join(parts)
+        return text if all(parts[1::stride]) else FIRST_COMMA.sub("\n{", text)  # some lack the first column
 
     def _render_good(self, source: Source, block: Block) -> tuple[list[int], str]:
-        """Return the lines and the documents of those records that are good."""
+        """Return the lines and the documents of the good records; count or reject the others."""
         lines, texts = [], []
         for line, row in zip(block.lines, block.rows):
             try:
@@ -951,7 +964,7 @@ class Renderer:
         return lines, "".join(texts)
 
     def _defect(self, source: Source, row: Any, reason: str) -> Defect:
-        """Return why a record is no document, and in which column; `reason` where only its id is wrong."""
+        """Return the defect of a record, with its column; `reason` applies if only the id is wrong."""
         if isinstance(row, Defect):
             return row
         if len(row) != len(source.columns):
@@ -973,14 +986,14 @@ class Renderer:
 
 
 class FirstRows:
-    """Renders the first rows of each object as the load would, to see in a dry run what it would reject."""
+    """Renders the first rows of each object in a dry run, to report the rows that the load would reject."""
 
     def __init__(self, types: Mapping[str, str], bucket: str, id_column: str) -> None:
         self._renderer = Renderer(types, self._reject, bucket=bucket, id_column=id_column)
-        self.rejected, self.reasons = 0, list[str]()
+        self._reasons = list[str]()
 
     def render(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> None:
-        for name in columns:  # the type of a new one will fit all cells of the heads
+        for name in columns:  # the type of a new column will fit all cells of the heads
             self._renderer.columns.setdefault(name, Column(name, "text"))
         records = (record for block in blocks for record in zip(block.lines, block.rows))
         first = list(itertools.islice(records, ROWS_CHECKED))
@@ -988,16 +1001,15 @@ class FirstRows:
         list(self._renderer.documents(key, columns, [block]))
 
     def _reject(self, key: str, line: int, defect: Defect) -> None:
-        self.rejected += 1
-        if len(self.reasons) < REJECTS_SHOWN:
-            self.reasons.append(f"{key} line {line}: {defect.reason}")
+        self._reasons.append(f"{key} line {line}: {defect.reason}")
 
     def refuse(self, accepted: int) -> None:
         """Raise Refused if the load would reject more rows than are accepted."""
-        if self.rejected > accepted:
+        if len(self._reasons) > accepted:
             raise Refused(
-                f"of the first {ROWS_CHECKED} rows of each object {self.rejected:,} would be rejected, {accepted:,} "
-                f"are accepted (MAX_REJECTS); nothing was changed: mend data or mapping. {'; '.join(self.reasons)}"
+                f"the load would reject {len(self._reasons):,} of the first {ROWS_CHECKED} rows of each object, "
+                f"{accepted:,} are accepted (MAX_REJECTS); nothing was changed; fix the files or the mapping: "
+                f"{'; '.join(self._reasons[:REJECTS_SHOWN])}"
             )
 
 
@@ -1006,18 +1018,14 @@ class FirstRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents as finished bulk text, two lines each, and the objects and lines they came from, in the same order."""
+    """Documents as bulk text, two lines each, and their objects and lines, in the same order."""
 
     body: bytes = b""
     origins: Sequence[tuple[str, Sequence[int]]] = ()
 
     @classmethod
     def of(cls, key: str, lines: Sequence[int], text: str) -> Batch:
-        """Return documents of one object; each begins with the separator, which ends the document before.
-
-        The first field of each still has its comma. The text of a cell holds no newline, so these are all.
-        """
-        text = FIRST_COMMA.sub("\n{", text)
+        """Return documents of one object; in `text`, each begins with its separator, which ends the one before."""
         return cls((text[len(DOCUMENT_END) :] + DOCUMENT_END).encode(), [(key, lines)]) if text else cls()
 
     @classmethod
@@ -1040,14 +1048,14 @@ class Batch:
         return Batch(b"\n".join([*lines, b""]), first), Batch(rest, others)
 
     def documents(self) -> list[Batch]:
-        """Return each document as a batch of its own."""
+        """Return each document as its own batch."""
         places = ((key, line) for key, lines in self.origins for line in lines)
         texts = iter(self.body.split(b"\n"))
         return [Batch(b"%s\n%s\n" % pair, [(key, [line])]) for pair, (key, line) in zip(zip(texts, texts), places)]
 
 
 def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
-    """Make batches of `size` documents or 8 MiB of smaller and larger ones, across the borders of objects."""
+    """Regroup documents, across objects, into batches of `size` documents or about 8 MiB."""
     parts: list[Batch] = []
     count = length = 0
     for rest in documents:
@@ -1067,25 +1075,25 @@ def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
 
 
 class ConcurrencyLimit:
-    """How many bulk requests may be in flight, by Little's law.
+    """The number of bulk requests that may be in flight, by Little's law.
 
     The limit is the number of requests that the cluster completes in its fastest response time plus a tenth of a
-    second, or a quarter of that time if it is longer. More would only wait in the cluster's queue, in front of other
-    clients' writes. The rate is measured anew in each window, from one completion to another. After a 429 the limit is
-    half the number in flight, and rises by at most one per window. A fixed limit only follows 429.
+    second, or plus a quarter of that time if this is longer. More requests would only wait in the cluster's queue and
+    delay other clients' writes. The rate is measured in windows that begin and end with a completion. After a 429, the
+    limit is half the number in flight, and it rises by at most one per window. A fixed limit only changes after a 429.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
         self.fixed, self.max_bytes = fixed, MAX_BYTES_OF_FIXED if fixed else MAX_BYTES_IN_FLIGHT
         self.number = self._ceiling = self._most = fixed or MAX_CONNECTIONS
         self.in_flight = 0  # counted by BulkWorkers
-        self._lock = threading.Lock()  # guards what follows, and `number`
+        self._lock = threading.Lock()  # guards `number` and the attributes below
         self._fastest_s = math.inf
-        self._window_began, self._completed = 0.0, 0  # 0.0: the next completion begins one
+        self._window_began, self._completed = 0.0, 0  # 0.0: the next completion begins a window
         self._halved = 0.0
 
     def completed(self, sent: float) -> None:
-        """Count a first attempt that was stored completely; at the end of a window, set the limit."""
+        """Count a request whose first attempt stored all documents; set the limit at the end of a window."""
         with self._lock:
             now = time.monotonic()
             self._fastest_s = min(self._fastest_s, now - sent)
@@ -1103,35 +1111,35 @@ class ConcurrencyLimit:
             self._window_began, self._completed = now, 0
 
     def halve(self, sent: float) -> None:
-        """Halve the number in flight, once per round trip: a request sent at this time was answered with 429."""
+        """Halve the number in flight after a 429 to a request sent at this time, at most once per round trip."""
         with self._lock:
             if sent > self._halved:
                 self._halved, self._window_began = time.monotonic(), 0.0
                 self.number = self._ceiling = max(1, min(self.number, self.in_flight) // 2)
-                log.warning("the cluster is busy (429): at most %s requests in flight from here on", self.number)
+                log.warning("the cluster is busy (429): at most %s requests in flight from now on", self.number)
 
     def interrupt(self) -> None:
-        """Discard the current window: nothing was in flight, so its rate would not be the cluster's."""
+        """Discard the current window: without requests in flight, its rate is not the cluster's."""
         with self._lock:
             self._window_began = 0.0
 
 
 class BulkWorkers:
-    """Stores each batch in a thread of its own, as many at a time as the limit allows.
+    """Stores each batch in its own thread, as many at a time as the limit allows.
 
-    The first error of a thread is raised in the main thread. The threads are daemons: after a failure, a request that
-    hangs cannot keep the process alive.
+    The first error of a thread is raised in the main thread. The threads are daemons: after a failure, a hung request
+    cannot keep the process alive.
     """
 
     def __init__(self, store: Callable[[Batch], None], limit: ConcurrencyLimit) -> None:
         self._store, self._limit = store, limit
-        self._changed = threading.Condition()  # guards what follows, and the limit's `in_flight`
+        self._changed = threading.Condition()  # guards the attributes below and the limit's `in_flight`
         self._error: BaseException | None = None
         self._bytes = 0  # of the bodies in flight
         self.peak = 0  # most batches in flight
 
     def put(self, batch: Batch) -> None:
-        """Begin to store a batch as soon as the limit allows. Raises the first error of a thread."""
+        """Start to store a batch as soon as the limit allows. Raises the first error of a thread."""
         size, limit = len(batch.body), self._limit
         with self._changed:
             self._wait_for(lambda: limit.in_flight < limit.number and self._bytes + size <= limit.max_bytes)
@@ -1148,7 +1156,7 @@ class BulkWorkers:
             self._wait_for(lambda: False)
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until this is so, or nothing is in flight."""
+        """Wait until the condition holds or nothing is in flight."""
         self._changed.wait_for(lambda: self._error or not self._limit.in_flight or condition())
         if self._error:
             raise self._error
@@ -1167,11 +1175,11 @@ class BulkWorkers:
 
 
 class BulkStore:
-    """Stores batches, for any number of threads at a time; what the cluster refuses goes to `reject(key, line, ...)`.
+    """Stores batches, from any number of threads, and passes rejected documents to `reject(key, line, ...)`.
 
-    Documents refused with 429 or 5xx are sent again, alone, for `retry_seconds` without progress at most; a batch too
-    large for the cluster (413) is halved. `is_own_version` is given where ids come from a column, `creates` where no
-    document may replace another: then 200 means that a pipeline dropped it, otherwise the result is `noop`.
+    Documents answered with 429 or 5xx are resent alone, for up to `retry_seconds` without progress. A batch that is too
+    large for the cluster (413) is halved. Pass `is_own_version` if ids come from a column. Pass `creates` if documents
+    cannot replace each other: then 200 means that a pipeline dropped the document; otherwise the result `noop` does.
     """
 
     def __init__(
@@ -1180,25 +1188,24 @@ class BulkStore:
         creates: bool = False,
     ) -> None:  # fmt: skip
         self._cluster, self.index, self._reject, self._limit = cluster, index, reject, limit
-        self._retry_seconds, self._refresh_every, self._is_own_version = retry_seconds, refresh_every, is_own_version
-        self._creates = creates
-        more = "" if creates else ",items.*.result"
-        self._params = {"filter_path": BULK_RESULTS + more}
-        self._lock = threading.Lock()  # of what follows
+        self._retry_seconds, self._refresh_every = retry_seconds, refresh_every
+        self._is_own_version, self._creates = is_own_version, creates
+        self._params = {"filter_path": BULK_RESULTS + ("" if creates else ",items.*.result")}
+        self._lock = threading.Lock()  # guards the attributes below
         self.stored = 0
         self.dropped = 0  # by an ingest pipeline
-        self.replaced = 0  # of the stored ones, rows of an id that another row has as well
-        self.unsure = 0  # of the stored ones, perhaps replaced: the response that would tell was lost
+        self.replaced = 0  # stored rows whose id another row has as well
+        self.unsure = 0  # stored rows that may have been replaced: a response was lost
         self._max_bytes = MAX_BATCH_BYTES
         self._refreshed_at = 0  # documents
 
     def store(self, batch: Batch) -> None:
-        """Store a batch: each document is stored once or rejected when this returns.
+        """Store or reject each document of a batch.
 
-        Raises OperationFailed when documents stay refused, or what the requests raise.
+        Raises OperationFailed if the cluster keeps rejecting documents, or the exceptions of the requests.
         """
         self._store(batch)
-        with self._lock:  # refresh now and then, or one core is busy with it at the end while the others are idle
+        with self._lock:  # without refreshes during the load, one core refreshes at the end while the others idle
             due = 0 < self._refresh_every <= self.stored - self._refreshed_at
             self._refreshed_at = self.stored if due else self._refreshed_at
         if due:
@@ -1237,61 +1244,54 @@ class BulkStore:
     def _lower_max_bytes(self, size: int) -> None:
         with self._lock:
             self._max_bytes = most = min(self._max_bytes, max(size // 2, 1))
-        log.warning("the cluster rejects requests of %s bytes (413): at most %s from here on", size, most)
-
-    # --- handle item results ---
+        log.warning("the cluster rejects requests of %s bytes (413): at most %s from now on", size, most)
 
     def _handle_item_results(self, batch: Batch, response: Response, resent: bool) -> tuple[Batch, str]:
-        """Count or reject each document; return those that have to be sent again, and why."""
+        """Count or reject each document; return those that have to be resent, and the reason."""
         body, count = response.body, batch.count()
         created, updated = body.count(b'"status":201'), body.count(b'"status":200')
-        if body.startswith(b'{"errors":false') and created + updated == count:  # not parsed: most responses are this
+        if body.startswith(b'{"errors":false') and created + updated == count:  # most responses; saves parsing
             dropped = updated if self._creates else body.count(b'"result":"noop"')
             self._count(stored=count - dropped, replaced=updated - dropped, dropped=dropped)
             return Batch(), ""
         items = [next(iter(item.values())) for item in response.data.get("items", [])]
         if len(items) != count:
-            return batch, f"{len(items)} answers to {count} documents"
+            return batch, f"{len(items)} results for {count} documents"
         again, refusal = [], ""
         for document, item in zip(batch.documents(), items):
             status, error = item["status"], item.get("error", {})
+            kind, reason = str(error.get("type", "")), str(error.get("reason", ""))
             if status == 200 and (self._creates or item.get("result") == "noop"):
                 self._count(dropped=1)
-                continue
-            if self._is_final(document, status, error, resent):
-                continue
-            again.append(document)
-            refusal = f"{status} {error.get('type', '')}: {error.get('reason', '')}"
+            elif status in (200, 201):
+                self._count(stored=1, replaced=status == 200)
+            elif status == 409:
+                self._handle_conflict(document, f"{kind}: {reason}", resent)
+            elif "block" in kind or status in (401, 403, 404):
+                raise self._cluster.failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
+            elif status == 429 or status >= 500:
+                again.append(document)
+                refusal = f"{status} {kind}: {reason}"
+            else:
+                cause = error.get("caused_by", {}).get("reason", "")
+                self._refused(document, f"{kind}: {reason}{cause and ': ' + cause}")
         return Batch.joined(again), refusal
 
-    def _is_final(self, document: Batch, status: int, error: Mapping[str, Any], resent: bool) -> bool:
-        """Count or reject a document by its result; say False when it has to be sent again."""
-        kind, reason = str(error.get("type", "")), str(error.get("reason", ""))
-        if status in (200, 201):
-            self._count(stored=1, replaced=status == 200)
-        elif status == 409 and self._is_of_this_load(reason):  # a later row, or this one by an earlier attempt
+    def _handle_conflict(self, document: Batch, reason: str, resent: bool) -> None:
+        """Count or reject a document whose id exists (without an id column) or has a version at least as high."""
+        version = re.search(r"current version \[(\d+)\]", reason)
+        if not self._is_own_version:
+            self._count(stored=1)  # an earlier attempt stored it: ours, or the cluster's own after a node failure
+        elif version and self._is_own_version(int(version[1])):  # a later row, or an earlier attempt for this row
             again = resent or re.search(r"current version \[(\d+)\].*\[\1\]", reason) is not None
             self._count(stored=1, replaced=not again, unsure=again)
-        elif status == 409 and not self._is_own_version:
-            self._count(stored=1)  # by an earlier attempt: ours, or the cluster's own when a node fails
-        elif "block" in kind or status in (401, 403, 404):
-            raise self._cluster.failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
-        elif status == 429 or status >= 500:
-            return False
         else:
-            cause = error.get("caused_by", {}).get("reason", "")
-            if status == 409:
-                cause = "the clock of the host of an earlier load was ahead, or another client writes to the index"
-            self._refused(document, f"{kind}: {reason}{cause and ': ' + cause}")
-        return True
-
-    def _is_of_this_load(self, conflict: str) -> bool:
-        there = re.search(r"current version \[(\d+)\]", conflict)
-        return bool(there and self._is_own_version and self._is_own_version(int(there[1])))
+            self._refused(document, f"{reason}: the clock of the host of an earlier load was ahead, or another client "
+                                    "writes to the index")  # fmt: skip
 
     def _refused(self, document: Batch, reason: str) -> None:
         named = re.search(r'field(?: \[|=")([^\]"]+)', reason)
-        row = json.loads(document.body.split(b"\n")[1], parse_float=str, parse_int=str)  # digit for digit
+        row = json.loads(document.body.split(b"\n")[1], parse_float=str, parse_int=str)  # with every digit
         [(key, line)] = [(key, line) for key, lines in document.origins for line in lines]
         self._reject(key, line, Defect(reason, row, named[1] if named else None))
 
@@ -1304,21 +1304,21 @@ class BulkStore:
 
 
 class Rejects:
-    """Counts rejected rows and writes each to a file of its own for this run, made for its owner alone."""
+    """Counts rejected rows and writes them to a file of this run that only its owner may read."""
 
     def __init__(self, folder: Path, index: str, accepted: int) -> None:
         self.path = folder / f"rejects-{index}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.ndjson"
         self.limit, self.count = max(accepted, REJECTS_TOLERATED), 0
-        self._reasons = Counter[tuple[str | None, str]]()  # by column and reason less its values
+        self._reasons = Counter[tuple[str | None, str]]()  # by column and reason without values
         self._lock = threading.Lock()
         self._file: Any = None
 
     def prepare(self) -> None:
-        """Make the folder and drop files older than 30 days. Raises OperationFailed when it cannot be written to."""
+        """Create the folder and delete files older than 30 days. Raises OperationFailed if it is not writable."""
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             for old in self.path.parent.glob("rejects-*.ndjson"):
-                with contextlib.suppress(OSError):  # another load may have been faster
+                with contextlib.suppress(OSError):  # another load may have deleted it
                     if time.time() - old.stat().st_mtime > KEEP_DAYS * 86400:
                         old.unlink()
             if not os.access(self.path.parent, os.W_OK | os.X_OK):
@@ -1341,15 +1341,15 @@ class Rejects:
                 self._file.flush()
             except OSError as error:
                 raise OperationFailed(
-                    f"rejects file {self.path}: {error.strerror}; make room, or set LOG_DIR to another folder"
+                    f"rejects file {self.path}: {error.strerror}; free some space, or set LOG_DIR to another folder"
                 ) from None
             if self.count > self.limit:
                 raise OperationFailed(
-                    f"more than {self.limit:,} rows are rejected: mend data or mapping, see {self.path}"
+                    f"more than {self.limit:,} rows were rejected; fix the files or the mapping, see {self.path}"
                 )
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return how many rows were rejected for which reason in which column, the most frequent first."""
+        """Return the number of rejected rows per reason and column, most frequent first."""
         return [{"rows": rows, "column": column, "reason": reason}
                 for (column, reason), rows in self._reasons.most_common(REASONS_SHOWN)]  # fmt: skip
 
@@ -1359,7 +1359,7 @@ class Rejects:
             log.warning("rejected: %s x %s%s", entry["rows"], column, entry["reason"])
 
     def _open(self) -> Any:
-        if self.path.exists():  # of another load that began in the same second
+        if self.path.exists():  # another load began in the same second
             self.path = self.path.with_stem(f"{self.path.stem}-{os.getpid()}")
         return os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
 
@@ -1367,30 +1367,15 @@ class Rejects:
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Sums:
-    """What became of the rows: read = stored + rejected + skipped + dropped, or something was lost."""
-
-    read: int
-    stored: int
-    rejected: int
-    skipped: int
-    empty: int  # of the skipped ones, rows of empty cells
-    dropped: int  # by an ingest pipeline
-    replaced: int  # of the stored ones, those whose id another row has as well
-    unsure: int  # of the stored ones, perhaps replaced
-    requests_under_way: int  # at most
-
-
 class Delivery:
-    """The objects under the prefix, and what READY_OBJECT, a manifest and settings say of them."""
+    """The objects under the prefix, compared with READY_OBJECT, its manifest, and the settings."""
 
     def __init__(self, settings: argparse.Namespace, bucket: Bucket) -> None:
         self.settings, self.bucket = settings, bucket
         self.place, self.manifest = f"s3://{settings.bucket}/{settings.prefix}", Manifest()
 
     def objects(self) -> list[S3Object]:
-        """Return the objects to load. Raises Refused where their producer has not finished, or has not begun."""
+        """Return the objects to load. Raises Refused if there are none, or the producer has not finished."""
         found, ready = self._listed(S3_FIRST_CONTACT_S)
         if ready:
             self.manifest = self._read_manifest(ready)
@@ -1402,44 +1387,44 @@ class Delivery:
             advice = "check bucket and prefix"
             if others := [item.key for item in ignored if not item.is_csv()]:
                 advice = f"{others[0]} has another suffix; a manifest (READY_OBJECT) may name such objects"
-            raise Refused(f"{self.place}: no .csv or .csv.gz object, nothing was changed; {advice}")
+            raise Refused(f"{self.place}: no .csv or .csv.gz object; nothing was changed; {advice}")
         log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
         if len(folders := folders_of(self.settings.prefix, objects)) > 1:
-            log.warning("the prefix %s does not end with a slash, and all folders that it matches are loaded: %s",
+            log.warning("the prefix %s does not end with a slash, so all folders that it matches are loaded: %s",
                         self.settings.prefix, ", ".join(folders))  # fmt: skip
         self._refuse_untimely(objects, ready)
         if differences := self.manifest.differences(objects):
             raise Refused(
-                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) names other objects, nothing was changed: "
+                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) lists other objects; nothing was changed; "
                 f"{'; '.join(differences[:5])}; run again when the producer has finished, or with READY_OBJECT=none if "
                 "the files are right"
             )
         return objects
 
     def _refuse_untimely(self, objects: list[S3Object], ready: S3Object | None) -> None:
-        """Raise Refused where the producer of the files is still writing, or has written nothing since long."""
+        """Raise Refused if the producer of the files is still writing, or has not written for too long."""
         newest, oldest = (pick(objects, key=lambda item: item.modified) for pick in (max, min))
         now, limit = datetime.now(timezone.utc), self.settings.max_age_hours
         log.info("the newest object is %s, %.1f h old, the oldest %s, %.1f h", newest, newest.age_h(now), oldest,
                  oldest.age_h(now))  # fmt: skip
         what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
         if self.settings.ready_object and not ready:
-            raise Refused(f"{what} is not there, nothing was changed; run again when the producer has finished")
+            raise Refused(f"{what} is missing; nothing was changed; run again when the producer has finished")
         if ready and ready.modified < newest.modified:
             raise Refused(
-                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed: the producer is "
+                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed; the producer is "
                 "still writing; run again when it has finished"
             )
         if limit is not None and newest.age_h(now) > limit:
             raise Refused(
                 f"{self.place}: the newest object, {newest}, is {newest.age_h(now):.1f} h old, more than MAX_AGE_HOURS "
-                f"({limit:g}); nothing was changed: see why the producer has written nothing since"
+                f"({limit:g}); nothing was changed; find out why the producer has not written since"
             )
 
     def verify_unchanged(self, objects: Iterable[S3Object]) -> None:
-        """Raise OperationFailed unless S3 still holds these objects."""
-        found, _ = self._listed(self.bucket.retry_seconds)  # all is stored: waiting pays
+        """Raise OperationFailed unless S3 still holds exactly these objects."""
+        found, _ = self._listed(self.bucket.retry_seconds)  # everything is stored: a long wait pays off
         if changed := sorted({item.key for item in set(self._data_in(found)) ^ set(objects)}):
             raise OperationFailed(
                 f"{self.place} changed during the load ({', '.join(changed[:5])}): the producer was still writing; run "
@@ -1447,36 +1432,37 @@ class Delivery:
             )
 
     def _listed(self, retry_seconds: float) -> tuple[list[S3Object], S3Object | None]:
-        """List the prefix; return READY_OBJECT apart from the others."""
+        """List the prefix; return READY_OBJECT separately."""
         prefix, name = self.settings.prefix, self.settings.ready_object
         found = self.bucket.list_objects(prefix, retry_seconds)
         ready = next((item for item in found if name and item.key in (prefix + name, f"{prefix}/{name}")), None)
         return [item for item in found if item is not ready], ready
 
     def _data_in(self, found: list[S3Object]) -> list[S3Object]:
-        return [item for item in found if is_data(item, self.settings.prefix, self.manifest.sizes)]
+        return [item for item in found if item.key in self.manifest.sizes
+                or (item.is_csv() and not is_leftover(item.key, self.settings.prefix))]  # fmt: skip
 
     def _read_manifest(self, ready: S3Object) -> Manifest:
         data = S3Body(self.bucket, ready).read_all() if 0 < ready.size <= MAX_MANIFEST_BYTES else b""
         manifest = parse_manifest(data, self.bucket.name, self.settings.prefix)
         if not manifest:
-            log.info("%s (READY_OBJECT) is no manifest: neither objects nor rows are compared", ready.key)
+            log.info("%s (READY_OBJECT) is not a manifest: objects and rows are not compared", ready.key)
             return Manifest()
         rows = "an unknown number of rows" if manifest.rows is None else counted(manifest.rows, "row")
         log.info("%s (READY_OBJECT) is a manifest: %s, %s", ready.key, counted(len(manifest.sizes), "object"), rows)
         return manifest
 
     def expected_rows(self) -> int | None:
-        """Return how many rows the load must read, if that is known; EXPECTED_ROWS=0 says that it is not."""
+        """Return how many rows the load must read, or None for any number (EXPECTED_ROWS=0)."""
         given: int | None = self.settings.expected_rows
         return self.manifest.rows if given is None else given or None
 
 
 class LoadRecord:
-    """SKIP_UNCHANGED: proof in an index's `_meta` that it holds exactly what a load from `source` stores.
+    """SKIP_UNCHANGED: a record in an index's `_meta` which proves that the index still holds a load from `source`.
 
-    It names the source, the loader, fields and settings, and of each primary shard the history and the last sequence
-    number, which change with every write and every restore.
+    It contains a digest of the source, the loader, the fields and the settings, and the history and last sequence
+    number of each primary shard, which change with every write and every restore.
     """
 
     def __init__(self, manager: OpenSearchBaseManager, target: ClearableIndex, source: Sequence[Any]) -> None:
@@ -1484,7 +1470,7 @@ class LoadRecord:
         self._writes_before = 0
 
     def begin(self) -> None:
-        """Remember the number of writes so far, when the index has been emptied."""
+        """Remember the number of writes up to now; call it when the index is empty."""
         self._writes_before = self._count_writes(self._shards())
 
     def write(self, stored: int) -> None:
@@ -1496,7 +1482,7 @@ class LoadRecord:
             self._manager.request("PUT", f"/{self._target.name}/_mapping", {"_meta": meta})
 
     def unchanged(self) -> dict[str, Any] | None:
-        """Return the record if the index still is as recorded, of the same source, and complete."""
+        """Return the record if it still describes the index and the source, and the index is not unfinished."""
         found = self._manager._verify_index_exists(self._target.name)
         meta = found["mappings"].get("_meta", {})
         if RECORD not in meta or SUITE in meta:
@@ -1507,10 +1493,10 @@ class LoadRecord:
     def _current(self, found: Mapping[str, Any]) -> dict[str, Any]:
         fields = {key: value for key, value in found["mappings"].items() if key != "_meta"}
         settings = {name: value for name, value in found["settings"].items() if not IRRELEVANT_SETTINGS.match(name)}
-        loader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # an upgraded one may store other documents
+        loader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # a new version may store other documents
         made_of = json.dumps([self._source, fields, settings, loader], sort_keys=True)
         digest = hashlib.sha256(made_of.encode()).hexdigest()
-        documents = self._manager._get_index_count(self._target.name)  # first: a write after it still shows in `writes`
+        documents = self._manager._get_index_count(self._target.name)  # first: later writes still change `writes`
         return {"digest": digest, "uuid": self._target.uuid, "writes": self._shards(), "documents": documents}
 
     def _shards(self) -> dict[str, list[Any]]:
@@ -1527,6 +1513,10 @@ class LoadRecord:
 
 
 class BulkUpdate(OpenSearchBaseManager):
+    renderer: Renderer  # these three of the load
+    store: BulkStore
+    workers: BulkWorkers
+
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(settings)
         self.keep: bool = settings.no_cleanup
@@ -1543,51 +1533,50 @@ class BulkUpdate(OpenSearchBaseManager):
 
     def run(self) -> dict[str, Any]:
         began, objects = time.monotonic(), list[S3Object]()
-        if self.dry_run and self.settings.skip_unchanged:  # first: without a change, nothing else has to be checked
+        if self.dry_run and self.settings.skip_unchanged:  # first: without a change, no other check is needed
             self.target.read()
             objects = self.delivery.objects()
             if record := self._load_record(objects).unchanged():
-                log.info("%s holds what %s holds: nothing has changed since it was loaded", self.target.name,
+                log.info("%s already holds the data in %s: nothing has changed since the last load", self.target.name,
                          self.place)  # fmt: skip
                 return {**self._result(objects), "documents": record["documents"], "unchanged": True, "dry_run": True}
             if self.settings.refresh_strategy == "alternate" and self._check_index_aliases(self.target.name):
-                log.info("%s may not hold what %s holds", self.target.name, self.place)
+                log.info("%s may not hold the data in %s", self.target.name, self.place)
                 return {**self._result(objects), "dry_run": True}  # the load goes to the other index
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
         if not self.keep:
             self.target.verify_sees_everything()
         self.rejects.prepare()
         objects = objects or self.delivery.objects()
-        types, added = self._look(objects)
+        types, added = self._inspect(objects)
         if self.dry_run:
-            log.info("dry run: %s would be %s", self.target.name, "added to" if self.keep else "emptied and filled")
+            log.info("dry run: the load would %s %s", "add to" if self.keep else "empty and fill", self.target.name)
             return {**self._result(objects), "dry_run": True}
         try:
             if self.keep:
                 self._add_fields(added)
-                sums = self._load(objects, types)
+                self._load(objects, types)
             else:
-                sums = self._replace(objects, types, added)
+                self._replace(objects, types, added)
         finally:
             self.rejects.log_summary()
-        return self._report(objects, sums, began)
+        return self._report(objects, began)
 
     # --- the index ---
 
-    def _replace(self, objects: list[S3Object], types: Mapping[str, str], added: Mapping[str, Any]) -> Sums:
-        """Empty the index, load it and count; until all of it is done the index is marked as unfinished."""
+    def _replace(self, objects: list[S3Object], types: Mapping[str, str], added: Mapping[str, Any]) -> None:
+        """Empty the index, load it, and count; it is marked as unfinished until all of this has succeeded."""
         with self.target.fill(without_replicas=self.settings.load_without_replicas):
             self._add_fields(added)
             self.target.empty()
             record = self._load_record(objects) if self.settings.skip_unchanged else None
             if record:
                 record.begin()
-            sums = self._load(objects, types)
+            self._load(objects, types)
             self.target.restore_settings()
-            self._verify_count(sums)
-            if record and not sums.rejected:
-                record.write(sums.stored)
-        return sums
+            self._verify_count()
+            if record and not self.rejects.count:
+                record.write(self.store.stored)
 
     def _load_record(self, objects: list[S3Object]) -> LoadRecord:
         files = sorted((item.key, item.etag, item.size) for item in objects)
@@ -1595,23 +1584,24 @@ class BulkUpdate(OpenSearchBaseManager):
         return LoadRecord(self, self.target, [self.place, self.delimiter, self.id_column, rows, files])
 
     def _add_fields(self, added: Mapping[str, Any]) -> None:
-        """Define new fields before the first document, which would make the server guess (dates!)."""
+        """Define new fields before the first document, or the server would guess their types (dates!)."""
         if added:
             self.request("PUT", f"/{self.target.name}/_mapping", {"properties": added})
 
-    # --- look ---
+    # --- inspect ---
 
     def _result(self, objects: list[S3Object]) -> dict[str, Any]:
-        """Return what every result says."""
+        """Return the part that all results have in common."""
         now = datetime.now(timezone.utc)
         age_h = round(min(item.age_h(now) for item in objects), 2)
         return {"index": self.target.name, "objects": len(objects), "newest_object_age_hours": age_h}
 
-    def _look(self, objects: list[S3Object]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-        """Read the head of each object and refuse what cannot be loaded; return the types, and the new fields."""
+    def _inspect(self, objects: list[S3Object]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """Read the heads and refuse objects that cannot be loaded; return the types and the new fields."""
         mapping, index = self.target.found["mappings"], self.target.name
         if mapping.get("_routing", {}).get("required"):
-            raise Refused(f"index {index} requires a routing (_routing), which no row has; create it without that")
+            raise Refused(f"index {index} requires a routing value (_routing), which rows do not have; create it "
+                          "without this requirement")  # fmt: skip
         new, types = NewColumns(mapping), types_in(mapping)
         check = FirstRows(types, self.bucket.name, self.id_column) if self.dry_run else None
         heads = read_heads(self.bucket, objects, self.delimiter, new, check)
@@ -1619,14 +1609,14 @@ class BulkUpdate(OpenSearchBaseManager):
         check_headers(heads, known)
         if not any(head.has_rows for head in heads):
             raise Refused(
-                f"{self.place}: not one data row, nothing was changed; see whether the producer of the files has "
+                f"{self.place}: not one data row; nothing was changed; check whether the producer of the files has "
                 "finished"
             )
         for head in heads:
             self._check_columns(head, known)
         if wrong := unwritable(sorted({name for head in heads for name in head.columns}), types):
-            raise Refused(f"columns that {index} takes from no document, since they are aliases or parts of nested "
-                          f"objects: {', '.join(wrong)}; rename them or take them out")  # fmt: skip
+            raise Refused(f"columns that {index} accepts from no document, because they are aliases or properties of "
+                          f"nested objects: {', '.join(wrong)}; rename or remove them")  # fmt: skip
         types, added = column_types(index, mapping, new)
         refuse_too_many_fields(index, self.target.found, added)
         if check:
@@ -1636,112 +1626,109 @@ class BulkUpdate(OpenSearchBaseManager):
     def _check_columns(self, head: Head, known: Container[str]) -> None:
         if known and not any(name in known for name in head.columns):
             raise Refused(
-                f"{head.key}: the mapping of {self.target.name} knows none of the columns "
+                f"{head.key}: the mapping of {self.target.name} defines none of the columns "
                 f"{', '.join(head.columns)[:200]}; is the delimiter {self.delimiter!r} (DELIMITER, --delimiter)?"
             )
         if self.id_column and self.id_column not in head.columns:
-            raise Refused(f"{head.key}: has no column {self.id_column}; set ID_COLUMN (--id-column) to another one")
+            raise Refused(f"{head.key}: there is no column {self.id_column}; set ID_COLUMN (--id-column) to another "
+                          "one")  # fmt: skip
 
     # --- load ---
 
-    def _load(self, objects: list[S3Object], types: Mapping[str, str]) -> Sums:
-        """Load all objects. Raises OperationFailed unless each of their rows was stored, rejected or skipped."""
+    def _load(self, objects: list[S3Object], types: Mapping[str, str]) -> None:
+        """Load all objects. Raises OperationFailed unless every row was stored, rejected, skipped or dropped."""
         began, rate = time.monotonic(), self.settings.requests_per_second
         limit = ConcurrencyLimit(self.settings.workers)
-        renderer = Renderer(
+        self.renderer = Renderer(
             types, self.rejects.add, bucket=self.bucket.name, id_column=self.id_column,
             operation="index" if self.keep else "create",
         )  # fmt: skip
-        store = BulkStore(
+        self.store = BulkStore(
             self, self.target.name, self.rejects.add, limit,
             retry_seconds=self.settings.retry_seconds, refresh_every=0 if self.keep else REFRESH_EVERY_DOCUMENTS,
-            is_own_version=renderer.is_own_version if self.id_column else None, creates=self._creates(),
+            is_own_version=self.renderer.is_own_version if self.id_column else None,
+            creates=not (self.keep or self.id_column),
         )  # fmt: skip
-        size = rate.batch_size(self.settings.batch_size)
-        workers = BulkWorkers(store.store, limit)
-        for batch in batches(self._documents(objects, renderer, limit), size):
+        self.workers = BulkWorkers(self.store.store, limit)
+        for batch in batches(self._documents(objects, limit), rate.batch_size(self.settings.batch_size)):
             rate.wait(batch.count())
-            workers.put(batch)
-        workers.finish()
-        if renderer.repeated:
-            log.warning("skipped %s equal to the header, the first is %s", counted(renderer.repeated, "row"),
-                        renderer.first_repeated)  # fmt: skip
-        log.info("loaded %s rows in %.1f s, %s/s, at most %s requests in flight", f"{store.stored:,}",
-                 time.monotonic() - began, f"{per_second(store.stored, began):,}", workers.peak)  # fmt: skip
-        sums = Sums(
-            read=renderer.read, stored=store.stored, rejected=self.rejects.count, skipped=renderer.skipped,
-            empty=renderer.empty, dropped=store.dropped, replaced=store.replaced, unsure=store.unsure,
-            requests_under_way=workers.peak,
-        )  # fmt: skip
-        self._verify_all_loaded(objects, sums)
-        return sums
+            self.workers.put(batch)
+        self.workers.finish()
+        if self.renderer.repeated:
+            log.warning("skipped %s equal to the header, the first is %s", counted(self.renderer.repeated, "row"),
+                        self.renderer.first_repeated)  # fmt: skip
+        stored = self.store.stored
+        log.info("loaded %s rows in %.1f s, %s/s, at most %s requests in flight", f"{stored:,}",
+                 time.monotonic() - began, f"{per_second(stored, began):,}", self.workers.peak)  # fmt: skip
+        self._verify_all_loaded(objects)
 
-    def _documents(self, objects: list[S3Object], renderer: Renderer, limit: ConcurrencyLimit) -> Iterator[Batch]:
+    def _documents(self, objects: list[S3Object], limit: ConcurrencyLimit) -> Iterator[Batch]:
         """Yield the good rows of all objects as bulk text."""
         progress = Progress(f"loading {self.target.name}", sum(item.size for item in objects), "bytes")
         before = 0
         for item, first in read_ahead(self.bucket, objects, AHEAD_BYTES):
             body = S3Body(self.bucket, item, first=first)
-            del first  # the body lets them go as they are taken
-            columns, blocks = read_csv(plain(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter)
-            for documents in renderer.documents(item.key, columns, blocks):
+            del first  # the body releases these bytes as they are consumed
+            columns, blocks = read_csv(unpacked(body), f"s3://{self.bucket.name}/{item.key}", self.delimiter)
+            for documents in self.renderer.documents(item.key, columns, blocks):
                 yield documents
-                progress.update(before + body.position, f"{renderer.read:,} rows, {limit.in_flight} requests")
+                progress.update(before + body.position, f"{self.renderer.read:,} rows, {limit.in_flight} requests")
             before += item.size
         progress.close()
 
-    def _creates(self) -> bool:
-        """Say whether each row is a document of its own, which is created or refused."""
-        return not (self.keep or self.id_column)
+    # --- verify and report ---
 
-    # --- does it add up? ---
-
-    def _verify_all_loaded(self, objects: list[S3Object], sums: Sums) -> None:
-        """Raise OperationFailed unless S3 holds what was loaded, and each row was stored, rejected or skipped."""
+    def _verify_all_loaded(self, objects: list[S3Object]) -> None:
+        """Raise OperationFailed unless S3 and the index are unchanged and every row is accounted for."""
         self.delivery.verify_unchanged(objects)
         self.target.verify_same()
-        if sums.read != sums.stored + sums.rejected + sums.skipped + sums.dropped:
-            raise OperationFailed(f"the rows do not add up: {sums}; run again")
-        if sums.dropped:
+        read, stored, dropped = self.renderer.read, self.store.stored, self.store.dropped
+        if read != stored + self.rejects.count + self.renderer.skipped + dropped:
+            raise OperationFailed(f"{self.place}: the rows do not add up: {self._counts()}; run again")
+        if dropped:
             pipelines = f"an ingest pipeline of {self.target.name} (index.default_pipeline or index.final_pipeline)"
-            if not sums.stored:
-                raise OperationFailed(f"{pipelines} dropped all {sums.dropped:,} rows; change it, and run again")
-            log.warning("%s dropped %s rows", pipelines, f"{sums.dropped:,}")
-        rows, expected = sums.read - sums.skipped, self.delivery.expected_rows()
-        if expected is not None and not rows <= expected <= rows + sums.empty:  # a producer may count rows of NULLs
+            if not stored:
+                raise OperationFailed(f"{pipelines} dropped all {dropped:,} rows; change it and run again")
+            log.warning("%s dropped %s rows", pipelines, f"{dropped:,}")
+        rows, expected = read - self.renderer.skipped, self.delivery.expected_rows()
+        if expected is not None and not rows <= expected <= rows + self.renderer.empty:  # some producers count them
             raise OperationFailed(
                 f"{self.place}: {rows:,} rows were read, {expected:,} are expected; run again when the producer has "
                 "finished, or with EXPECTED_ROWS=0 if the files are right"
             )
 
-    def _verify_count(self, sums: Sums) -> None:
-        """Raise OperationFailed unless the index holds what the responses said was stored."""
-        count, most = self._get_index_count(self.target.name), sums.stored - sums.replaced
-        if not most - sums.unsure <= count <= most:
+    def _verify_count(self) -> None:
+        """Raise OperationFailed unless the index holds exactly the documents that were stored."""
+        store = self.store
+        count, most = self._get_index_count(self.target.name), store.stored - store.replaced
+        if not most - store.unsure <= count <= most:
             raise OperationFailed(
-                f"{self.target.name} holds {count:,} documents, {most:,} were stored: somebody else writes to it; run "
-                "again"
+                f"{self.target.name} holds {count:,} documents, but {most:,} were stored: another client writes to it; "
+                "stop that client and run again"
             )
-        sums.replaced = sums.stored - count
+        store.replaced = store.stored - count
 
-    # --- the result ---
+    def _counts(self) -> dict[str, int]:
+        return {
+            "read": self.renderer.read, "stored": self.store.stored, "rejected": self.rejects.count,
+            "skipped": self.renderer.skipped, "dropped": self.store.dropped, "replaced": self.store.replaced,
+        }  # fmt: skip
 
-    def _report(self, objects: list[S3Object], sums: Sums, began: float) -> dict[str, Any]:
-        """Return the sums. Raises TooManyRejects when more rows were rejected than accepted."""
+    def _report(self, objects: list[S3Object], began: float) -> dict[str, Any]:
+        """Return the result. Raises TooManyRejects if more rows were rejected than accepted."""
         result: dict[str, Any] = {
-            **self._result(objects), "read": sums.read, "stored": sums.stored,
-            "rejected": sums.rejected, "skipped": sums.skipped, "dropped": sums.dropped, "replaced": sums.replaced,
-            "requests_under_way": sums.requests_under_way,
+            **self._result(objects), **self._counts(), "requests_under_way": self.workers.peak,
             "documents": self._get_index_count(self.target.name), "seconds": seconds_since(began),
-            "rows_per_second": per_second(sums.read, began),
+            "rows_per_second": per_second(self.renderer.read, began),
         }  # fmt: skip
         text = " ".join(f"{name}={value}" for name, value in result.items())
-        if sums.rejected:
+        rejected, accepted = self.rejects.count, self.settings.max_rejects
+        if rejected:
             result |= {"rejects_file": str(self.rejects.path), "reject_reasons": self.rejects.summary()}
-        if sums.rejected > self.settings.max_rejects:
+        if rejected > accepted:
             raise TooManyRejects(
-                f"finished, but {sums.rejected:,} rows were rejected and {self.settings.max_rejects:,} are accepted "
-                f"(MAX_REJECTS), see {self.rejects.path}: {text}", result
+                f"finished, but {rejected:,} rows were rejected and {accepted:,} are accepted (MAX_REJECTS); see "
+                f"{self.rejects.path}: {text}", result
             )  # fmt: skip
         log.info("done: %s", text)
         return result
@@ -1753,10 +1740,10 @@ class BulkUpdate(OpenSearchBaseManager):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bulkupdate.py",
-        description="Replace the documents of an index by the rows of the CSV files under an S3 prefix.",
+        description="Replace the documents of an index with the rows of the CSV files under an S3 prefix.",
     )
     parser.add_argument("--bucket", required=True, type=bucket_name, help="the S3 bucket")
-    parser.add_argument("--prefix", required=True, help="the prefix of the keys; .csv and .csv.gz are taken")
+    parser.add_argument("--prefix", required=True, help="the prefix of the keys; .csv and .csv.gz objects are loaded")
     parser.add_argument("--index", required=True, type=index_name, help="the index to fill; no alias may point at it")
     return add_settings(parser)
 

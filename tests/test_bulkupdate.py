@@ -363,7 +363,7 @@ def test_a_document_of_another_client_with_the_id_of_a_row_is_decided_by_the_cou
     if stays:
         assert (outcome.result["stored"], outcome.result["rejected"], count(admin, index)) == (3, 0, 3)
     else:
-        assert f"{index} holds 2 documents, 3 were stored" in outcome.last
+        assert f"{index} holds 2 documents, but 3 were stored" in outcome.last
         assert marker_of(admin, index)
 
 
@@ -834,7 +834,7 @@ def test_files_older_than_the_limit_are_refused_untouched(hours, more, code, say
 @pytest.mark.parametrize(
     ("objects", "hours", "code", "says"),
     [
-        ({}, {}, 4, r"_SUCCESS \(READY_OBJECT\) is not there, .*run again when the producer has finished"),
+        ({}, {}, 4, r"_SUCCESS \(READY_OBJECT\) is missing; .*run again when the producer has finished"),
         ({"_SUCCESS": ""}, {"a.csv": 1, "_SUCCESS": 2}, 4,
          r"_SUCCESS \(READY_OBJECT\) is older than .*a\.csv \(\S+Z\)"),
         ({"_SUCCESS": ""}, {"a.csv": 2, "_SUCCESS": 1}, 0, ""),

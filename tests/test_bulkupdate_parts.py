@@ -143,9 +143,9 @@ def test_only_distinct_values_that_may_change_the_type_of_a_new_column_are_judge
     monkeypatch.setattr(bulkupdate, "kind_of", lambda cell: asked.append(cell) or kind_of(cell))
     new, data = bulkupdate.NewColumns(mapping), "\n".join(["n", *values, ""]).encode()
     item = S3Object("a.csv", len(data), "", None)
-    assert bulkupdate.look_at(item, data, ",", new) == bulkupdate.Head("a.csv", ["n"], True)
+    assert bulkupdate.inspect_head(item, data, ",", new) == bulkupdate.Head("a.csv", ["n"], True)
     assert len(asked) == judged
-    bulkupdate.look_at(item, b"n\n\n7\n", ",", new)
+    bulkupdate.inspect_head(item, b"n\n\n7\n", ",", new)
     assert len(asked) == judged + (0 if "x" in values else judged > 0)
 
 
@@ -593,7 +593,7 @@ def test_s3_is_asked_once_an_attempt(fault, put_csv, s3_proxy):
     bucket = Bucket(sandbox.BUCKET, Aws(os.environ["AWS_REGION"]), 0)
     [item] = bucket.list_objects(prefix, 0)
     rules = [s3_proxy.on("GET", path, fault, times=None) for path in (r"a\.csv", "list-type=2")]
-    with pytest.raises(base.OperationFailed, match=r"a\.csv, byte 0: cannot be read on: "):
+    with pytest.raises(base.OperationFailed, match=r"a\.csv, byte 0: the read cannot be resumed: "):
         S3Body(bucket, item).read_all()
     with pytest.raises(base.OperationFailed, match=prefix):
         bucket.list_objects(prefix, 0)
@@ -649,7 +649,7 @@ def test_an_object_that_breaks_off_fails_when_its_turn_comes(put_csv, s3_proxy):
     bucket, objects = listed(put_csv, {f"{at}.csv": f"n\n{at}\n" for at in range(4)}, retry_seconds=0)
     s3_proxy.on("GET", r"2\.csv", reset_in_answer(2), times=None)
     found = []
-    with pytest.raises(base.OperationFailed, match=r"2\.csv, byte \d: cannot be read on: "):
+    with pytest.raises(base.OperationFailed, match=r"2\.csv, byte \d: the read cannot be resumed: "):
         found += (item.key[-5:] for item, _ in bulkupdate.read_ahead(bucket, objects, 100))
     assert found == ["0.csv", "1.csv"] or not found  # list.__iadd__ may take all or nothing
 

@@ -246,8 +246,8 @@ def test_switches_whose_answers_are_all_lost_are_seen_to_have_taken_place(world,
 def test_answers_that_stay_short_of_items_end_the_run(world):
     rule = world.proxy.on("POST", "/_bulk", SHORT_ITEMS, times=None)
     run = world.refresh(RETRY_SECONDS="3")
-    world.expect(run, code=1, message=f"{world.primary}: .*answers to 10 documents")
-    assert "9 answers to 10 documents" in run.log
+    world.expect(run, code=1, message=f"{world.primary}: .*documents")
+    assert "9 results for 10 documents" in run.log
     assert rule.seen > 3
     world.heal()
 

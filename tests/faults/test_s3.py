@@ -100,7 +100,7 @@ def test_an_object_whose_connection_breaks_is_read_on_from_there(world, key, off
     run = world.refresh()
     world.expect(run, code=0)
     assert rule.seen == LOOKS + 2
-    assert re.search(rf"{re.escape(key)}, byte [\d,]+: .*; reading on from there", run.log)
+    assert re.search(rf"{re.escape(key)}, byte [\d,]+: .*; resuming the read", run.log)
     first, tag = reads[-1]
     sent = offset % len(world.objects[key])
     assert first == sent if kind == "closed" else first <= sent  # a reset may overtake what was sent
