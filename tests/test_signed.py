@@ -141,13 +141,20 @@ def test_a_profile_that_does_not_exist_is_said_to_be_missing(verifier, run, monk
     assert "unexpected" not in outcome.err
 
 
-def test_a_block_of_the_cluster_is_not_reported_as_bad_credentials(verifier, run, make_index, admin):
+def test_a_block_of_the_cluster_is_not_reported_as_bad_credentials(verifier, run, make_index, proxy):
     index = make_index("index", {"n": {"type": "long"}}, docs=2)
-    admin("PUT", f"/{index}/_settings", {"index.blocks.metadata": True})
+    block = {"type": "cluster_block_exception", "reason": f"index [{index}] blocked by: [FORBIDDEN/9/index metadata]"}
+
+    def blocked(exchange):  # a real block would also refuse what other tests ask about all indices meanwhile
+        if exchange.handler.path.startswith(f"/{index}?"):
+            exchange.reply(403, json.dumps({"error": {"root_cause": [block], **block}, "status": 403}))
+            return True
+        return verifier(exchange)
+
+    proxy.watch = blocked
     outcome = run(index_cleanup, "--index", index)
     assert "renew the AWS credentials" not in outcome.err
     assert "remove the block" in outcome.err
-    admin("PUT", f"/{index}/_settings", {"index.blocks.metadata": None})
 
 
 @pytest.fixture
