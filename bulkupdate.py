@@ -602,7 +602,8 @@ class Defect(Exception):
 def open_quote(place: str, line: int, where: str) -> OperationFailed:
     """Return the failure for a quote that does not close: the number of rows inside it is unknown."""
     return OperationFailed(
-        f"{place}, line {line}: a quote in the record that begins here is still open {where}; fix the file and run again"
+        f"{place}, line {line}: a quote in the record that begins here is still open {where}; fix the file and run "
+        "again"
     )
 
 
