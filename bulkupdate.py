@@ -602,7 +602,8 @@ class Defect(Exception):
 def open_quote(place: str, line: int, where: str) -> OperationFailed:
     """Return the failure for a quote that does not close: the number of rows inside it is unknown."""
     return OperationFailed(
-        f"{place}, line {line}: a quote in the record that begins here is still open {where}; fix the file"
+        f"{place}, line {line}: a quote in the record that begins here is still open {where}; fix the file and run "
+        "again"
     )
 
 
@@ -1408,18 +1409,18 @@ class Delivery:
         now, limit = datetime.now(timezone.utc), self.settings.max_age_hours
         log.info("the newest object is %s, %.1f h old, the oldest %s, %.1f h", newest, newest.age_h(now), oldest,
                  oldest.age_h(now))  # fmt: skip
-        what = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
+        marker = f"{self.place}: {self.settings.ready_object} (READY_OBJECT)"
         if self.settings.ready_object and not ready:
-            raise Refused(f"{what} is missing; nothing was changed; run again when the producer has finished")
+            raise Refused(f"{marker} is missing; nothing was changed; run again when the producer has finished")
         if ready and ready.modified < newest.modified:
             raise Refused(
-                f"{what} is older than the newest object, {newest}: {ready}; nothing was changed; the producer is "
+                f"{marker} is older than the newest object, {newest}: {ready}; nothing was changed; the producer is "
                 "still writing; run again when it has finished"
             )
         if limit is not None and newest.age_h(now) > limit:
             raise Refused(
                 f"{self.place}: the newest object, {newest}, is {newest.age_h(now):.1f} h old, more than MAX_AGE_HOURS "
-                f"({limit:g}); nothing was changed; find out why the producer has not written since"
+                f"({limit:g}); nothing was changed; check why the producer has not written since"
             )
 
     def verify_unchanged(self, objects: Iterable[S3Object]) -> None:
@@ -1467,17 +1468,18 @@ class LoadRecord:
 
     def __init__(self, manager: OpenSearchBaseManager, target: ClearableIndex, source: Sequence[Any]) -> None:
         self._manager, self._target, self._source = manager, target, source
-        self._writes_before = 0
+        self._writes_before = dict[str, list[Any]]()
 
     def begin(self) -> None:
-        """Remember the number of writes up to now; call it when the index is empty."""
-        self._writes_before = self._count_writes(self._shards())
+        """Remember the writes up to now; call it when the index is empty."""
+        self._writes_before = self._writes()
 
     def write(self, stored: int) -> None:
         """Write the record, unless another client wrote to the index during the load."""
         found = self._manager._verify_index_exists(self._target.name)
         record, mapping = self._current(found), found["mappings"]
-        if self._count_writes(record["writes"]) - self._writes_before == stored:
+        before, after = (sum(last for _, last in writes.values()) for writes in (self._writes_before, record["writes"]))
+        if after - before == stored:
             meta = {**mapping.get("_meta", {}), RECORD: record}
             self._manager.request("PUT", f"/{self._target.name}/_mapping", {"_meta": meta})
 
@@ -1497,9 +1499,9 @@ class LoadRecord:
         made_of = json.dumps([self._source, fields, settings, loader], sort_keys=True)
         digest = hashlib.sha256(made_of.encode()).hexdigest()
         documents = self._manager._get_index_count(self._target.name)  # first: later writes still change `writes`
-        return {"digest": digest, "uuid": self._target.uuid, "writes": self._shards(), "documents": documents}
+        return {"digest": digest, "uuid": self._target.uuid, "writes": self._writes(), "documents": documents}
 
-    def _shards(self) -> dict[str, list[Any]]:
+    def _writes(self) -> dict[str, list[Any]]:
         """Return history and last sequence number of each primary."""
         return {
             number: [copy["commit"]["user_data"]["history_uuid"], copy["seq_no"]["max_seq_no"]]
@@ -1507,13 +1509,9 @@ class LoadRecord:
             for copy in copies if copy["routing"]["primary"]
         }  # fmt: skip
 
-    @staticmethod
-    def _count_writes(shards: Mapping[str, list[Any]]) -> int:
-        return sum(last for _, last in shards.values())
-
 
 class BulkUpdate(OpenSearchBaseManager):
-    renderer: Renderer  # these three of the load
+    renderer: Renderer  # these three are created by `_load`
     store: BulkStore
     workers: BulkWorkers
 

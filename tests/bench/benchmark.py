@@ -342,7 +342,7 @@ def stages(bench: Bench, data: DataSet) -> None:
     with b.BulkUpdate(settings) as load:
         load.target.claim()
         items = load.delivery.objects()
-        types, _ = load._look(items)
+        types, _ = load._inspect(items)
         print(f"\n{data.name}: seconds of the main thread in each stage")
         print_stages(load, items, types, data.rows)
 
@@ -352,19 +352,19 @@ def print_stages(load: Any, items: list[Any], types: dict[str, str], rows: int) 
 
     def read() -> None:
         for item in items:
-            body = b.plain(b.S3Body(load.bucket, item))
+            body = b.unpacked(b.S3Body(load.bucket, item))
             while body.read(b.CHUNK_BYTES):
                 pass
 
     def parse() -> None:
         for item in items:
-            _, blocks = b.read_csv(b.plain(b.S3Body(load.bucket, item)), item.key, ",")
+            _, blocks = b.read_csv(b.unpacked(b.S3Body(load.bucket, item)), item.key, ",")
             for _ in blocks:
                 pass
 
     def render() -> None:
-        renderer = b.Renderer(types, load.rejects.add, bucket=load.bucket.name)
-        for _ in b.batches(load._documents(items, renderer, b.ConcurrencyLimit()), load.settings.batch_size):
+        load.renderer = b.Renderer(types, load.rejects.add, bucket=load.bucket.name)
+        for _ in b.batches(load._documents(items, b.ConcurrencyLimit()), load.settings.batch_size):
             pass
 
     def whole() -> None:
