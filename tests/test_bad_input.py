@@ -227,7 +227,7 @@ def test_a_denied_parameter_names_the_permission(commands, run, environment, con
 def test_a_wrong_password_names_the_user(commands, run, connect):
     connect(password=OWN_PASSWORD)
     outcome = run(*commands.copy)
-    assert_says(outcome, 1, "401", f"user {sandbox.USER} is not accepted", "check user and password")
+    assert_says(outcome, 1, "401", f"the cluster rejected user {sandbox.USER}: check the user name and password")
     assert OWN_PASSWORD not in outcome.err
 
 
@@ -429,7 +429,7 @@ def test_a_locked_index_ends_with_75_and_is_left_alone(command, kind, commands, 
         if kind == fcntl.LOCK_EX or (command, index) not in shared:
             with open(tmp_path / "locks" / f"{index}.lock", "w") as lock:
                 fcntl.flock(lock, kind)
-                assert_says(run(*words), 75, f"another run on this host works on index {index}; wait")
+                assert_says(run(*words), 75, f"index {index} is locked by another run on this host; wait")
 
 
 def test_a_log_folder_that_cannot_be_used_is_named_before_any_change(commands, run, put_csv, tmp_path, monkeypatch):
