@@ -601,7 +601,7 @@ def test_an_index_that_another_client_replaced_meanwhile_fails_the_load(words, m
 
     proxy.on("POST", "/_bulk", after(replace))
     outcome = load(put_csv({"a.csv": numbers(1, 3)}), index, *words, code=1)
-    assert "created anew" in outcome.last
+    assert "deleted and recreated" in outcome.last
 
 
 @pytest.fixture

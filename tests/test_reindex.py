@@ -286,7 +286,7 @@ def test_a_vanished_task_is_a_failure(pair, copy, admin, proxy):
     proxy.on("GET", TASK, answer(404, missing), skip=1)  # the first is of the task that empties the target
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
-    assert "vanished with its node, its outcome is unknown; run it again" in outcome.last
+    assert "disappeared (node restart?); its outcome is unknown, run the step again" in outcome.last
     assert marker_of(admin, pair[1])
 
 
