@@ -991,7 +991,7 @@ class FirstRows:
 
     def __init__(self, types: Mapping[str, str], bucket: str, id_column: str) -> None:
         self._renderer = Renderer(types, self._reject, bucket=bucket, id_column=id_column)
-        self._reasons = list[str]()
+        self._rejected, self._reasons = 0, list[str]()
 
     def render(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> None:
         for name in columns:  # the type of a new column will fit all cells of the heads
@@ -1002,15 +1002,17 @@ class FirstRows:
         list(self._renderer.documents(key, columns, [block]))
 
     def _reject(self, key: str, line: int, defect: Defect) -> None:
-        self._reasons.append(f"{key} line {line}: {defect.reason}")
+        self._rejected += 1
+        if len(self._reasons) < REJECTS_SHOWN:
+            self._reasons.append(f"{key} line {line}: {defect.reason}")
 
     def refuse(self, accepted: int) -> None:
         """Raise Refused if the load would reject more rows than are accepted."""
-        if len(self._reasons) > accepted:
+        if self._rejected > accepted:
             raise Refused(
-                f"the load would reject {len(self._reasons):,} of the first {ROWS_CHECKED} rows of each object, "
+                f"the load would reject {self._rejected:,} of the first {ROWS_CHECKED} rows of each object, "
                 f"{accepted:,} are accepted (MAX_REJECTS); nothing was changed; fix the files or the mapping: "
-                f"{'; '.join(self._reasons[:REJECTS_SHOWN])}"
+                f"{'; '.join(self._reasons)}"
             )
 
 
