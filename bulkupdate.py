@@ -435,10 +435,12 @@ def new_field(kinds: set[str]) -> dict[str, Any]:
 
 
 def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
-    """Return the `dynamic` setting that applies to a new field: that of the nearest object."""
+    """Return the `dynamic` setting that applies to a new field: that of the nearest object; false in a disabled one."""
     dynamic = str(mapping.get("dynamic", "true")).lower()
     for part in name.split(".")[:-1]:
         mapping = mapping.get("properties", {}).get(part, {})
+        if not mapping.get("enabled", True):
+            return "false"
         dynamic = str(mapping.get("dynamic", dynamic)).lower()
     return dynamic
 

@@ -273,6 +273,7 @@ def test_new_columns_inside_a_known_object_leave_its_fields_alone(make_index, pu
 @pytest.mark.parametrize("mapping", [
     {"properties": {"n": {"type": "long"}}, "dynamic": False},
     {"properties": {"n": {"type": "long"}, "o": {"properties": {}, "dynamic": False}}},
+    {"properties": {"n": {"type": "long"}, "o": {"type": "object", "enabled": False}}},
 ])  # fmt: skip
 def test_dynamic_false_takes_unknown_columns_as_text_and_warns_once(mapping, make_index, put_csv, load, admin):
     index = make_index("index", **mapping)
