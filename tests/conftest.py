@@ -530,6 +530,7 @@ class Account:
         """Grant the role without these actions; `view` restricts what the user sees: `dls=...`."""
         role = sandbox.refresh_role(self.patterns)
         [of_indices] = role["index_permissions"]
+        assert {*without} <= {*role["cluster_permissions"], *of_indices["allowed_actions"]}  # or nothing is left out
         for actions in (role["cluster_permissions"], of_indices["allowed_actions"]):
             actions[:] = [action for action in actions if action not in without]
         of_indices |= view
