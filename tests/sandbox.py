@@ -279,8 +279,8 @@ def write_security_config(home: Path, config: Path) -> None:
 
 def refresh_role(patterns: list[str]) -> dict[str, Any]:
     return {
-        "cluster_permissions": CLUSTER_PERMISSIONS,
-        "index_permissions": [{"index_patterns": patterns, "allowed_actions": INDEX_PERMISSIONS}],
+        "cluster_permissions": list(CLUSTER_PERMISSIONS),
+        "index_permissions": [{"index_patterns": patterns, "allowed_actions": list(INDEX_PERMISSIONS)}],
     }
 
 

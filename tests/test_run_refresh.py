@@ -650,8 +650,8 @@ def ask(refresh, tmp_path):
     return do
 
 
-def test_hold_and_release_write_and_delete_the_file_that_the_runner_reads(ask, own_names, tmp_path):
-    hold = tmp_path / "locks" / f"HOLD-{own_names['INDEX_ALIAS']}"
+def test_hold_and_release_write_and_delete_the_file_that_the_runner_reads(ask, runner_environment, tmp_path):
+    hold = tmp_path / "locks" / f"HOLD-{runner_environment['INDEX_ALIAS']}"
     assert "was not held" in ask("--release")
     ask("--hold", "wrong 'carriers', ask\nKim")
     assert re.fullmatch(r"wrong 'carriers', ask Kim \(since 2[0-9TZ:-]+\)\n", hold.read_text())
@@ -662,11 +662,11 @@ def test_hold_and_release_write_and_delete_the_file_that_the_runner_reads(ask, o
     assert re.search("^hold +none$", ask("--status"), re.M)
 
 
-def test_the_status_is_what_report_and_lock_say(ask, pair, refresh, put_csv, own_names, tmp_path):
+def test_the_status_is_what_report_and_lock_say(ask, make_pair, refresh, put_csv, alias, tmp_path):
     assert "last success  never" in ask("--status")
     ask("--status", "--max-age", "24", code=1)
     assert list(tmp_path.glob("logs/refresh-*")) == []
-    primary, _, alias = pair({"n": {"type": "long"}}, docs=1)
+    primary, _ = make_pair(NUMBER, [{"n": 0}])
     assert finish(refresh(put_csv({"a.csv": "n\n1\n"})))[0] == 0
     status = ask("--status", "--max-age", "24")
     assert f"readers       on {primary}, 1 documents, data 0.0 hours old" in status

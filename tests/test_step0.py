@@ -178,11 +178,11 @@ def test_a_missing_index_is_not_created_by_asking(pair, run, admin, name, put_cs
 # --- aliases ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alias", [{}, {"is_write_index": True}])
-def test_another_alias_on_the_index_to_be_emptied_is_refused_and_named(pair, run, put_csv, admin, name, alias):
+@pytest.mark.parametrize("more", [{}, {"is_write_index": True}])
+def test_another_alias_on_the_index_to_be_emptied_is_refused_and_named(pair, run, put_csv, admin, name, more):
     primary, secondary = pair
     dashboard = name("dashboard")
-    admin("POST", "/_aliases", {"actions": [{"add": {"index": primary, "alias": dashboard, **alias}}]})
+    admin("POST", "/_aliases", {"actions": [{"add": {"index": primary, "alias": dashboard, **more}}]})
     before = state_of(admin, primary, secondary)
     outcome = run(bulkupdate, *load_arguments(put_csv(CSV), primary, "--dry-run"))
     assert outcome.code == 4
