@@ -536,6 +536,11 @@ class Account:
         of_indices |= view
         self.server.grant(self.user, role, self.user)
 
+    def await_view(self, index: str, as_expected: Callable[[list[dict[str, Any]]], bool]) -> None:
+        """Wait until the server shows this user the documents as expected: it applies a `view` in the background."""
+        path, login = f"/{index}/_search?size=100", (self.user, OWN_PASSWORD)
+        wait_until(lambda: as_expected(self.server.request("GET", path, auth=login)["hits"]["hits"]))
+
     def delete(self) -> None:
         self.server.take_back(self.user)
         self.server.change_security("DELETE", f"internalusers/{self.user}")

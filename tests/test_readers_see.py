@@ -385,6 +385,7 @@ def test_a_copy_that_is_refused_for_memory_goes_on_with_half_the_batches(make_in
 def test_a_user_who_does_not_see_all_documents_copies_nothing(make_index, copy, account, admin, name):
     old, new = make_index("old", NUMBER, docs=100), make_index("new", NUMBER, docs=5)
     account.grant(dls=json.dumps({"range": {"n": {"lt": 10}}}))
+    account.await_view(old, lambda hits: len(hits) == 10)
     before = state_of(admin, old, new)
     outcome = copy(old, new)
     assert outcome.code == 1, outcome.err
@@ -398,6 +399,7 @@ def test_masked_values_are_not_copied(make_index, copy, account):
     properties = {"secret": WORD, **NUMBER}
     old = make_index("old", properties, docs=[{"secret": "s", "n": n} for n in range(10)])
     account.grant(masked_fields=["secret"])
+    account.await_view(old, lambda hits: {hit["_source"]["secret"] for hit in hits} != {"s"})
     outcome = copy(old, make_index("new", properties))
     assert outcome.code == 1, outcome.err
     assert "secret" in outcome.last
