@@ -183,7 +183,7 @@ def either(*allowed: str) -> Callable[[str], str]:
 
 def percent(text: str) -> Decimal:
     """Parse a number >= 0 exactly: a float would make 0.1 % a little more or less than that."""
-    number = r"\s*[+]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?\s*"
+    number = r"\s*[+]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,4})?\s*"
     return Decimal(matching(number, "not a number >= 0")(text))
 
 
@@ -823,15 +823,17 @@ def report_run(file: str, alias: str, began: str) -> None:
         return  # the run that held the lock has reported in the meantime
     end = end_of_run(int(exit_code), last_step, message, steps, previous)
     report = {"alias": alias, "began": utc(int(began)), **end}
-    replace_file(path, json.dumps(report) + "\n")
     if exit_code == "0" and (done := [step for step in steps if not step.name.startswith("check")]):
         print_closing_table(done, round(time.time()) - int(began))
     elif exit_code not in ("0", "75"):
         print(readers_after_failure(report))
+    replace_file(path, json.dumps(report) + "\n")
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    return json_object(path.read_text(errors="replace")) if path.is_file() else {}
+    with contextlib.suppress(OSError):
+        return json_object(path.read_text(errors="replace"))
+    return {}
 
 
 def end_of_run(
@@ -866,10 +868,15 @@ def hours_since(text: Any) -> float | None:
 
 def readers_after_failure(report: Mapping[str, Any]) -> str:
     """Say which index readers are on after a failed run, how old its data are, and whether it can wait."""
-    if report["live_index"]:
+    switching = re.match(r"\d switch ", str(report["step"]))
+    if report["live_index"] and not re.match(r"\d ", str(report["step"])):  # step 0: the check may be about this index
+        readers = f"this run has not moved readers; they are {readers_in(report)}"
+    elif report["live_index"] and switching and report["exit_code"] != 4:  # moved, but the switch failed afterwards
+        readers = f"readers are {readers_in(report)}; see the message above"
+    elif report["live_index"]:
         readers = f"readers are {readers_in(report)}, complete: this can wait"
-    elif re.match(r"\d switch ", str(report["step"])):
-        readers = "readers are on one of the two indices, both complete: this can wait"
+    elif switching:
+        readers = "readers are on one of the two indices; find out with switch_alias.py --show"
     else:
         readers = "this run has not moved readers"
     refused = report["exit_code"] == 4
@@ -881,47 +888,54 @@ def readers_after_failure(report: Mapping[str, Any]) -> str:
 def print_status(report_file: str, hold_file: str, lock_file: str, max_age_hours: str) -> None:
     """Print what the last report, the HOLD file and the lock say. Exits with 1 if the last success is too old."""
     last = read_report(Path(report_file))
-    if last:
-        outcome = "succeeded" if last["exit_code"] == 0 else f"failed at: {last['step']} (exit {last['exit_code']})"
-        print(f"last run      {last['began']} to {last['ended']}, {outcome}")
-        if last["message"]:
+    if last.get("ended"):
+        failed = f"failed at: {last.get('step')} (exit {last.get('exit_code')})"
+        outcome = failed if last.get("exit_code") else "succeeded"
+        print(f"last run      {last.get('began')} to {last['ended']}, {outcome}")
+        if last.get("message"):
             print(f"message       {last['message']}")
         print(f"readers       {readers_in(last)}")
     age = hours_since(last.get("last_success"))
     print("last success  " + ("never" if age is None else f"{last['last_success']}, {age:.1f} hours ago"))
     print(f"hold          {hold_reason(Path(hold_file)) or 'none'}")
-    print(f"running now   {'yes' if is_locked(Path(lock_file)) else 'no'}")
+    print(f"running now   {running_now(Path(lock_file))}")
     if max_age_hours and (age is None or age > float(max_age_hours)):
         raise SystemExit(1)
 
 
 def readers_in(report: Mapping[str, Any]) -> str:
     """Describe what a report says about readers."""
-    if not report["live_index"]:
-        return "the last run ended before it had read where they are"
-    age = hours_since(report["live_data_time"])
-    documents = "" if report["documents"] is None else f", {report['documents']:,} documents"
+    if not report.get("live_index"):
+        return "not read by the last run"
+    count, age = report.get("documents"), hours_since(report.get("live_data_time"))
+    documents = f", {count:,} documents" if isinstance(count, int) else ""
     return f"on {report['live_index']}{documents}" + ("" if age is None else f", data {age:.1f} hours old")
 
 
 def hold_reason(path: Path) -> str:
     """Return the first line of a HOLD file; "" if there is no hold."""
-    if not os.path.lexists(path):
+    try:
+        path.lstat()
+        text = path.read_text(errors="replace") if path.is_file() else ""
+    except (FileNotFoundError, NotADirectoryError):
         return ""
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    except OSError as error:
+        return f"unknown, {path} cannot be read: {error.strerror}"
     return LogFormatter.CONTROL.sub("?", text.partition("\n")[0]) or "no reason given"
 
 
-def is_locked(path: Path) -> bool:
-    """Return whether another process holds a lock; to find out, this one takes a shared lock for a moment."""
-    if not path.exists():
-        return False
-    with path.open() as lock:
-        try:
+def running_now(path: Path) -> str:
+    """Say whether another process holds the lock; to find out, this one takes a shared lock for a moment."""
+    try:
+        with path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    except BlockingIOError:
+        return "yes"
+    except (FileNotFoundError, NotADirectoryError):
+        return "no"
+    except OSError as error:
+        return f"unknown, {path} cannot be read: {error.strerror}"
+    return "no"
 
 
 # --- one request: AWS -------------------------------------------------------------------------------------------------
@@ -1356,6 +1370,10 @@ class OpenSearchBaseManager(Connection):
         """Return `aliases`, `mappings` and flat `settings`; None if there is no such index, or it is an alias."""
         return self._read(index, accept).get(index)
 
+    def name_exists(self, name: str) -> bool:
+        """Say whether there is an index or an alias of this name."""
+        return bool(self._read(name, [404]))
+
     def _verify_index_exists(self, index: str) -> dict[str, Any]:
         """Return the same as `read_index`. Raises OperationFailed if there is no such index."""
         if not (found := self._read(index, [404])):
@@ -1524,7 +1542,7 @@ class OpenSearchBaseManager(Connection):
         return sum(part.get(kind, 0) for part in parts for kind in ("created", "updated", "deleted"))
 
     def _task_response(self, label: str, document: Mapping[str, Any]) -> dict[str, Any]:
-        error, response, what = document.get("error"), document.get("response", {}), label
+        error, response, what = document.get("error"), document.get("response") or {}, label
         if failures := response.get("failures"):
             error = failures[0].get("cause") or failures[0].get("reason") or failures[0]
             what = f"{label}: {len(failures)} failure(s), the first"
@@ -1932,7 +1950,7 @@ class TargetIndex:
         self.require_permissions(found is not None)
         found = self.recover_index(found)
         self.marker = Marker(self.manager, self.name)
-        if may_be_missing and not (found := found or self.manager.read_index(self.name)):
+        if may_be_missing and not found and not self.manager.name_exists(self.name):
             return
         found = self.read(found)
         refuse_unusable(self.name, found, self.obstacles)

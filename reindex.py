@@ -92,7 +92,7 @@ class Clone:
         # the clone would keep a null in its settings, so unwanted settings are removed afterwards
         given = {name: found["settings"][name] for name in (REPLICATION_TYPE,) if name in found["settings"]}
         self._create({**replicas, **given, EXPANSION: replicas[EXPANSION] or "false"}, source_uuid)
-        await_primaries(self.manager, self.target.name, self.manager.settings.wait_seconds, OperationFailed)
+        await_primaries(self.manager, self.target.name, max(30, self.manager.settings.wait_seconds), OperationFailed)
         left = {**dict.fromkeys(WRITE_BLOCK), EXPANSION: replicas[EXPANSION]}
         self.manager.request("PUT", f"/{self.target.name}/_settings", left)
 

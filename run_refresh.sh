@@ -42,18 +42,24 @@ die() { # die TEXT CODE
   exit "$2"
 }
 
+use_command() { # use_command NAME: at most one in a call
+  [[ -z $command ]] || die "--$1: cannot be combined with --$command" 2
+  command=$1
+}
+
 parse_arguments() {
   while (($#)); do
     case $1 in
       --dry-run) dry_run=yes ;;
       --verbose) verbose=yes ;;
       --hold)
-        command=hold why=${2:-}
-        [[ $why == *[![:space:]]* ]] || die "--hold: give the reason, in quotes" 2
+        use_command hold
+        why=${2:-}
+        [[ $why == *[![:space:]]* && $why != --* ]] || die "--hold: give the reason, in quotes" 2
         shift
         ;;
-      --release) command=release ;;
-      --status) command=status ;;
+      --release) use_command release ;;
+      --status) use_command status ;;
       --max-age)
         max_age=${2:-}
         [[ $max_age =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--max-age: give a number of hours" 2
@@ -85,6 +91,7 @@ read_settings() { # from the environment or .env, with the table of settings tha
   while IFS= read -r line; do setting[${line%%=*}]=${line#*=}; done <<<"$values"
   PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
   export INDEX_ALIAS=$ALIAS # tells the load which alias will have left the index
+  [[ $ALIAS != */* ]] || die "INDEX_ALIAS: $ALIAS is not the name of an alias" 2
   LOG_DIR=${setting[LOG_DIR]} LOCK_DIR=${setting[LOCK_DIR]}
   hold="$LOCK_DIR/HOLD-$ALIAS" lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
   [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opensearch_base_manager import (
-    HERE, INDEX_ALIAS, LOCK_DIR, SETTINGS, TO_MOVE_ALIAS, ConfigurationError, Marker, OpenSearchBaseManager,
+    HERE, SETTINGS, TO_MOVE_ALIAS, ConfigurationError, Marker, OpenSearchBaseManager,
     OperationFailed, OutcomeUnknown, Probe, Progress, Refused, RequestFailed, Retry, add_settings, await_primaries,
     await_replicas, boolean, error_of, in_parallel, index_name, log, reading_probes, refuse_unusable,
     require_permissions, run_cli, script_command, seconds_since, shell_command, verify_sees_everything,
@@ -568,7 +568,8 @@ class SwitchAlias(OpenSearchBaseManager):
     def failure(self, what: str, status: int, body: bytes, retry_after: str | None = None) -> RequestFailed:
         """Leave out the server's reason why a search failed: it quotes values of the query."""
         kind = error_of(body)[0]
-        if what.endswith("/_search") and "security" not in kind:
+        denied = status in (401, 403) and (not kind or "security" in kind)
+        if what.endswith("/_search") and not denied:
             body = json.dumps({"error": {"type": kind, "reason": "(not shown, it may quote the query)"}}).encode()
         return super().failure(what, status, body, retry_after)
 
@@ -637,9 +638,8 @@ class SwitchAlias(OpenSearchBaseManager):
     def _check_pair(self, indices: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise Refused for whatever would prevent the switch, independent of the data that the target will hold."""
         # a crashed run may have deleted the target: the step that fills it restores it, or reports that it is missing
-        found, target = {self.source: self._verify_index_exists(self.source)}, self.read_index(self.target)
-        if target:
-            found[self.target] = target
+        there = [self.source, self.target] if self.name_exists(self.target) else [self.source]
+        found = {index: self._verify_index_exists(index) for index in there}
         for index, state in found.items():
             refuse_unusable(index, state, TO_MOVE_ALIAS)
         await_primaries(self, self.source, self.settings.retry_seconds)
@@ -651,7 +651,7 @@ class SwitchAlias(OpenSearchBaseManager):
                         "or a deletion may be lost with its node", moving)  # fmt: skip
         if self.settings.disk_check:
             check_disk(self, self.source)
-        if target:
+        if self.target in found:
             if self.settings.refresh_strategy == "copy-back" and self.source != self.settings.source:
                 self.settings.accept_settings = ["*"]  # readers return to the index that they normally use
             Audit(self, indices).check_beforehand()
@@ -778,9 +778,7 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _runner_command(self, *words: str, **variables: str) -> str:
         """Return a command of the runner for this alias, whatever .env or the environment say when it is pasted."""
-        for setting, value in (LOCK_DIR, self.settings.lock_dir), (INDEX_ALIAS, self.alias):
-            if setting.given() != setting.default or setting.value() != value:
-                variables = {setting.variable: str(value), **variables}
+        variables = {"INDEX_ALIAS": self.alias, "LOCK_DIR": str(self.settings.lock_dir), **variables}
         return shell_command(str(HERE / "run_refresh.sh"), *words, **variables)
 
     def _show_command(self) -> str:

@@ -167,3 +167,12 @@ def test_an_index_of_five_shards_is_cloned_whatever_the_templates(make_index, cl
     assert (made["aliases"], made["mappings"]["properties"]) == ({}, NUMBER)
     assert "default_pipeline" not in made["settings"]["index"]
     assert made["settings"]["index"]["replication"] == {"type": "SEGMENT"}
+
+
+def test_an_alias_in_the_place_of_the_target_is_refused_before_anything_changes(pair, clone, look, admin, name):
+    admin("POST", "/_aliases", {"actions": [{"add": {"index": pair[1], "alias": name("alias")}}]})
+    for more in ([], ["--dry-run"]):
+        outcome = clone(pair[0], name("alias"), *more)
+        assert outcome.code == 1, outcome.err
+        assert f"{name('alias')} is an alias of {pair[1]}" in outcome.last
+    assert look(pair[0]) == CLEAN
