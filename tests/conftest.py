@@ -564,15 +564,15 @@ class Recreation:
     role = f"recreate-{OWN}"
 
     def __init__(self) -> None:
-        self.granted: tuple[str, ...] = ()
+        self.granted: dict[int, tuple[str, ...]] = {}  # by the port of the server
 
     def allow(self, server: sandbox.Server, actions: tuple[str, ...]) -> None:
-        if sandbox.SECURE and actions != self.granted:
+        if sandbox.SECURE and actions != self.granted.get(server.port, ()):
             if actions:
                 server.grant(self.role, sandbox.recreate_role([f"{OWN}-*"], actions))
             else:
                 server.take_back(self.role)
-            self.granted = actions
+            self.granted[server.port] = actions
 
 
 recreation = Recreation()
