@@ -687,6 +687,14 @@ def print_error(text: str) -> None:
         log_file.write(text)
 
 
+def discard_unwritable_stderr() -> None:
+    """Send the rest of stderr to /dev/null if nobody reads it: otherwise the interpreter exits with 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def run_cli(
     build_parser: Callable[[], argparse.ArgumentParser],
     run: Callable[[argparse.Namespace], Mapping[str, Any] | str | None],
@@ -702,6 +710,7 @@ def run_cli(
         print_error(usage.getvalue())
         return int(stop.code or 0)
     gc.set_threshold(GC_THRESHOLD)
+    atexit.register(discard_unwritable_stderr)
     atexit.register(gc.freeze)  # or Python searches them for garbage at exit: 90 ms
     script = parser.prog.removesuffix(".py")
     set_up_logging(script)
