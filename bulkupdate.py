@@ -637,7 +637,7 @@ def parse(text: str, place: str, first_line: int, delimiter: str) -> tuple[Block
 
 
 def parse_records(text: str, place: str, first_line: int, delimiter: str) -> tuple[Block, str]:
-    """Parse records one by one, of several lines or with defects."""
+    """Parse records one by one, since some of them span several lines or have defects."""
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     rows, ends, rest = list[Any](), [0], ""  # the number of lines up to the end of each record
     while True:
@@ -660,7 +660,7 @@ def parse_records(text: str, place: str, first_line: int, delimiter: str) -> tup
 
 
 def mark_unreadable(block: Block) -> None:
-    """Replace rows with a NUL or invalid UTF-8 by defects."""
+    """Turn each row that contains a NUL or invalid UTF-8 into a Defect."""
     for place, row in enumerate(block.rows):
         text = "" if isinstance(row, Defect) else "".join(row)
         if found := re.search("[\0\udc80-\udcff]", text):

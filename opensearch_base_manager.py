@@ -913,7 +913,7 @@ def print_status(report_file: str, hold_file: str, lock_file: str, max_age_hours
 
 
 def readers_in(report: Mapping[str, Any]) -> str:
-    """Describe what a report says about readers."""
+    """Return a phrase about the report's live index, with the number and the age of its documents if known."""
     if not report.get("live_index"):
         return "not read by the last run"
     count, age = report.get("documents"), hours_since(report.get("live_data_time"))

@@ -352,7 +352,7 @@ class Audit:
             self.views[self.target].warm(place, body)
 
     def verify_through_alias(self) -> None:
-        """Raise OperationFailed unless readers of the alias see as many documents as were counted for them."""
+        """Raise OperationFailed unless the alias shows as many documents as the audit counted in the target."""
         counted = self.switch.request("GET", f"/{self.switch.alias}/_count").data
         self.switch.verify_all_shards(counted, f"_count of {self.switch.alias}")
         if counted["count"] != self.visible:
