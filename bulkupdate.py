@@ -132,7 +132,7 @@ def log_ignored(data: Sequence[S3Object], ignored: Sequence[S3Object]) -> None:
     others = len(ignored) - len(leftovers) - folders
     parts = [(empty, "empty object"), (folders, "folder"), (others, "object")]
     if text := ", ".join(counted(number, word) for number, word in parts if number):
-        log.info("not loaded: %s%s", text, " with another suffix" * (others > 0))
+        log.info("not loaded: %s%s", text, " not named *.csv or *.csv.gz" * (others > 0))
 
 
 def is_leftover(key: str, prefix: str) -> bool:
@@ -358,9 +358,11 @@ def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
 
 
 def lacks_header(columns: Sequence[str], known: Container[str]) -> bool:
-    """Return whether a first row is data: fewer than half of its cells are known names, and one looks like a value.
+    """Return whether a first row is data instead of column names.
 
-    If all other names are known, the values are names: `country,1960,1961`.
+    It is data if fewer than half of its cells are known names and at least one cell looks like a value. There is one
+    exception: if each unknown cell looks like a value and some cells are known, all of them are names, as in
+    `country,1960,1961`.
     """
     new = [name for name in columns if name not in known]
     values = sum(bool(VALUE.fullmatch(name)) for name in new)
@@ -864,7 +866,7 @@ def separator(operation: str, quoted_id: str, version: str = "") -> str:
 
 
 def separator_with_id(cell: str, version: int, no_ids: Container[str]) -> str:
-    """Use the id in a cell. Because of the version, a later row wins in any order of arrival."""
+    """Return a separator with the id in this cell. Because of the version, a later row wins in any order of arrival."""
     if cell.strip() in no_ids or len(cell.encode()) > MAX_ID_BYTES:
         raise ValueError(f"the id is empty or longer than {MAX_ID_BYTES} bytes")
     return separator("index", encode_basestring(cell), f',"version":{version},"version_type":"external"')
@@ -1012,8 +1014,8 @@ class FirstRows:
         """Raise Refused if the load would reject more rows than are accepted."""
         if self._rejected > accepted:
             raise Refused(
-                f"the load would reject {self._rejected:,} of the first {ROWS_CHECKED} rows of each object, "
-                f"{accepted:,} are accepted (MAX_REJECTS); nothing was changed; fix the files or the mapping: "
+                f"among the first {ROWS_CHECKED} rows of each object, the load would reject {self._rejected:,}; "
+                f"MAX_REJECTS allows {accepted:,}. Nothing was changed. Fix the files or the mapping. First reasons: "
                 f"{'; '.join(self._reasons)}"
             )
 
@@ -1023,7 +1025,7 @@ class FirstRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents as bulk text, two lines each, and their objects and lines, in the same order."""
+    """Documents as bulk text, two lines each, and where they come from: objects and line numbers, in the same order."""
 
     body: bytes = b""
     origins: Sequence[tuple[str, Sequence[int]]] = ()
@@ -1391,7 +1393,7 @@ class Delivery:
         if not objects:
             advice = "check bucket and prefix"
             if others := [item.key for item in ignored if not item.is_csv()]:
-                advice = f"{others[0]} has another suffix; a manifest (READY_OBJECT) may name such objects"
+                advice = f"{others[0]} is not named *.csv or *.csv.gz; a manifest (READY_OBJECT) may list such objects"
             raise Refused(f"{self.place}: no .csv or .csv.gz object; nothing was changed; {advice}")
         log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
@@ -1729,7 +1731,7 @@ class BulkUpdate(OpenSearchBaseManager):
             result |= {"rejects_file": str(self.rejects.path), "reject_reasons": self.rejects.summary()}
         if rejected > accepted:
             raise TooManyRejects(
-                f"finished, but {rejected:,} rows were rejected and {accepted:,} are accepted (MAX_REJECTS); see "
+                f"finished, but {rejected:,} rows were rejected; MAX_REJECTS allows {accepted:,}; see "
                 f"{self.rejects.path}: {text}", result
             )  # fmt: skip
         log.info("done: %s", text)

@@ -203,9 +203,10 @@ class ClearableIndex(TargetIndex):
         return True
 
     def _validate_definition(self) -> dict[str, Any]:
-        """Create the backup, check that the index could be created too, and return the definition of both.
+        """Create the backup from the index's definition, and return that definition.
 
-        Raises CannotReplace if one of them is rejected or would differ.
+        Raises CannotReplace if the backup differs from it, or if the cluster would not allow this user to create the
+        index. The index itself stays unchanged.
         """
         definition = definition_of(self.manager._verify_index_exists(self.name))
         try:
@@ -261,9 +262,10 @@ class BackupIndex:
         create_index(self.manager, self.name, {"settings": settings, "mappings": {**mappings, "_meta": meta}})
 
     def read(self) -> tuple[dict[str, Any], str] | None:
-        """Return the definition that it holds, and the UUID of the index that had it.
+        """Return the definition in this backup, and the UUID of the index that it was taken from.
 
-        None if there is no such index, or it is another client's. Raises RequestFailed (403) if it may not be read.
+        Return None if there is no backup, or if an index of this name belongs to another client. Raises RequestFailed
+        (403) if this user may not read it.
         """
         if (found := self.manager.read_index(self.name)) is None:
             return None

@@ -414,7 +414,7 @@ def load_env_file() -> list[str]:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of a script's settings; the parser's `prog` is its file name."""
+    """Add the flags of a script's settings and return the parser; its `prog` is the file name of the script."""
     for setting in SETTINGS[parser.prog.removesuffix(".py")]:
         if setting.flag:
             setting.add_flag(parser)
@@ -848,7 +848,7 @@ def read_report(path: Path) -> dict[str, Any]:
 def end_of_run(
     exit_code: int, last_step: str, message: str, steps: Sequence[StepResult], previous: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the report of a run says about its end."""
+    """Return the entries of the report that describe how the run ended and where readers are."""
     failed, now = exit_code != 0, time.time()
     live, documents, age = live_index(steps)
     finished = [step.name for step in steps if step.exit_code in (0, 4) or step.result.get("changed")]
@@ -1094,7 +1094,8 @@ def endpoint_url(text: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200")
     if parts.hostname.endswith(".aoss.amazonaws.com"):
-        raise ConfigurationError("OpenSearch Serverless does not support _reindex, _refresh and _tasks; give a domain")
+        raise ConfigurationError("OpenSearch Serverless does not support _reindex, _refresh and _tasks; give the "
+                                 "endpoint of an OpenSearch Service domain")  # fmt: skip
     return parts.geturl()
 
 
@@ -1219,11 +1220,11 @@ class Connection:
     ) -> Response:
         """Send a request (bytes as NDJSON, anything else as JSON) and return the response.
 
-        Connection errors, 429, 502, 503 and 504 are retried with exponential backoff for RETRY_SECONDS; for 10 s until
-        the cluster has responded once; after a signal, for the clean-up time. A request with `idempotent=False` is
-        sent again only if it cannot have taken effect; otherwise OutcomeUnknown is raised. With `retry=False`, it is
-        never sent again. Statuses in `accept` are returned; any other failure raises RequestFailed. `busy` is called
-        at each 429 with the time when the attempt was sent.
+        Connection errors, 429, 502, 503 and 504 are retried with exponential backoff. Retries end after RETRY_SECONDS
+        (after 10 s if the cluster has never responded; after a signal, with the clean-up time). A request with
+        `idempotent=False` is sent again only if it cannot have taken effect; otherwise OutcomeUnknown is raised. With
+        `retry=False`, it is never sent again. A response whose status is in `accept` is returned; any other failure
+        raises RequestFailed. At each 429, `busy` is called with the time when the attempt was sent.
         """
         attempts, resent = Retry(self._retry_seconds()), False
         while True:
@@ -1473,10 +1474,11 @@ class OpenSearchBaseManager(Connection):
         }  # fmt: skip
 
     def await_tasks(self, index: str, *, exclusive: bool = True) -> bool:
-        """Cancel orphaned tasks of this host on the index, wait for those of other hosts; say if there were any.
+        """Wait until no task of the suite modifies the index; return whether there was one.
 
-        Call it with the lock held: with an exclusive one, a task from this host is an orphan of a crashed run. Raises
-        Refused if another client's task is modifying the index.
+        Tasks that a crashed run of this host has left are canceled first: the caller holds the lock, and if that is
+        exclusive, no run of this host can be using them. Raises Refused if a task of another client is modifying the
+        index, or if a task of another host does not end within WAIT_SECONDS.
         """
         began, awaited = time.monotonic(), ""
         while named := self._tasks_naming(index):
@@ -1592,7 +1594,7 @@ NOT_THERE = {"_id": "permission-probe", "if_seq_no": 0, "if_primary_term": 1}
 
 
 def reading_probes(*indices: str) -> list[Probe]:
-    """Requests that each script sends before it changes anything."""
+    """Return probes for the requests that each script sends before it changes anything."""
     names = ",".join(indices)
     cluster = ["/", f"/_cluster/health/{names}?timeout=0s", "/_tasks?actions=*reindex"]
     paths = [*cluster, *(f"/{names}{part}" for part in ("", "/_count", "/_stats/store"))]
@@ -1600,13 +1602,13 @@ def reading_probes(*indices: str) -> list[Probe]:
 
 
 def bulk_probe(index: str, *actions: str) -> Probe:
-    """Only for an index that exists: a bulk request would create a missing one."""
+    """Return a probe for bulk actions. Send it only to an index that exists: it would create a missing one."""
     lines = [json.dumps({action: NOT_THERE}) + ("\n{}" if action == "index" else "") for action in actions]
     return Probe("POST", f"/{index}/_bulk?pipeline=_none&timeout=1s", ("\n".join(lines) + "\n").encode())
 
 
 def deleting_probes(index: str) -> list[Probe]:
-    """Requests that empty an index, except for the deletions themselves (`bulk_probe`)."""
+    """Return probes for emptying an index, except for the deletion of documents (see `bulk_probe`)."""
     return [
         Probe("GET", "/_tasks/permission-probe:1"),
         Probe("POST", "/_tasks/permission-probe:1/_cancel"),
@@ -1622,7 +1624,7 @@ def settings_probe(index: str) -> Probe:
 
 
 def creating_probes(index: str) -> list[Probe]:
-    """Requests that recreate an index, except for the deletion, for which there is no harmless request."""
+    """Return probes for recreating an index, except for its deletion: no harmless request proves that permission."""
     return [Probe("PUT", f"/{index}", {"settings": UNKNOWN_SETTING}), Probe("GET", f"/{index}")]
 
 

@@ -296,13 +296,13 @@ class Reindex(OpenSearchBaseManager):
         source, target = self._get_index_count(self.source), self._get_index_count(self.target.name)
         if source != total:
             raise OperationFailed(
-                f"{self.source} changed during the copy: it holds {source:,} documents, {total:,} were copied; "
-                "keep other clients from writing to it and run again"
+                f"{self.source} changed during the copy: it holds {source:,} documents, but {total:,} were copied; "
+                "keep other clients from writing to this index and run again"
             )
         if target != total:
             raise OperationFailed(
-                f"{self.target.name} holds {target:,} documents, {total:,} were copied: another client is writing to "
-                "it; stop it and run again"
+                f"{self.target.name} holds {target:,} documents, but {total:,} were copied: another client is writing "
+                "to this index; stop that client and run again"
             )
         self.verify_same_index(self.source, source_uuid)
         self.target.verify_same()

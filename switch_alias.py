@@ -123,7 +123,10 @@ def lost_parameters(old: Field, new: Field) -> str:
 
 
 def lost_definitions(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """Return by field what readers would lose with the target's mapping; missing fields are found by their counts."""
+    """Return, for each field, what readers would lose with the new mapping.
+
+    Fields that the new mapping lacks are not reported: the shares of documents show them.
+    """
     known = fields_of(new)
     lost = {name: lost_parameters(field, known[name]) for name, field in fields_of(old).items()
             if name in known and field.is_countable()}  # fmt: skip
@@ -213,7 +216,7 @@ def with_values(values: Mapping[str, str]) -> str:
 
 
 def option_text(value: Any) -> str:
-    """Return the text that the option's parser turns into this value; a name in a list never looks like an option."""
+    """Return a value as text for a command line; in a list, names with commas, spaces or quotes are quoted."""
     if not isinstance(value, list):
         return f"{value:.15g}" if isinstance(value, float) else str("" if value is None else value)
     plain = re.compile(r'[^\s,"-][^\s,"]*')
@@ -233,7 +236,8 @@ def read_queries(file: str) -> list[tuple[str, dict[str, Any]]]:
     try:
         lines = Path(file).read_text("utf-8-sig").split("\n") if file else []
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{file}: {type(error).__name__}; give --queries a UTF-8 file") from None
+        raise ConfigurationError(f"cannot read {file} (READER_QUERIES, --queries): {type(error).__name__}; give a "
+                                 "readable UTF-8 file") from None  # fmt: skip
     queries = []
     for place, line in ((f"{file}, line {at}", line) for at, line in enumerate(lines, 1) if line.strip()):
         try:
@@ -461,8 +465,8 @@ class Audit:
         command = self.switch.command(self.source, self.target, accept_fields=[*self.accepted, *differing])
         raise Refused(
             f"these fields are rarer in {self.target} than in {self.source}, or defined differently: "
-            f"{with_values(differing)}. {AGAIN} Load it again from complete data, or, if this is intended, run "
-            f"{command}",
+            f"{with_values(differing)}. {AGAIN} Load {self.target} again from complete data, or, if the differences "
+            f"are intended, run {command}",
             {"alias": self.switch.alias, "source": self.source, "target": self.target, "changed": False, **self.fields},
         )
 
@@ -629,8 +633,10 @@ class SwitchAlias(OpenSearchBaseManager):
         [live] = indices
         if self.source and self.target:
             if live not in (self.source, self.target):
-                raise Refused(f"alias {self.alias} is on {live}, neither on {self.source} nor on {self.target}; it was "
-                              f"not moved. To move it, run {self.command(live, self.source)}")  # fmt: skip
+                raise Refused(
+                    f"alias {self.alias} points at {live}, which is neither {self.source} nor {self.target}; it was "
+                    f"not moved. To move it to {self.source}, run {self.command(live, self.source)}"
+                )
             self.source, self.target = sorted([self.source, self.target], key=lambda index: index != live)
             self._check_pair(indices)
         return live
@@ -676,7 +682,7 @@ class SwitchAlias(OpenSearchBaseManager):
         if set(indices) - {self.source, self.target}:
             state = ", ".join(sorted(indices))
             remedy = f"run {self.command(state, self.target)}" if len(indices) == 1 else "remove it from all but one"
-            raise Refused(f"alias {self.alias} is on {state}, not on {self.source}; it was not moved. To fix this, "
+            raise Refused(f"alias {self.alias} points at {state}, not at {self.source}; it was not moved. To fix this, "
                           f"{remedy}")  # fmt: skip
         return indices
 
