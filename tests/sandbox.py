@@ -12,6 +12,7 @@ import fcntl
 import csv
 import datetime
 import importlib.metadata
+import hashlib
 import io
 import ipaddress
 import json
@@ -69,7 +70,6 @@ USER, PASSWORD = "refresh", """p@ss: "w'o\\rd" $HOME `#1` %41 {ü€} =;&?/"""
 ADMIN, ADMIN_PASSWORD = "admin", "sandbox-only"
 PRIMARY, SECONDARY, ALIAS = "my_index_primary", "my_index_secondary", "my_index_alias"
 BUCKET, PREFIX, PARAMETERS = "your-bucket", "your/prefix/", "/opensearch"
-FILLED = 5  # counts the kinds of filled data: roles and rows that a server starts with
 LAST_LOADED_MONTH = 11  # primary starts without December, so that a refresh changes what readers see (+9.1 %)
 
 # What the scripts need, and nothing else: each was found by taking it away.
@@ -271,10 +271,14 @@ def write_security_config(home: Path, config: Path) -> None:
 
     # the other user is created through the server: it hashes what is not ASCII in a way of its own
     write("internal_users", {ADMIN: user(ADMIN_PASSWORD)})
-    both = [PRIMARY, SECONDARY]
-    write("roles", {"refresh": refresh_role([*both, ALIAS]), "refresh-recreate": recreate_role(both)})
+    write("roles", own_roles())
     mine = {"users": [USER]}
     write("roles_mapping", {"all_access": {"users": [ADMIN]}, "refresh": mine, "refresh-recreate": mine})
+
+
+def own_roles() -> dict[str, Any]:
+    both = [PRIMARY, SECONDARY]
+    return {"refresh": refresh_role([*both, ALIAS]), "refresh-recreate": recreate_role(both)}
 
 
 def refresh_role(patterns: list[str]) -> dict[str, Any]:
@@ -512,8 +516,12 @@ def create_indices(server: Server) -> None:
 
 
 def filled_data(home: Path) -> Path:
-    """Return the data folder of a server that holds January to November, made on the first call."""
-    template = CACHE / f"data-{VERSION}-{FILLED}"
+    """Return the data folder of a server that holds January to November, made on the first call.
+
+    Its name has a digest of the roles and the mapping: a folder made before one of them changed must not be used.
+    """
+    made_of = json.dumps([own_roles(), FLIGHTS_MAPPING, LAST_LOADED_MONTH])
+    template = CACHE / f"data-{VERSION}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     if not template.exists():
         say("filling the index with the flights of January to November (once)")
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:

@@ -535,28 +535,23 @@ def copies(bench: Bench, rounds: int) -> None:
 
 def whole_refresh(bench: Bench, rounds: int) -> None:
     """Compare the ways to refresh by whole refreshes of the flights, and show the steps of the last ones."""
-    classic, cloned, cheap, loads, tables = *(list[float]() for _ in range(4)), dict[str, str]()
+    cheap = {"CLEANUP_METHOD": "recreate"}
+    ways = {
+        "copy-back, delete": {}, "copy-back, clone and recreate": {**cheap, "COPY_METHOD": "clone"},
+        "alternate, recreate": {**cheap, "REFRESH_STRATEGY": "alternate"},
+    }  # fmt: skip
+    seconds, beyond = ({way: list[float]() for way in ways} for _ in range(2))
+    tables = dict[str, str]()
     bench.fresh_index(flights())
     for _ in range(rounds):
-        seconds, tables["copy-back, delete"], results = refresh(bench)
-        classic.append(seconds)
-        loads.append(next(found["seconds"] for found in results if "stored" in found))
-        seconds, tables["copy-back, clone and recreate"], _ = refresh(
-            bench, COPY_METHOD="clone", CLEANUP_METHOD="recreate"
-        )
-        cloned.append(seconds)
-        for _ in range(2):  # there and back: the next round begins with readers on primary
-            seconds, tables["alternate, recreate"], _ = refresh(
-                bench, REFRESH_STRATEGY="alternate", CLEANUP_METHOD="recreate"
-            )
-            cheap.append(seconds)
-    for name, table in tables.items():
-        print(f"\n{name}\n{table}")
-    beyond = [both - load for load, pair in zip(loads, zip(cheap[::2], cheap[1::2])) for both in pair]
-    print(f"copy-back {spread(classic)} s, its load {spread(loads)} s; with clone and recreate {spread(cloned)} s, "
-          f"{spread([both - load for load, both in zip(loads, cloned)])} s more than that load")  # fmt: skip
-    print(f"alternate with recreate {spread(cheap)} s, "
-          f"{spread(beyond)} s more than the load of copy-back")  # fmt: skip
+        for way, variables in ways.items():
+            for _ in range(2 if "alternate" in way else 1):  # there and back: readers begin on primary
+                total, tables[way], results = refresh(bench, **variables)
+                bench.wrong |= "clone" in way and any(found.get("batches") for found in results)  # it copied instead
+                seconds[way].append(total)
+                beyond[way].append(total - next(found["seconds"] for found in results if "stored" in found))
+    for way, table in tables.items():
+        print(f"\n{way}: {spread(seconds[way])} s, {spread(beyond[way])} s without its load\n{table}")
 
 
 def audit_cost(bench: Bench, rounds: int) -> None:
