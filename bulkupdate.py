@@ -241,7 +241,7 @@ class Bucket:
             if is_transient(error):
                 raise
             if done := {404: "deleted", 412: "replaced"}.get(error.response["ResponseMetadata"]["HTTPStatusCode"]):
-                raise OperationFailed(f"{place} was {done} since it was listed; run again") from None
+                raise OperationFailed(f"{place} has been {done} since it was listed; run again") from None
             with aws_errors(place, "s3:GetObject (and kms:Decrypt for your own key)"):
                 raise
 
@@ -405,11 +405,12 @@ def new_fields(index: str, mapping: Mapping[str, Any], new: Mapping[str, set[str
             "mapping, or remove them from the files"
         )
     if ignored := [name for name in others if dynamic_of(mapping, name).startswith("false")]:
-        log.warning("not searchable, because the mapping does not define them (dynamic: false): %s", ", ".join(ignored))
+        log.warning("columns that no search will find, because the mapping does not define them (dynamic: false): %s",
+                    ", ".join(ignored))  # fmt: skip
     added = {name: templates.get(name) or new_field(kinds) for name, kinds in new.items() if name not in ignored}
     values = {name for name, kind in types_in(mapping).items() if kind not in ("object", "nested")}
     if inside := [name for name in added if parents_of(name) & {*values, *added}]:  # a.b beside a number a
-        raise Refused(f"columns inside another one that is not an object: {', '.join(inside)}; rename one of the two")
+        raise Refused(f"columns whose parent field is not an object: {', '.join(inside)}; rename one of the two fields")
     if added:
         log.info("new fields: %s", ", ".join(f"{name} ({value['type']})" for name, value in added.items()))
     return added
@@ -1186,7 +1187,7 @@ class BulkStore:
 
     Documents answered with 429 or 5xx are resent alone, for up to `retry_seconds` without progress. A batch that is too
     large for the cluster (413) is halved. Pass `is_own_version` if ids come from a column. Pass `creates` if documents
-    cannot replace each other: then 200 means that a pipeline dropped the document; otherwise the result `noop` does.
+    cannot replace each other. A pipeline has dropped a document if its status is 200 (`creates`) or its result `noop`.
     """
 
     def __init__(
@@ -1420,8 +1421,8 @@ class Delivery:
             raise Refused(f"{marker} is missing; nothing was changed; run again when the producer has finished")
         if ready and ready.modified < newest.modified:
             raise Refused(
-                f"{marker} is older than the newest object, {newest}: {ready}; nothing was changed; the producer is "
-                "still writing; run again when it has finished"
+                f"{marker} is older ({ready.modified:%Y-%m-%dT%H:%M:%SZ}) than the newest object, {newest}; nothing "
+                "was changed; the producer is still writing; run again when it has finished"
             )
         if limit is not None and newest.age_h(now) > limit:
             raise Refused(
@@ -1545,7 +1546,7 @@ class BulkUpdate(OpenSearchBaseManager):
                          self.place)  # fmt: skip
                 return {**self._result(objects), "documents": record["documents"], "unchanged": True, "dry_run": True}
             if self.settings.refresh_strategy == "alternate" and self._check_index_aliases(self.target.name):
-                log.info("%s may not hold the data in %s", self.target.name, self.place)
+                log.info("it is not certain that %s holds the data in %s", self.target.name, self.place)
                 return {**self._result(objects), "dry_run": True}  # the load goes to the other index
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
         if not self.keep:
@@ -1619,7 +1620,7 @@ class BulkUpdate(OpenSearchBaseManager):
         for head in heads:
             self._check_columns(head, known)
         if wrong := unwritable(sorted({name for head in heads for name in head.columns}), types):
-            raise Refused(f"columns that {index} accepts from no document, because they are aliases or properties of "
+            raise Refused(f"columns that no document of {index} can contain, because they are aliases or properties of "
                           f"nested objects: {', '.join(wrong)}; rename or remove them")  # fmt: skip
         types, added = column_types(index, mapping, new)
         refuse_too_many_fields(index, self.target.found, added)
@@ -1631,7 +1632,7 @@ class BulkUpdate(OpenSearchBaseManager):
         if known and not any(name in known for name in head.columns):
             raise Refused(
                 f"{head.key}: the mapping of {self.target.name} defines none of the columns "
-                f"{', '.join(head.columns)[:200]}; is the delimiter {self.delimiter!r} (DELIMITER, --delimiter)?"
+                f"{', '.join(head.columns)[:200]}; is {self.delimiter!r} the right delimiter (DELIMITER, --delimiter)?"
             )
         if self.id_column and self.id_column not in head.columns:
             raise Refused(f"{head.key}: there is no column {self.id_column}; set ID_COLUMN (--id-column) to another "

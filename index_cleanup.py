@@ -61,7 +61,10 @@ class ClearableIndex(TargetIndex):
     # --- recover ---
 
     def require_permissions(self, exists: bool) -> None:
-        """Where a backup exists, the index may be deleted at any moment, and a bulk request would create it."""
+        """Read the backup, and check the permissions; without those for a recreate, warn and delete documents instead.
+
+        While a backup exists, no bulk probe is sent: the index may be missing, and the probe would create it.
+        """
         try:
             self._kept = self.backup.read()
         except RequestFailed as error:
@@ -92,7 +95,7 @@ class ClearableIndex(TargetIndex):
             if not self.manager.dry_run:
                 self.backup.delete()
             return now
-        log.warning("index %s is missing: a run crashed between deleting and creating it", self.name)
+        log.warning("index %s is missing: a run crashed after deleting it and before recreating it", self.name)
         if self.manager.dry_run:
             self.name = self.backup.name
         else:
@@ -255,7 +258,7 @@ class BackupIndex:
         self.manager, self.index, self.name = manager, index, f"{index}-recreate"
 
     def create(self, definition: Mapping[str, Any], uuid: str) -> None:
-        """Create it; blocks are stored in `_meta`, since an index with a block could not be deleted."""
+        """Create the backup; blocks are kept in `_meta`, since a backup with a block could not be deleted."""
         settings, mappings = dict(definition["settings"]), definition["mappings"]
         blocks = {name: settings.pop(name) for name in list(settings) if name.startswith("index.blocks.")}
         meta = {**mappings.get("_meta", {}), BACKUP_OF: {"index": self.index, "uuid": uuid, "blocks": blocks}}
@@ -280,7 +283,7 @@ class BackupIndex:
         return definition, str(kept["uuid"])
 
     def restore(self) -> None:
-        """Create the index if it is missing; otherwise the backup stays."""
+        """If the index is missing, create it from the backup and delete the backup; otherwise change nothing."""
         if (kept := self.read()) and not self.manager.read_index(self.index):
             create_index(self.manager, self.index, kept[0])
             self.delete()
@@ -300,14 +303,14 @@ class BackupIndex:
             live = ", ".join(now["aliases"])
             delete = f"Delete {self.index}, so that the next run creates it from {self.name}, or delete {self.name}"
             raise Refused(
-                f"index {self.index} has lost its definition of {', '.join(different)}: a run crashed between deleting "
-                f"and creating it, and another client created it. {f'Delete {self.name}' if live else delete} if "
-                f"{self.index} is right{live and f' (alias {live} points at it)'}"
+                f"index {self.index} differs from its backup {self.name} in {', '.join(different)}: a run crashed "
+                f"after deleting the index, and another client created it. {f'Delete {self.name}' if live else delete} "
+                f"if {self.index} is right{live and f' (alias {live} points at it)'}"
             )
 
 
 class CannotReplace(OperationFailed):
-    """The cluster does not allow it; nothing has been deleted."""
+    """The cluster does not allow the index to be replaced; nothing has been deleted."""
 
 
 # --- definitions: mapping and settings of an index --------------------------------------------------------------------
@@ -332,7 +335,7 @@ def differences(definition: Mapping[str, Any], other: Mapping[str, Any]) -> list
 
 
 def parts_of(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of a definition by name, as they are when no load is running."""
+    """Return fields, mapping parameters and settings by name; settings as they are when no load is running."""
     mappings, settings = dict(definition["mappings"]), recovered_settings(definition)
     meta = dict(mappings.pop("_meta", {}))
     meta.pop(SUITE, None)
@@ -345,7 +348,8 @@ def parts_of(definition: Mapping[str, Any]) -> dict[str, Any]:
 def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping[str, Any]) -> None:
     """Create an index and read it back.
 
-    Raises OperationFailed if it differs from the definition; it is deleted again if it was certainly created here.
+    Raises OperationFailed if the index differs from the definition, or has an alias. It is then deleted again, unless
+    it already existed: another client may have created it.
     """
     exists: RequestFailed | None = None
     try:
@@ -416,7 +420,7 @@ class IndexCleanup(OpenSearchBaseManager):
             merged = self.request("POST", f"/{index}/_forcemerge", params=params, idempotent=False).data
             self.verify_all_shards(merged, f"_forcemerge of {index}")
         except OutcomeUnknown as error:
-            log.warning("the merge continues in the background and frees the disk space when it ends: %s", error)
+            log.warning("%s; the merge continues in the background and frees the disk space when it ends", error)
         self.request("POST", f"/{index}/_refresh")  # an idle index keeps the old files open
         time.sleep(STATS_AGE_S)
 

@@ -66,7 +66,7 @@ except ImportError as missing:
     command = shlex.join([sys.executable, "-m", "pip", "install", "-r", str(required)])
     with open(os.environ.get("REFRESH_LOG_FILE") or os.devnull, "a") as log_file:
         for file in (sys.stderr, log_file):
-            print(f"{missing.name} is not installed: {command}", file=file)
+            print(f"{missing.name} is not installed; run {command}", file=file)
     raise SystemExit(2) from None
 
 SUITE = "opensearch-refresh"  # in the X-Opaque-Id of each request, and the key of the marker
@@ -638,7 +638,7 @@ def backoff_s(attempt: int, retry_after: str | None = None) -> float:
 class Retry:
     """Decides whether to retry, and waits before the next attempt.
 
-    Retries end `limit_s` seconds after the first attempt or the last progress; after a signal, with the clean-up time.
+    Retries end `limit_s` seconds after the first attempt or the last progress; after a signal, when clean-up must end.
     The last attempt may begin right before the end, and its own timeout may exceed it.
     """
 
@@ -655,12 +655,12 @@ class Retry:
         return deadline - time.monotonic()
 
     def wait(self, why: str, retry_after: str | None = None) -> bool:
-        """Log why, sleep and return True; return False at once if the pause would exceed the time."""
+        """Log why, sleep and return True; return False at once if the pause would be longer than the time left."""
         delay = backoff_s(self.attempt, retry_after)
         if delay > self.seconds_left():
             return False
         self.attempt += 1
-        log.warning("%s in %.1f s", why, delay)
+        log.warning("%s (in %.1f s)", why, delay)
         time.sleep(delay)
         return True
 
@@ -739,7 +739,7 @@ def log_failure(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, ModuleNotFoundError):
         command = shell_command(sys.executable, "-m", "pip", "install", "-r", str(HERE / "requirements.txt"))
-        log.error("%s is not installed: %s", error.name, command)
+        log.error("%s is not installed; run %s", error.name, command)
         return 2
     place = traceback.extract_tb(error.__traceback__)[-1]
     log.error("unexpected %s at %s:%s; run with LOG_LEVEL=DEBUG to see the traceback",
@@ -885,7 +885,8 @@ def readers_after_failure(report: Mapping[str, Any]) -> str:
     elif report["live_index"]:
         readers = f"readers are {readers_in(report)}, complete: this can wait"
     elif switching:
-        readers = "readers are on one of the two indices; find out with switch_alias.py --show"
+        command = script_command("switch_alias.py", "--alias", str(report["alias"]), "--show")
+        readers = f"readers are on one of the two indices; to find out, run {command}"
     else:
         readers = "this run has not moved readers"
     refused = report["exit_code"] == 4
@@ -915,7 +916,7 @@ def print_status(report_file: str, hold_file: str, lock_file: str, max_age_hours
 def readers_in(report: Mapping[str, Any]) -> str:
     """Return a phrase about the report's live index, with the number and the age of its documents if known."""
     if not report.get("live_index"):
-        return "not read by the last run"
+        return "unknown, the last run did not read the alias"
     count, age = report.get("documents"), hours_since(report.get("live_data_time"))
     documents = f", {count:,} documents" if isinstance(count, int) else ""
     return f"on {report['live_index']}{documents}" + ("" if age is None else f", data {age:.1f} hours old")
@@ -985,7 +986,8 @@ class SignedAuth(AuthBase):
         with aws_errors("AWS credentials", "sts:AssumeRole"):
             self.credentials, self.region = aws.session.get_credentials(), aws.session.region_name
         if self.credentials is None:
-            raise ConfigurationError("OPENSEARCH_AUTH=sigv4: no AWS credentials; give a role, a profile or variables")
+            raise ConfigurationError("OPENSEARCH_AUTH=sigv4: no AWS credentials; set up a role, "
+                                     "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")  # fmt: skip
 
     def __call__(self, sent: requests.PreparedRequest) -> requests.PreparedRequest:
         from botocore.auth import SigV4Auth
@@ -1002,7 +1004,7 @@ class SignedAuth(AuthBase):
 
 @contextlib.contextmanager
 def aws_errors(what: str, permission: str) -> Iterator[None]:
-    """Translate exceptions of botocore; `permission` is the IAM action that `what` needs."""
+    """Turn botocore exceptions into ConfigurationError or OperationFailed; `what` needs the IAM action `permission`."""
     from botocore.exceptions import (
         BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound,
     )  # fmt: skip
@@ -1076,13 +1078,16 @@ def stored(aws: Aws, prefix: str, *parameters: str) -> list[str]:
     with aws_errors(f"Parameter Store, {prefix}/*", "ssm:GetParameters (and kms:Decrypt for a key of your own)"):
         found = aws.client("ssm").get_parameters(Names=names, WithDecryption=True)
     if missing := found["InvalidParameters"]:
-        raise OperationFailed(f"Parameter Store has no {', '.join(missing)} in this region; create it")
+        raise OperationFailed(f"Parameter Store lacks {', '.join(missing)} in this region; create what is missing")
     values = {parameter["Name"]: re.sub(r"\r?\n\Z", "", parameter["Value"]) for parameter in found["Parameters"]}
     return [values[name] for name in names]
 
 
 def endpoint_url(text: str) -> str:
-    """Return the endpoint with a scheme, without a trailing slash. ConfigurationError does not quote it: a secret?"""
+    """Return the endpoint with a scheme, without a trailing slash.
+
+    Raises ConfigurationError, which does not quote the endpoint: it may contain a secret.
+    """
     url = text.strip().rstrip("/")
     try:
         parts = urlsplit(url if "://" in url else f"https://{url}")
@@ -1629,7 +1634,7 @@ def creating_probes(index: str) -> list[Probe]:
 
 
 def denied(method: str, status: int, body: bytes) -> list[str]:
-    """Return the permissions that a response reports as missing: of the role, or of IAM or the access policy."""
+    """Return the missing permissions that a response reports: lines of a role, or IAM actions (`es:...`)."""
     if status != 403 and b'"errors":true' not in body:  # in a bulk response
         return []
     text = body.decode(errors="replace")
@@ -1713,7 +1718,7 @@ def await_primaries(
         if not retry.wait(f"index {index} is red: a shard has no active copy; checking again"):
             unchanged = "; nothing was changed" if failure is Refused else ""
             raise failure(f"index {index} is red: a shard has no active copy{unchanged}. See GET "
-                          "_cluster/allocation/explain, and run again when it is yellow")  # fmt: skip
+                          "_cluster/allocation/explain, and run again when it is yellow or green")  # fmt: skip
 
 
 def fields_in(definition: Mapping[str, Any]) -> int:
@@ -1847,8 +1852,8 @@ class Marker:
         except OutcomeUnknown:
             raise
         except RequestFailed as error:
-            log.warning("index %s: the marker cannot be written, so the settings stay unchanged: %s",
-                        self.index, error)  # fmt: skip
+            log.warning("index %s: the marker cannot be written, so nothing shows that the index is unfinished, and "
+                        "the settings stay unchanged: %s", self.index, error)  # fmt: skip
             self.own = None
             return False
 
@@ -1862,8 +1867,8 @@ class Marker:
         meta = self._meta()
         if (there := meta.get(SUITE)) != self.own:
             raise OperationFailed(
-                f"index {self.index}: another run has started to fill it; its marker stays: {there}. Make sure that "
-                "one of the two runs succeeded, or run again"
+                f"index {self.index}: another run has started to fill it in the meantime (its marker: {there}). Make "
+                "sure that one of the two runs succeeded, or run again"
             )
         self._put(meta, former)
 
@@ -1983,7 +1988,7 @@ class TargetIndex:
         self.marker.recover(found)
 
     def read(self, found: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Remember the state of the index, read now unless it is given, and return it; the first UUID counts."""
+        """Remember the state of the index (`found`, or read now) and return it; the first UUID seen is kept."""
         self.found = found or self.manager._verify_index_exists(self.name)
         self.uuid = self.uuid or self.found["settings"]["index.uuid"]
         return self.found
@@ -2004,8 +2009,8 @@ class TargetIndex:
         """Raise Refused if an alias points at the index now, or did when `found` was read."""
         if aliases := sorted((found or self.manager._verify_index_exists(self.name))["aliases"]):
             raise Refused(
-                f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give the "
-                "other index, or first move readers there (switch_alias.py)"
+                f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Run "
+                "this on the other index, or first move readers there (switch_alias.py)"
             )
 
     def verify_same(self) -> None:

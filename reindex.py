@@ -111,7 +111,10 @@ class Clone:
                 self.marker.replace()
 
     def _replicas_of_target(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the target's numbers of replicas; those in the marker of a run that has deleted it and crashed."""
+        """Return the target's replica settings; if a crashed run deleted the target, those kept in its marker.
+
+        Without either, return those of the source. None stands for no auto_expand_replicas.
+        """
         if self.target.uuid:
             found = self.manager._verify_index_exists(self.target.name)["settings"]
         else:
@@ -193,7 +196,7 @@ class Reindex(OpenSearchBaseManager):
         return str(found["settings"]["index.uuid"])
 
     def _copy_instead(self, obstacle: str) -> None:
-        log.warning("%s cannot be cloned, copying its documents instead: %s", self.source, obstacle)
+        log.warning("index %s cannot be cloned, so its documents are copied instead: %s", self.source, obstacle)
         self.clone = None
         self.target.read()
 
@@ -233,7 +236,7 @@ class Reindex(OpenSearchBaseManager):
             try:
                 run_to_completion(self.clone.abandon)
             except OperationFailed as error:
-                log.error("index %s may have a write block until the next run: %s", self.source, error)
+                log.error("index %s may still have a write block; the next run removes it: %s", self.source, error)
             raise
         log.info("cloned %s to %s", self.source, self.target.name)
         return {"total": total, "batches": 0}

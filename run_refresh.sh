@@ -91,7 +91,7 @@ read_settings() { # from the environment or .env, with the table of settings tha
   while IFS= read -r line; do setting[${line%%=*}]=${line#*=}; done <<<"$values"
   PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
   export INDEX_ALIAS=$ALIAS # tells the load which alias will have left the index
-  [[ $ALIAS != */* ]] || die "INDEX_ALIAS: $ALIAS is not the name of an alias" 2
+  [[ $ALIAS != */* ]] || die "INDEX_ALIAS: $ALIAS contains a slash; give the name of an alias" 2
   LOG_DIR=${setting[LOG_DIR]} LOCK_DIR=${setting[LOCK_DIR]}
   hold="$LOCK_DIR/HOLD-$ALIAS" lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
   [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
@@ -156,7 +156,7 @@ for wait_s in 0.2, 0: # a second attempt: --status holds it for a moment
 sys.exit(75)' 2>&8 || rc=$? # not with flock, which small images do not have
   case $rc in
     0) ;;
-    75) die "another refresh of $ALIAS is running on this host" 75 ;;
+    75) die "another refresh of $ALIAS is running on this host; wait for it to finish (see --status)" 75 ;;
     *) die "cannot lock $lock; see $log_file for the reason, or set LOCK_DIR to a folder on a local disk" 1 ;;
   esac
 }
@@ -196,6 +196,7 @@ explain() { # explain CODE: say why the step failed, unless its own message is o
 }
 
 value_of() { # value_of NAME: this value in the JSON result of the last step; nothing if it is not there
+  grep -qF "\"$1\"" "$result" || return 0 # most checks: saves starting Python
   "$PYTHON" -ISc 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1" <"$result" 2>/dev/null || true
 }
 
@@ -254,11 +255,11 @@ check() { # step 0: everything that can be checked before readers are moved
   [[ ${setting[SKIP_UNCHANGED]} != true ]] || pair=() # checked below, unless there is nothing to do
   run_step "check where readers are" switch_alias.py --alias "$ALIAS" --show ${pair[@]+"${pair[@]}"}
   live=$(<"$result")
-  [[ -n $live ]] || die "the index behind $ALIAS could not be read from $result: ${last_line#* }" 1
+  [[ -n $live ]] || die "cannot save in LOG_DIR ($LOG_DIR) where readers are; nothing was changed: ${last_line#* }" 1
   case "$live" in
     "$PRIMARY") idle=$SECONDARY ;;
     "$SECONDARY") idle=$PRIMARY ;;
-    *) die "alias $ALIAS is on $live, neither on $PRIMARY nor on $SECONDARY; nothing was changed" 4 ;;
+    *) die "alias $ALIAS is on $live, not on $PRIMARY or $SECONDARY; nothing was changed; move it there first" 4 ;;
   esac
   both=(--source "$live" --target "$idle")
   [[ ${setting[REFRESH_STRATEGY]} != alternate ]] || to_load=$idle

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,7 +194,7 @@ def refuse_unsupported(index: str, settings: Mapping[str, Any], routing: Mapping
 
 
 def has_fallen(old: Fraction, new: Fraction, threshold: Decimal) -> bool:
-    """Compare the shares of the documents that have a field."""
+    """Say whether a field's share of the documents has fallen by more than the threshold, or by more than half."""
     return (old - new) * 100 > Fraction(threshold) or (old >= NOTICED_SHARE and new * 2 < old)
 
 
@@ -326,6 +327,12 @@ class Audit:
         self.visible = 0  # those of them that readers of the alias will see
         self.fields: dict[str, Any] = {"fields_checked": 0}  # for the result
 
+    @cached_property
+    def found(self) -> dict[str, dict[str, Any]]:
+        """Return both indices as they were at the first call: mappings, settings, and the settings' defaults."""
+        params = {"flat_settings": "true", "include_defaults": "true"}
+        return {index: self.switch.request("GET", f"/{index}", params=params).data[index] for index in self.views}
+
     def run(self) -> None:
         """Raise Refused if the target is not fit for readers; an undo only checks that it is not empty."""
         if self.settings.undo:
@@ -335,7 +342,7 @@ class Audit:
             return
         self._compare_settings()
         for index in self.views:
-            verify_sees_everything(self.switch, index)
+            verify_sees_everything(self.switch, index, self.found[index])
         before, after = self._compare_counts()
         if before and self.settings.field_threshold < 100:
             self._compare_fields(before, after)
@@ -361,20 +368,17 @@ class Audit:
         self.switch.verify_all_shards(counted, f"_count of {self.switch.alias}")
         if counted["count"] != self.visible:
             raise OperationFailed(
-                f"readers of {self.switch.alias} see {counted['count']:,} documents, {self.visible:,} were counted in "
-                f"{self.target}; to move readers back, run {self.switch.undo_command()}"
+                f"readers of {self.switch.alias} see {counted['count']:,} documents, but {self.visible:,} were counted "
+                f"in {self.target}; to move readers back, run {self.switch.undo_command()}"
             )
 
     # --- settings and counts ---
 
     def _compare_settings(self) -> None:
         """Raise Refused if readers would notice the target's settings, or if these are not supported."""
-        params = {"flat_settings": "true", "include_defaults": "true"}
-        found = {index: self.switch.request("GET", f"/{index}", params=params).data[index]
-                 for index in self.views}  # fmt: skip
         for index, view in self.views.items():
-            refuse_unsupported(index, found[index]["settings"], view.routing)
-        lost, others = compare_settings(found[self.source], found[self.target])
+            refuse_unsupported(index, self.found[index]["settings"], view.routing)
+        lost, others = compare_settings(self.found[self.source], self.found[self.target])
         accepted: list[str] = self.settings.accept_settings or []
         passed = {name: values for name, values in lost.items() if {name, "*"} & {*accepted}}
         lost = {name: values for name, values in lost.items() if name not in passed}
@@ -412,12 +416,13 @@ class Audit:
             rounded = abs(change).quantize(Decimal("0.01"), ROUND_CEILING).normalize()
             accepted["document_count_threshold"] = f"{rounded:f}"
         if target < minimum:
-            problems.append(f"MIN_DOCUMENTS is {minimum:,}")
+            problems.append(f"fewer than MIN_DOCUMENTS ({minimum:,})")
             accepted["min_documents"] = str(target)
         if problems:
             command = self.switch.command(self.source, self.target, **accepted)
             raise Refused(
-                f"{counts}: {', and '.join(problems)}. {AGAIN} Load it again, or, if the data is right, run {command}"
+                f"{counts}: {', and '.join(problems)}. {AGAIN} Load {self.target} again, or, if the data is right, run "
+                f"{command}"
             )
         return before, self.documents
 
@@ -428,7 +433,7 @@ class Audit:
         old, new, redefined = self._read_fields()
         if self.accepted:
             unknown = listed([name for name in self.accepted if name not in old])
-            log.warning("fields not checked: %s; no such field in %s: %s", listed(self.accepted), self.source, unknown)
+            log.warning("fields not checked: %s; not fields of %s: %s", listed(self.accepted), self.source, unknown)
         skipped = {*self.accepted, *redefined}
         countable = {name: field for name, field in old.items()
                      if field.is_countable() and not {name, field.parent} & skipped}  # fmt: skip
@@ -449,9 +454,9 @@ class Audit:
     def _read_fields(self) -> tuple[dict[str, Field], dict[str, Field], dict[str, str]]:
         """Return the fields of both indices, and what readers would lose with the target's definitions.
 
-        Accepted fields and their multi-fields are left out, and multi-fields of a field that is named itself.
+        The losses omit accepted fields and their multi-fields, and the multi-fields of a field that is itself a loss.
         """
-        mappings = [self.switch._verify_index_exists(index)["mappings"] for index in self.views]
+        mappings = [self.found[index]["mappings"] for index in self.views]
         old, new = (fields_of(mapping) for mapping in mappings)
         lost = lost_definitions(*mappings)
         parents = {name: old[name].parent if name in old else "" for name in lost}
@@ -493,7 +498,8 @@ class Audit:
         path, params = f"/{index}/_count", self.switch.on_primaries()
         answer = self.switch.request("POST", path, {"query": query}, params=params).data
         if answer["_shards"]["successful"] < answer["_shards"]["total"]:
-            raise OperationFailed(f"_count of field {name} in {index}: failed shards; see GET _cluster/health/{index}")
+            raise OperationFailed(f"_count of field {name} in {index}: not all shards responded; see GET "
+                                  f"_cluster/health/{index}")  # fmt: skip
         return int(answer["count"])
 
     # --- readers' queries ---
@@ -521,7 +527,7 @@ class Audit:
         """
         had, has = (view.hits(body) for view in self.views.values())
         if isinstance(had, str) and not had.startswith(REJECTED):
-            raise OperationFailed(f"{place}: {self.source} answers {had}; see GET _cluster/health, or change that line")
+            raise OperationFailed(f"{place}: failed in {self.source}: {had}; see GET _cluster/health, or change it")
         if isinstance(had, str) and isinstance(has, str) and has.startswith(REJECTED):
             raise ConfigurationError(f"{place}: both indices answer {has}; change that line")
         return had, has
@@ -653,8 +659,8 @@ class SwitchAlias(OpenSearchBaseManager):
             log.warning("alias %s points at %s too: a refresh that would empty this index is refused; give that alias "
                         "an index of its own", ", ".join(others), self.source)  # fmt: skip
         if moving := self.request("GET", "/_cluster/health").data["relocating_shards"]:
-            log.warning("%s shards are relocating: if a node is about to leave, or the domain is being changed, a copy "
-                        "or a deletion may be lost with its node", moving)  # fmt: skip
+            log.warning("%s shards are relocating: if a node is about to leave, or the domain is being changed, a task "
+                        "that copies or deletes documents may be lost with its node", moving)  # fmt: skip
         if self.settings.disk_check:
             check_disk(self, self.source)
         if self.target in found:
@@ -670,7 +676,7 @@ class SwitchAlias(OpenSearchBaseManager):
         if answer.status != 404:
             return {index: entry["aliases"][self.alias] for index, entry in answer.data.items()}
         if self.request("GET", f"/{self.alias}", accept=[403, 404]).status == 200:
-            raise Refused(f"{self.alias} is the name of an index, not an alias; delete it or give another alias")
+            raise Refused(f"{self.alias} is the name of an index, not of an alias; give another name for the alias")
         action = {"add": {"index": self.source or "INDEX", "alias": self.alias}}
         raise OperationFailed(
             f"alias {self.alias} does not exist; create it: POST /_aliases {json.dumps({'actions': [action]})}"
@@ -728,7 +734,7 @@ class SwitchAlias(OpenSearchBaseManager):
     # --- the switch ---
 
     def _move(self, indices: Mapping[str, Mapping[str, Any]]) -> None:
-        """Send the one atomic request. Without a response, the alias is read before it is sent again."""
+        """Send the one atomic request. If there is no response, read the alias before the request is sent again."""
         retry = Retry(self.settings.retry_seconds)
         while set(indices) != {self.target}:
             try:
@@ -764,9 +770,10 @@ class SwitchAlias(OpenSearchBaseManager):
         return self.command(self.target, self.source, undo=True)
 
     def command(self, source: str, target: str, *, undo: bool = False, **other: Any) -> str:
-        """Return a command with the options of this run, or other values of them; an undo needs only its wait.
+        """Return the switch_alias.py command with the options of this run; `other` replaces values of settings by name.
 
-        With --show, the check belongs to a refresh, which gets the other values as variables.
+        An undo repeats only --wait-seconds. With --show and `other`, return the command of the runner instead, with
+        the other values as variables: the check was step 0 of a refresh.
         """
         settings = SETTINGS["switch_alias"]
         if self.settings.show and other:

@@ -207,7 +207,7 @@ def test_missing_parameters_are_named(commands, run, box, name, connect, monkeyp
     prefix = f"/{name('parameters')}"
     sandbox.aws_client("ssm", box.environment).put_parameter(Name=f"{prefix}/endpoint", Value="x", Type="String")
     monkeypatch.setenv("OPENSEARCH_PARAMETER_PREFIX", prefix)
-    assert_says(run(*commands.copy), 1, f"Parameter Store has no {prefix}/username, {prefix}/password in", "create it")
+    assert_says(run(*commands.copy), 1, f"Parameter Store lacks {prefix}/username, {prefix}/password in", "create what")
 
 
 def test_a_denied_parameter_names_the_permission(commands, run, environment, connect, monkeypatch):
@@ -340,7 +340,7 @@ def test_an_alias_on_a_third_index_is_left_there_with_the_command_that_moves_it(
 def test_an_alias_with_the_name_of_an_index_is_refused(commands, run, make_index):
     index = make_index("third", docs=1)
     outcome = run(switch_alias, "--alias", index, "--source", commands.old, "--target", commands.new)
-    assert_says(outcome, 4, f"{index} is the name of an index, not an alias")
+    assert_says(outcome, 4, f"{index} is the name of an index, not of an alias")
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_a_missing_bucket_is_named(commands, run):
     assert_says(outcome, 1, "s3://t-no-bucket/p/: NoSuchBucket")
 
 
-@pytest.mark.parametrize(("change", "says"), [("delete", "was deleted since"), ("replace", "was replaced since")])
+@pytest.mark.parametrize(("change", "says"), [("delete", "been deleted since"), ("replace", "been replaced since")])
 def test_an_object_that_changes_between_list_and_read_fails(change, says, commands, run, put_csv, s3, s3_proxy):
     prefix = put_csv({"a.csv": "n\n1\n"})
     where = {"Bucket": sandbox.BUCKET, "Key": f"{prefix}a.csv"}

@@ -836,7 +836,7 @@ def test_files_older_than_the_limit_are_refused_untouched(hours, more, code, say
     [
         ({}, {}, 4, r"_SUCCESS \(READY_OBJECT\) is missing; .*run again when the producer has finished"),
         ({"_SUCCESS": ""}, {"a.csv": 1, "_SUCCESS": 2}, 4,
-         r"_SUCCESS \(READY_OBJECT\) is older than .*a\.csv \(\S+Z\)"),
+         r"_SUCCESS \(READY_OBJECT\) is older \(\S+Z\) than .*a\.csv \(\S+Z\)"),
         ({"_SUCCESS": ""}, {"a.csv": 2, "_SUCCESS": 1}, 0, ""),
         ({"_SUCCESS": ""}, {"a.csv": 2, "_SUCCESS": 2}, 0, ""),
     ],

@@ -86,7 +86,7 @@ def test_without_the_permission_documents_are_copied(pair, clone, look, may_recr
     may_recreate(*[name for name in sandbox.RECREATE_PERMISSIONS if name != RESIZE])
     outcome = clone(*pair)
     assert outcome.code == 0, outcome.err
-    assert f"{pair[0]} cannot be cloned, copying its documents instead" in outcome.err
+    assert f"index {pair[0]} cannot be cloned, so its documents are copied instead" in outcome.err
     assert RESIZE in outcome.err
     assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
 
@@ -96,7 +96,7 @@ def test_a_deletion_that_is_refused_leads_to_a_copy(pair, clone, look, may_recre
     may_recreate(RESIZE)
     outcome = clone(*pair)
     assert outcome.code == 0, outcome.err
-    assert "cannot be cloned, copying its documents instead" in outcome.err
+    assert "cannot be cloned, so its documents are copied instead" in outcome.err
     assert "indices:admin/delete" in outcome.err
     assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
 

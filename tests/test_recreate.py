@@ -289,7 +289,7 @@ def test_the_next_run_on_whatever_machine_restores_the_index(
     monkeypatch.setenv("CLEANUP_METHOD", method)
     outcome = run(*commands(index, make_index, put_csv, PROPERTIES)[script])
     assert outcome.code == 0, outcome.err
-    assert f"index {index} is missing: a run crashed between deleting and creating it" in outcome.err
+    assert f"index {index} is missing: a run crashed after deleting it" in outcome.err
     assert definition(admin, index) == deleted
     assert count(admin, index) == documents
     assert not exists(admin, f"{index}-recreate")
@@ -313,7 +313,7 @@ def test_an_index_that_a_stray_write_created_is_refused_while_the_backup_has_ano
     for more in ([], ["--dry-run"]):
         outcome = recreate(index, *more)
         assert outcome.code == 4, outcome.err
-        assert f"index {index} has lost its definition of text" in outcome.last
+        assert f"index {index} differs from its backup {index}-recreate in text" in outcome.last
     assert exists(admin, f"{index}-recreate")
     admin("DELETE", f"/{index}")
     assert recreate(index).code == 0
@@ -428,7 +428,7 @@ def test_an_index_with_the_same_fields_and_other_settings_is_refused_and_the_bac
     admin("PUT", f"/{index}", {"settings": {**SETTINGS, **other}, "mappings": mappings})
     outcome = recreate(index)
     assert outcome.code == 4, outcome.err
-    assert f"index {index} has lost its definition of" in outcome.last
+    assert f"index {index} differs from its backup {index}-recreate in" in outcome.last
     assert named in outcome.last
     assert exists(admin, f"{index}-recreate")
 

@@ -341,7 +341,7 @@ def test_a_target_that_another_client_writes_to_is_a_failure(pair, copy, admin, 
     proxy.on("POST", START, after(lambda: fill(admin, pair[1], [{"n": 5}])))
     outcome = copy(*pair)
     assert outcome.code == 1, outcome.err
-    assert f"{pair[1]} holds 4 documents, 3 were copied: another client is writing to it" in outcome.last
+    assert f"{pair[1]} holds 4 documents, but 3 were copied: another client is writing to this" in outcome.last
     assert marker_of(admin, pair[1])
 
 

@@ -201,7 +201,8 @@ def test_the_second_of_two_runs_ends_with_75_and_says_so(make_pair, refresh, put
     assert code == 75
     assert "another refresh" in err
     assert (last()["exit_code"], last()["last_success"]) == (75, before["last_success"])
-    assert last()["message"] == f"another refresh of {alias} is running on this host"
+    said = f"another refresh of {alias} is running on this host; wait for it to finish (see --status)"
+    assert last()["message"] == said
     assert finish(first)[0] == 0
     assert behind_alias() == [primary]
     assert (last()["exit_code"], last()["last_success"]) == (0, last()["ended"])
@@ -352,7 +353,7 @@ def test_a_python_without_the_packages_ends_with_2_and_says_what(refresh, tmp_pa
     bare.chmod(0o755)
     code, out, err = finish(refresh("x/", PYTHON=str(bare)))
     command = f"{sys.executable} -m pip install -r {TOP}/requirements.txt"
-    assert (code, out, err) == (2, "", f"requests is not installed: {command}\n")
+    assert (code, out, err) == (2, "", f"requests is not installed; run {command}\n")
 
 
 def test_help_is_printed_without_any_configuration(tmp_path):
@@ -547,7 +548,7 @@ def test_the_live_index_is_unknown_after_a_switch_that_broke_off(make_pair, refr
     code, _, err = finish(refresh(prefix, **by_proxy))
     assert (code, last()["step"]) == (1, f"2 switch readers to {secondary}"), err
     assert (last()["live_index"], last()["documents"]) == (None, None)
-    assert "readers are on one of the two indices; find out with" in err
+    assert "readers are on one of the two indices; to find out, run" in err
     process = refresh(prefix, STEP_DELAY_SECONDS="30")
     wait_until(lambda: "<== 1 copy" in process.stderr.readline())
     process.terminate()
@@ -639,7 +640,7 @@ def test_a_wrong_setting_of_a_step_is_shown_once_and_logged(make_pair, put_csv, 
 
 @pytest.fixture
 def ask(refresh, tmp_path):
-    """Run an own command of the runner, without cluster and credentials, and return exit code and stdout."""
+    """Run --hold, --release or --status without cluster and credentials; return stdout and stderr."""
 
     def do(*arguments, code=0):
         unreachable = dict.fromkeys(["OPENSEARCH_ENDPOINT", "AWS_ENDPOINT_URL"], "http://127.0.0.1:9")

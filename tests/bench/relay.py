@@ -7,7 +7,7 @@ Usage: python tests/bench/relay.py PORT ENDPOINT KIND VALUE [PATH]
     refuses N       more than N at a time are refused with 429
     stalls SECONDS  once, two seconds after the first request, nothing goes on for so long
 
-Only requests to PATH (/_bulk) are meant. GET /_relay tells what was seen: [seconds since the first request, status] of
+Other paths than PATH (/_bulk) pass. GET /_relay tells what was seen: [seconds since the first request, status] of
 each, and how many were in flight at most.
 """
 

@@ -67,7 +67,7 @@ def value_of(kind: str, cell: str) -> Any:
 
 @dataclass
 class Expected:
-    """By line: the document of each good row. The lines of the others. Where a quote is open that never closes."""
+    """What a load must do: documents by line, lines of rejects, and the line of a quote that is never closed."""
 
     documents: dict[int, dict[str, Any]] = field(default_factory=dict)
     records: dict[int, int] = field(default_factory=dict)  # the number of the record, by line

@@ -75,7 +75,7 @@ def named(world: World, exchange: Exchange) -> str:
 class Counter:
     """Counts the requests that change something, and calls `act` at one of them.
 
-    Before or after it is carried out, and then the connection is closed; or while it is in flight.
+    `when` is "before" or "after" the server carries it out (then the connection is closed), or "during".
     """
 
     def __init__(self, world: World, at: int = 0, when: str = "", act: Callable[[], None] = lambda: None) -> None:

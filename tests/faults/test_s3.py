@@ -122,7 +122,7 @@ def test_an_object_that_is_replaced_while_it_is_read_fails_the_load(world):
 
     world.s3_proxy.on("GET", r"a\.csv", replaced, skip=LOOKS)
     run = world.refresh()
-    world.expect(run, code=1, message=r"a\.csv was replaced since it was listed; run again")
+    world.expect(run, code=1, message=r"a\.csv has been replaced since it was listed; run again")
     assert "FAILED at: 3 load" in run.err
     world.heal()
 
