@@ -91,6 +91,7 @@ OLDEST_VERSION = (1, 3)
 DEFAULT_WINDOW = 10_000  # index.max_result_window: maximum documents per search or scroll batch
 MAX_CONNECTIONS = 64  # opened on demand; limits the bulk requests in flight
 GC_THRESHOLD = 50_000  # new objects; AWS service models are many small objects, none garbage: saves 40 ms per run
+HOLD_BYTES = 1000  # of a HOLD file; more would fill the log
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 log = logging.getLogger(SUITE)
@@ -907,7 +908,7 @@ def print_status(report_file: str, hold_file: str, lock_file: str, max_age_hours
         print(f"readers       {readers_in(last)}")
     age = hours_since(last.get("last_success"))
     print("last success  " + ("never" if age is None else f"{last['last_success']}, {age:.1f} hours ago"))
-    print(f"hold          {hold_reason(Path(hold_file)) or 'none'}")
+    print(f"hold          {hold_reason(hold_file) or 'none'}")
     print(f"running now   {running_now(Path(lock_file))}")
     if max_age_hours and (age is None or age > float(max_age_hours)):
         raise SystemExit(1)
@@ -922,16 +923,18 @@ def readers_in(report: Mapping[str, Any]) -> str:
     return f"on {report['live_index']}{documents}" + ("" if age is None else f", data {age:.1f} hours old")
 
 
-def hold_reason(path: Path) -> str:
-    """Return the first line of a HOLD file; "" if there is no hold."""
+def hold_reason(file: str) -> str:
+    """Return the beginning of the first line of a HOLD file; "" if there is no hold."""
+    path = Path(file)
     try:
         path.lstat()
-        text = path.read_text(errors="replace") if path.is_file() else ""
+        with path.open("rb") if path.is_file() else io.BytesIO() as content:
+            line = content.readline(HOLD_BYTES).decode(errors="ignore").rstrip("\n")
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
-        return f"unknown, {path} cannot be read: {error.strerror}"
-    return LogFormatter.CONTROL.sub("?", text.partition("\n")[0]) or "no reason given"
+        return f"unknown, {file} cannot be read: {error.strerror}"
+    return LogFormatter.CONTROL.sub("?", line) or "no reason given"
 
 
 def running_now(path: Path) -> str:

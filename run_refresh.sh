@@ -137,12 +137,11 @@ print_status() { # fails if the last success is older than max_age
 }
 
 refuse_hold() { # an operator wants readers to stay on their index
-  local why=""
+  local reason=""
   [[ -e $hold || -L $hold ]] || return 0
-  if [[ -f $hold ]]; then # drop invalid UTF-8, replace control characters
-    why=$(head -c 1000 "$hold" | iconv -c -f UTF-8 -t UTF-8 | LC_ALL=C.UTF-8 sed 's/[[:cntrl:]]/?/g; q') || true
-  fi
-  die "held: ${why:-no reason given}; to continue, delete $hold, or run this script with --release" 4
+  reason=$("$PYTHON" -c 'import sys, opensearch_base_manager as base
+print(base.hold_reason(sys.argv[1]))' "$hold") || true
+  die "held: $reason; to continue, delete $hold, or run this script with --release" 4
 }
 
 take_lock() { # the steps inherit the lock: no other refresh starts while one of them is running
