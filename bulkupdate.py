@@ -1753,13 +1753,8 @@ def build_parser() -> argparse.ArgumentParser:
     return add_settings(parser)
 
 
-def run(settings: argparse.Namespace) -> dict[str, Any]:
-    with BulkUpdate(settings) as update:
-        return update.run()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_cli(build_parser, run, argv)
+    return run_cli(build_parser, BulkUpdate, argv)
 
 
 if __name__ == "__main__":

@@ -446,13 +446,8 @@ def build_parser() -> argparse.ArgumentParser:
     return add_settings(parser)
 
 
-def run(settings: argparse.Namespace) -> dict[str, Any]:
-    with IndexCleanup(settings) as cleanup:
-        return cleanup.run()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_cli(build_parser, run, argv)
+    return run_cli(build_parser, IndexCleanup, argv)
 
 
 if __name__ == "__main__":

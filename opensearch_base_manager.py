@@ -697,11 +697,10 @@ def discard_unwritable_stderr() -> None:
 
 
 def run_cli(
-    build_parser: Callable[[], argparse.ArgumentParser],
-    run: Callable[[argparse.Namespace], Mapping[str, Any] | str | None],
+    build_parser: Callable[[], argparse.ArgumentParser], manager_class: type[OpenSearchBaseManager],
     argv: Sequence[str] | None = None,
-) -> int:
-    """Parse the command line, run the command, print its result and return the exit code."""
+) -> int:  # fmt: skip
+    """Parse the command line, run the script's manager, print its result and return the exit code."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # started with 2>&-
     parser, usage = build_parser(), io.StringIO()
     try:
@@ -722,7 +721,8 @@ def run_cli(
             log.setLevel(settings.log_level)
             if unknown:
                 log.warning("%s: unknown setting(s) %s; check the spelling", ENV_FILE, ", ".join(unknown))
-            result = run(settings)
+            with manager_class(settings) as manager:
+                result = manager.run()
     except (Exception, Interrupted) as error:
         return log_failure(error)
     print_result(result)
@@ -1376,6 +1376,10 @@ class OpenSearchBaseManager(Connection):
             for lock in self._locks:
                 os.close(lock)
             self._session.close()
+
+    def run(self) -> Mapping[str, Any] | str:
+        """Do the work of the script; return its result, which is printed as JSON, or as plain text."""
+        raise NotImplementedError
 
     # --- indices ---
 

@@ -369,13 +369,8 @@ def build_parser() -> argparse.ArgumentParser:
     return add_settings(parser)
 
 
-def run(settings: argparse.Namespace) -> dict[str, Any]:
-    with Reindex(settings) as reindex:
-        return reindex.run()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_cli(build_parser, run, argv)
+    return run_cli(build_parser, Reindex, argv)
 
 
 if __name__ == "__main__":

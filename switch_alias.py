@@ -583,7 +583,11 @@ class SwitchAlias(OpenSearchBaseManager):
             body = json.dumps({"error": {"type": kind, "reason": "(not shown, it may quote the query)"}}).encode()
         return super().failure(what, status, body, retry_after)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any] | str:
+        return self.show() if self.settings.show else self.switch()
+
+    def switch(self) -> dict[str, Any]:
+        """Audit the target, move the alias, and read it back."""
         uuids = {index: self.index_uuid(index) for index in (self.source, self.target)}
         indices = self._expected_indices()
         if set(indices) == {self.target}:
@@ -812,13 +816,8 @@ def build_parser() -> argparse.ArgumentParser:
     return add_settings(parser)
 
 
-def run(settings: argparse.Namespace) -> dict[str, Any] | str:
-    with SwitchAlias(settings) as switch:
-        return switch.show() if settings.show else switch.run()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_cli(build_parser, run, argv)
+    return run_cli(build_parser, SwitchAlias, argv)
 
 
 if __name__ == "__main__":
