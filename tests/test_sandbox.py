@@ -17,6 +17,7 @@ import opensearch_base_manager as base
 import pytest
 import requests
 import sandbox
+from conftest import secured
 
 TOP = Path(__file__).resolve().parent.parent
 SANDBOX = TOP / "tests" / "sandbox.sh"
@@ -55,6 +56,15 @@ def test_a_file_of_settings_for_a_real_cluster_is_hidden(box, monkeypatch, tmp_p
     outcome = run(index_cleanup, "--index", make_index(), "--dry-run")
     assert outcome.code == 0, outcome.err
     assert "(from Parameter Store)" in outcome.err
+
+
+@secured
+def test_the_roles_are_those_of_this_version_even_if_the_data_were_filled_by_another(box):
+    for name, role in sandbox.own_roles().items():
+        found = box.server.request("GET", f"{sandbox.SECURITY}/roles/{name}")[name]["index_permissions"]
+        assert [entry["allowed_actions"] for entry in found] == [
+            entry["allowed_actions"] for entry in role["index_permissions"]
+        ]
 
 
 def test_ctrl_c_reaches_the_command_and_stops_everything():
