@@ -1089,6 +1089,7 @@ class ConcurrencyLimit:
     second, or plus a quarter of that time if this is longer. More requests would only wait in the cluster's queue and
     delay other clients' writes. The rate is measured in windows that begin and end with a completion. After a 429, the
     limit is half the number in flight, and it rises by at most one per window. A fixed limit only changes after a 429.
+    Batches should have about the same size, since the fastest response of all counts.
     """
 
     def __init__(self, fixed: int | None = None) -> None:

@@ -1486,10 +1486,10 @@ class OpenSearchBaseManager(Connection):
         }  # fmt: skip
 
     def await_tasks(self, index: str, *, exclusive: bool = True) -> bool:
-        """Wait until no task of the suite modifies the index; return whether there was one.
+        """Wait until no task of the suite reads or writes the index; return whether there was one.
 
         Tasks that a crashed run of this host has left are canceled first: the caller holds the lock, and if that is
-        exclusive, no run of this host can be using them. Raises Refused if a task of another client is modifying the
+        exclusive, no run of this host can be using them. Raises Refused if a task of another client is using the
         index, or if a task of another host does not end within WAIT_SECONDS.
         """
         began, awaited = time.monotonic(), ""
@@ -1497,21 +1497,21 @@ class OpenSearchBaseManager(Connection):
             for task, opaque_id in named.items():
                 if not opaque_id.startswith(f"{SUITE}/"):
                     raise Refused(
-                        f"task {task}, which this suite did not start, is modifying index {index}; wait for it or "
+                        f"task {task}, which this suite did not start, is using index {index}; wait for it or "
                         "cancel it"
                     )
                 if opaque_id.startswith(f"{SUITE}/{self.host}/") and exclusive and not self.dry_run:
                     log.warning("canceling task %s on index %s, left by a crashed run", task, index)
                     self.request("POST", f"/_tasks/{task}/_cancel", accept=[404])
             if self.dry_run:
-                log.warning("task %s of another run is modifying index %s", ", ".join(named), index)
+                log.warning("task %s of another run is using index %s", ", ".join(named), index)
                 return True
             if time.monotonic() - began > self.settings.wait_seconds:
                 raise Refused(
-                    f"task {', '.join(named)} of another run is still modifying index {index}; wait for it to finish"
+                    f"task {', '.join(named)} of another run is still using index {index}; wait for it to finish"
                 )
             if awaited != (awaited := ", ".join(named)):
-                log.info("waiting for task %s of another run, which is modifying index %s", awaited, index)
+                log.info("waiting for task %s of another run, which is using index %s", awaited, index)
             time.sleep(1)
         return bool(awaited)
 
@@ -1865,7 +1865,7 @@ class Marker:
             return False
 
     def replace(self, former: Mapping[str, Any] | None = None) -> None:
-        """Remove the marker of this run, or replace it by the former one.
+        """Remove the marker of this run, or put the former one in its place.
 
         Raises OperationFailed if the index now has the marker of another run; that one stays.
         """
@@ -1932,19 +1932,20 @@ class TargetIndex:
     """An index that is about to be filled, from the lock to the last count.
 
         target = TargetIndex(manager, "my_index_primary")
-        target.claim()                      # locked, recovered after a crashed run, no task is modifying it
+        target.claim()                      # locked, recovered after a crashed run, no task is using it
         with target.fill():                 # marked as unfinished, settings of a load
             ...                             # empty it, add documents
             target.restore_settings()
             ...                             # count
                                             # the marker is removed: only now is the index finished
 
-    State on the server after a kill, by the last request that was sent. The next script that writes to the index, on
-    any host, recovers it: `claim` restores the settings, and a successful `fill` replaces the marker. Until then,
-    switch_alias.py refuses the index, and reindex.py does not copy from it.
+    State after a kill, by the last request that was sent. The next script that fills or empties the index,
+    on any host, recovers it: `claim` restores the settings, and the end of a successful `fill` removes the marker (not
+    with `bulkupdate.py --no-cleanup`). Until then, switch_alias.py refuses the index, and reindex.py does not copy it.
 
         marker written            marker; all documents are there
         settings changed          marker, refresh interval -1 (and 0 replicas, if requested)
+        new fields                the same, and the fields, which stay
         deletion, documents       the same, and some of the documents; a server-side task may be running: claim()
                                   cancels tasks of this host, waits for those of another host, refuses other clients'
         settings restored         marker; the documents are not counted
@@ -1966,7 +1967,7 @@ class TargetIndex:
         """Lock the index and recover it; a dry run changes nothing.
 
         Readers of `alias` will have left the index before it is emptied; any other alias keeps it live. Raises Locked,
-        Refused (it is live, or another client is modifying it) or OperationFailed (it is missing).
+        Refused (it is live, or a task of another client is using it) or OperationFailed (it is missing).
         """
         self.manager.lock(self.name, shared=self.shared)
         found = self.manager.read_index(self.name, accept=[403, 404])

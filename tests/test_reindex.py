@@ -445,7 +445,7 @@ def test_a_copy_of_another_client_refuses_ours(opaque_id, foreign_copy, pair, co
     task = foreign_copy(pair[1], opaque_id)
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
-    assert f"task {task}, which this suite did not start, is modifying index {pair[1]}; wait for it or" in outcome.last
+    assert f"task {task}, which this suite did not start, is using index {pair[1]}; wait for it or" in outcome.last
     assert running_copies(admin, pair[1]) == [task]
     assert marker_of(admin, pair[1]) is None
 
@@ -457,8 +457,8 @@ def test_a_copy_of_ours_from_another_host_is_awaited_and_then_refuses(foreign_co
     outcome = copy(*pair)
     assert outcome.code == 4, outcome.err
     assert time.monotonic() - began > 1
-    assert outcome.err.count(f"waiting for task {task} of another run, which is modifying index {pair[1]}") == 1
-    assert f"task {task} of another run is still modifying index {pair[1]}" in outcome.last
+    assert outcome.err.count(f"waiting for task {task} of another run, which is using index {pair[1]}") == 1
+    assert f"task {task} of another run is still using index {pair[1]}" in outcome.last
     assert running_copies(admin, pair[1]) == [task]
 
 

@@ -403,5 +403,5 @@ def test_a_copy_of_another_client_into_the_target_refuses_the_switch(pair, forei
     task = foreign_copy(pair[1])
     outcome = switch(*pair)
     assert outcome.code == 4, outcome.err
-    assert f"task {task}, which this suite did not start, is modifying index {pair[1]}" in outcome.last
+    assert f"task {task}, which this suite did not start, is using index {pair[1]}" in outcome.last
     assert behind_alias() == [pair[0]]
