@@ -40,10 +40,10 @@ from typing import Any, BinaryIO
 
 from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
-    MAX_CONNECTIONS, SUITE, Aws, Connection, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
-    TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions,
-    in_background, index_name, log, parents_of, per_second, reading_probes, refuse_too_many_fields, run_cli,
-    seconds_since, settings_probe,
+    MAX_CONNECTIONS, SUITE, Aws, Connection, OpenSearchBaseManager, OperationFailed, Probe, Progress, Refused, Response,
+    Retry, TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions,
+    in_background, index_name, log, parents_of, per_second, reading_probes, refuse_too_many_fields,
+    require_permissions, run_cli, seconds_since, settings_probe,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -1546,15 +1546,18 @@ class BulkUpdate(OpenSearchBaseManager):
                 log.info("%s already holds the data in %s: nothing has changed since the last load", self.target.name,
                          self.place)  # fmt: skip
                 return {**self._result(objects), "documents": record["documents"], "unchanged": True, "dry_run": True}
-            if self.settings.refresh_strategy == "alternate" and self._check_index_aliases(self.target.name):
+            loads_another = self.keep or self.settings.refresh_strategy == "alternate"  # the runner's --no-cleanup
+            if loads_another and self._check_index_aliases(self.target.name):
                 log.info("it is not certain that %s holds the data in %s", self.target.name, self.place)
-                return {**self._result(objects), "dry_run": True}  # the load goes to the other index
+                return {**self._result(objects), "dry_run": True}
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
         if not self.keep:
             self.target.verify_sees_everything()
         self.rejects.prepare()
         objects = objects or self.delivery.objects()
         types, added = self._inspect(objects)
+        if self.keep and added:
+            require_permissions(self, [Probe("PUT", f"/{self.target.name}/_mapping", {"properties": {}})])
         if self.dry_run:
             log.info("dry run: the load would %s %s", "add to" if self.keep else "empty and fill", self.target.name)
             return {**self._result(objects), "dry_run": True}
@@ -1608,6 +1611,7 @@ class BulkUpdate(OpenSearchBaseManager):
         if mapping.get("_routing", {}).get("required"):
             raise Refused(f"index {index} requires a routing value (_routing), which rows do not have; create it "
                           "without this requirement")  # fmt: skip
+        self._refuse_missing_pipeline()
         new, types = NewColumns(mapping), types_in(mapping)
         check = FirstRows(types, self.bucket.name, self.id_column) if self.dry_run else None
         heads = read_heads(self.bucket, objects, self.delimiter, new, check)
@@ -1628,6 +1632,14 @@ class BulkUpdate(OpenSearchBaseManager):
         if check:
             check.refuse(self.settings.max_rejects)
         return types, added
+
+    def _refuse_missing_pipeline(self) -> None:
+        """Raise Refused if the index names an ingest pipeline that does not exist: each row would be rejected."""
+        for setting in "index.default_pipeline", "index.final_pipeline":
+            name = self.target.found["settings"].get(setting, "_none")
+            if name != "_none" and self.request("GET", f"/_ingest/pipeline/{name}", accept=[403, 404]).status == 404:
+                raise Refused(f"index {self.target.name} has {setting}={name}, and there is no such ingest pipeline; "
+                              "nothing was changed. Create the pipeline, or remove the setting")  # fmt: skip
 
     def _check_columns(self, head: Head, known: Container[str]) -> None:
         if known and not any(name in known for name in head.columns):
@@ -1709,8 +1721,8 @@ class BulkUpdate(OpenSearchBaseManager):
         count, most = self._get_index_count(self.target.name), store.stored - store.replaced
         if not most - store.unsure <= count <= most:
             raise OperationFailed(
-                f"{self.target.name} holds {count:,} documents, but {most:,} were stored: another client writes to it; "
-                "stop that client and run again"
+                f"{self.target.name} holds {count:,} documents, but {most:,} were stored: another client writes to it, "
+                "or an ingest pipeline changes ids; stop that client, or change the pipeline, and run again"
             )
         store.replaced = store.stored - count
 

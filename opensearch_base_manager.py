@@ -58,6 +58,7 @@ try:
     import requests
     import urllib3
     from dotenv import dotenv_values
+    from dotenv.parser import parse_stream
     from requests.adapters import HTTPAdapter
     from requests.auth import AuthBase
     from urllib3.util.ssl_ import create_urllib3_context
@@ -73,6 +74,7 @@ SUITE = "opensearch-refresh"  # in the X-Opaque-Id of each request, and the key 
 HERE = Path(__file__).resolve().parent
 ENV_FILE = HERE / ".env"
 ENV_NAME = re.compile(r"(?!AWS_|.*_PROXY$)[A-Z][A-Z0-9_]{,40}")  # neither a variable of boto3 nor part of a secret
+AWS_SECRETS = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
 CREDENTIALS = ["OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD"]
 HOST = socket.gethostname()
 CONNECT_TIMEOUT_S = 5
@@ -210,7 +212,9 @@ one_line = matching(".*", "more than one line; remove the line breaks")  # the r
 # no pattern, list or date math: they would match other indices
 index_name = matching(r"(?!\.{1,2}$)[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#:%]*",
                       "not an index name (lower case, no pattern, no list)")  # fmt: skip
-bucket_name = matching("[^:/\n]*", "not a bucket name; give the name alone, without s3:// and slashes")
+alias_name = matching(r"(?!\.{1,2}$)[^-_+\s\\/*?\"<>|,#:%][^\s\\/*?\"<>|,#:%]*",
+                      "not the name of an alias (no pattern, no list)")  # fmt: skip
+bucket_name = matching(r"[^:/\s]*", "not a bucket name; give the name alone, without s3:// and slashes")
 # part of the X-Opaque-Id, in which slashes separate the parts
 host_name = matching("[A-Za-z0-9._-]{1,100}", "not a host name (letters, digits, dots, hyphens, underscores)")
 
@@ -233,9 +237,11 @@ def own_folder(text: str) -> Path:
 
 
 def ca_file(text: str) -> str:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text} is not a file; give the file of CA certificates")
-    return text
+    """Return a file, in the working directory or else beside the scripts."""
+    for path in Path(text).absolute(), HERE / text:
+        if path.is_file():
+            return str(path)
+    raise argparse.ArgumentTypeError(f"{text} is not a file; give the file of CA certificates")
 
 
 def log_level(text: str) -> str:
@@ -395,7 +401,7 @@ SETTINGS: dict[str, list[Setting]] = {
 
 
 def load_env_file() -> list[str]:
-    """Add variables from .env that are unset or empty in the environment; return unknown names.
+    """Add variables from .env that are unset or empty in the environment; return unknown names and unreadable lines.
 
     Raises ConfigurationError if the file cannot be read.
     """
@@ -411,7 +417,8 @@ def load_env_file() -> list[str]:
         reason = type(error).__name__
         raise ConfigurationError(f"cannot read {ENV_FILE}: {reason}; give this user access, and use UTF-8") from None
     known = {*CREDENTIALS, *(setting.variable for rows in SETTINGS.values() for setting in rows)}
-    return [name for name, value in values.items() if value and ENV_NAME.fullmatch(name) and name not in known]
+    unknown = [name for name, value in values.items() if value and ENV_NAME.fullmatch(name) and name not in known]
+    return [*unknown, *(f"line {line.original.line}" for line in parse_stream(io.StringIO(text)) if line.error)]
 
 
 def add_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -445,6 +452,8 @@ def print_settings(script: str) -> None:
                 text = str(value)
             elif setting.parse is boolean:
                 text = str(value).lower()
+            elif isinstance(value, float):
+                text = f"{value:.15g}"  # without spaces around it
             os.write(1, os.fsencode(f"{setting.variable}={text}\n"))  # the same bytes as in the environment
     except ConfigurationError as error:
         raise SystemExit(str(error)) from None
@@ -720,7 +729,8 @@ def run_cli(
             settings = resolve(script, args)
             log.setLevel(settings.log_level)
             if unknown:
-                log.warning("%s: unknown setting(s) %s; check the spelling", ENV_FILE, ", ".join(unknown))
+                log.warning("%s: ignored, since they are not settings: %s; check the spelling and the quotes", ENV_FILE,
+                            ", ".join(unknown))  # fmt: skip
             with manager_class(settings) as manager:
                 result = manager.run()
     except (Exception, Interrupted) as error:
@@ -856,7 +866,9 @@ def end_of_run(
     if re.match(r"\d switch ", last_step) and last_step not in finished:
         live, documents = None, None
     ages = [step.result["newest_object_age_hours"] for step in steps if "newest_object_age_hours" in step.result]
-    data_time = previous.get("live_data_time") if age is None else utc(now - 3600 * age)
+    found_on = next((step.printed for step in steps if step.name == "check where readers are"), None)
+    known = found_on in (None, previous.get("live_index"))  # otherwise the alias was moved between the runs
+    data_time = utc(now - 3600 * age) if age is not None else previous.get("live_data_time") if known else None
     return {
         "ended": utc(now), "exit_code": exit_code, "step": last_step if failed else None,
         "message": message if failed else None, "live_index": live, "documents": documents,
@@ -965,6 +977,8 @@ class Aws:
         """Return the session; boto3 reads only AWS_DEFAULT_REGION, so the region is passed."""
         import boto3  # slow to import; --help and runs without AWS do not need it
 
+        if broken := [name for name in AWS_SECRETS if re.search(r"\s", os.environ.get(name, ""))]:
+            raise ConfigurationError(f"{', '.join(broken)}: remove the line break or space")  # errors would quote it
         session = boto3.session.Session(region_name=self.region)
         if not session.region_name:
             raise ConfigurationError("no AWS region: set AWS_REGION")
@@ -1026,13 +1040,14 @@ def aws_errors(what: str, permission: str) -> Iterator[None]:
 
 AWS_ADVICE = {  # by error code
     "AccessDenied|AccessDeniedException|403": "allow {permission} in the IAM policy",
-    ".*Expired.*|Invalid(AccessKeyId|Token)|UnrecognizedClientException": "renew the AWS credentials and run again",
+    ".*Expired.*|Invalid(AccessKeyId|Token|ClientTokenId|IdentityToken)|UnrecognizedClientException|"
+    "MissingAuthenticationToken.*": "renew the AWS credentials and run again",
     "SlowDown|ServiceUnavailable|InternalError|InternalServerError|.*Throttl.*": "AWS is overloaded: run again later",
     "InvalidObjectState": "the object is archived: restore it, or move it out of the prefix",
     "RequestTimeTooSkewed": "set the clock on this host",
-    "SignatureDoesNotMatch": "check the secret access key and the clock on this host",
+    "SignatureDoesNotMatch|(Invalid|Incomplete)Signature.*": "check the secret access key and the clock on this host",
     "AllAccessDisabled": "AWS has disabled the bucket: contact AWS Support, or use another bucket",
-    "KMS.DisabledException": "enable its KMS key again",
+    "KMS.*": "check that its KMS key exists and is enabled",
     ".*": "check the name and the region",
 }
 
@@ -1123,8 +1138,8 @@ class Response:
     @property
     def data(self) -> Any:
         try:
-            return json.loads(self.body)
-        except ValueError:
+            return {**json.loads(self.body)}
+        except (ValueError, TypeError):  # not JSON, or not an object
             start = self.body[:80].decode(errors="replace")
             raise RequestFailed(f"the response is not from OpenSearch (is the endpoint right?): {start!r}") from None
 
@@ -1641,15 +1656,23 @@ def creating_probes(index: str) -> list[Probe]:
 
 
 def denied(method: str, status: int, body: bytes) -> list[str]:
-    """Return the missing permissions that a response reports: lines of a role, or IAM actions (`es:...`)."""
+    """Return the missing permissions that a response reports: lines of a role, or IAM actions (`es:...`).
+
+    Raises Refused if it reports that the cluster is read-only.
+    """
     if status != 403 and b'"errors":true' not in body:  # in a bulk response
         return []
     text = body.decode(errors="replace")
+    if "cluster read-only" in text:
+        raise Refused("the cluster is read-only; nothing was changed. Find out why, then remove the block: PUT "
+                      '/_cluster/settings {"persistent": {"cluster.blocks.read_only": null}}')  # fmt: skip
     if found := re.findall(r"no permissions for \[((?:[^][]|\[\w+\])+)\]", text):
         return [role_line(action) for actions in found for action in actions.split(", ")]
     if status != 403 or error_of(body)[0] or re.search("request: .* is not allowed", text):
         return []  # a block, or a request that managed domains do not allow
     verb = re.search(r"es:\w+", text)
+    if not verb and re.search("security token|[Ss]ignature", text):
+        return []  # the next request reports these credentials
     return [verb[0] if verb else f"es:ESHttp{method.capitalize()}"]
 
 
@@ -1738,7 +1761,8 @@ def refuse_too_many_fields(index: str, found: Mapping[str, Any], added: Mapping[
     """Raise Refused if adding these fields, by their full names, would exceed the limit of the mapping."""
     held, name = dict(field_definitions(found["mappings"])), "index.mapping.total_fields.limit"
     objects = {parent for field in added for parent in parents_of(field)} - {*held, *added}
-    needed = len(objects) + sum(map(fields_in, [*held.values(), *added.values()]))
+    derived = found["mappings"].get("derived", {})
+    needed = len(objects) + len(derived) + sum(map(fields_in, [*held.values(), *added.values()]))
     if added and needed > (limit := int(found["settings"].get(name, 1000))):
         raise Refused(
             f"index {index} would have {needed:,} fields with the new ones ({', '.join(added)[:200]}), and {name} is "

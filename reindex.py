@@ -128,7 +128,9 @@ class Clone:
         response = self._send(settings)
         made = self.manager.read_index(self.target.name)
         if not made:
-            raise self.manager.failure(f"_clone of {self.source}", response.status, response.body)
+            failure = self.manager.failure(f"_clone of {self.source}", response.status, response.body)
+            raise OperationFailed(f"{failure}; index {self.target.name} is missing until a run with COPY_METHOD=clone "
+                                  "succeeds: fix the cause and run again")  # fmt: skip
         if made["settings"].get("index.resize.source.uuid") != source_uuid:
             raise OperationFailed(f"another client has created index {self.target.name}; delete it and run again")
         self.target.uuid = made["settings"]["index.uuid"]
@@ -201,7 +203,14 @@ class Reindex(OpenSearchBaseManager):
         self.target.read()
 
     def _compare_fields(self, source: Mapping[str, Any]) -> None:
-        target = self.target.found
+        target, stored = self.target.found, source["mappings"].get("_source", {})
+        other_ways = "COPY_METHOD=clone or REFRESH_STRATEGY=alternate"
+        if not stored.get("enabled", True):
+            raise Refused(f"index {self.source} does not store its documents (_source is disabled), so they cannot be "
+                          f"copied; nothing was changed. Run the refresh with {other_ways}")  # fmt: skip
+        if stored:
+            log.warning("index %s stores documents without some of their fields (_source: %s), so a copy lacks them; "
+                        "%s keeps them", self.source, json.dumps(stored), other_ways)  # fmt: skip
         missing, different = compare_fields(source["mappings"], target["mappings"])
         if different:
             raise Refused(
@@ -317,12 +326,16 @@ class Reindex(OpenSearchBaseManager):
         Raises OperationFailed, which names fields, not values.
         """
         shards = self.shard_stats(self.source)
-        size = max(1, min(SAMPLE_SIZE, int(SAMPLE_BYTES / len(shards) / max(self._bytes_per_document(), 1))))
+        settings = [self._verify_index_exists(index)["settings"] for index in (self.source, self.target.name)]
+        # with custom routing, each shard of the target may have a document of the same id
+        most = min(result_window(found) // int(found["index.number_of_shards"]) for found in settings)
+        size = max(1, min(SAMPLE_SIZE, most, int(SAMPLE_BYTES / len(shards) / max(self._bytes_per_document(), 1))))
         compared = 0
         for number, copies in shards.items():
             last = next(copy["seq_no"]["max_seq_no"] for copy in copies if copy["routing"]["primary"])
             originals = self._sample(number, last, size) if last >= 0 else {}
-            ids = {"query": {"ids": {"values": [name for name, _ in originals]}}, "size": 2 * size}
+            found = int(settings[1]["index.number_of_shards"]) * size
+            ids = {"query": {"ids": {"values": [name for name, _ in originals]}}, "size": found}
             copied = self._sources(self.target.name, ids, self.on_primaries()) if originals else {}
             for key, original in originals.items():
                 if fields := differing_fields(original, copied.get(key)):

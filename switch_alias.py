@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opensearch_base_manager import (
-    HERE, SETTINGS, TO_MOVE_ALIAS, ConfigurationError, Marker, OpenSearchBaseManager,
-    OperationFailed, OutcomeUnknown, Probe, Progress, Refused, RequestFailed, Retry, add_settings, await_primaries,
-    await_replicas, boolean, error_of, in_parallel, index_name, log, reading_probes, refuse_unusable,
-    require_permissions, run_cli, script_command, seconds_since, shell_command, verify_sees_everything,
+    HERE, SETTINGS, TO_MOVE_ALIAS, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown,
+    Probe, Progress, Refused, RequestFailed, Retry, add_settings, alias_name, await_primaries, await_replicas, boolean,
+    error_of, field_definitions, in_parallel, index_name, log, reading_probes, refuse_unusable, require_permissions,
+    run_cli, script_command, seconds_since, shell_command, verify_sees_everything,
 )  # fmt: skip
 
 CARRIED_OVER = ("filter", "index_routing", "search_routing", "is_write_index", "is_hidden")  # `add` would drop them
@@ -35,7 +35,7 @@ PARAMETERS: dict[str, Any] = {  # the server's defaults for the others
     "index": True, "store": False, "boost": 1.0, "analyzer": "standard", "term_vector": "no", "fielddata": False,
     "similarity": "BM25", "position_increment_gap": 100, "index_phrases": False,
     "split_queries_on_whitespace": False, "include_in_parent": False, "include_in_root": False, "enabled": True,
-    "format": "strict_date_optional_time||epoch_millis",
+    "format": "strict_date_optional_time||epoch_millis", "ignore_z_value": True,
 }  # fmt: skip
 # index settings that readers notice: when the value falls, when it is no longer true, when it changes at all
 AT_LEAST = re.compile(r"index\.(max_(?!ngram|shingle|refresh).*|highlight\.max_.*|analyze\.max_.*|query\.max_.*)")
@@ -48,14 +48,17 @@ NOT_COMPARED = re.compile(  # set by the server or by a load, or compared by `an
 COMPONENT = re.compile(r"index\.analysis\.(?!analyzer\.|normalizer\.)")
 IMPLICIT_ANALYSIS: dict[str, dict[str, Any]] = {
     "index.similarity.default": {"type": ["BM25"]}, "index.analysis.analyzer.default": {"type": ["standard"]},
-    "index.analysis.analyzer.default_search": {},
+    "index.analysis.analyzer.default_search": {}, "index.analysis.analyzer.default_search_quoted": {},
+}  # fmt: skip
+EXPLICIT_DEFAULTS = {  # in analyzers, their components, and similarities
+    ("type", "custom"), ("k1", "1.2"), ("b", "0.75"), ("ignore_case", "false"), ("stopwords", "_none_"),
 }  # fmt: skip
 FIELDS_AT_ONCE = 8  # counts in flight; each takes a millisecond, however many documents there are
 NAMED = 10  # fields or queries in a message; the printed command has all of them
 NOTICED_SHARE = Fraction(1, 100)  # rarer fields may come and go
 GB = 1e9
-# times the live index's size: room for a copy and a load beside deleted documents, or for a load alone
-DISK_NEEDED = {"copy-back": 2.5, "alternate": 1.5}
+# times the size of the live index, with room for deleted documents; a clone shares the files of its source
+DISK_TO_COPY, DISK_TO_LOAD = 2.5, 1.5
 QUERY_TIMEOUT_S = 30  # the server's limit for a reader's query; without a response, READ_TIMEOUT_S applies
 TOO_SLOW = f"not within {QUERY_TIMEOUT_S} s, tried twice"
 REJECTED = "400 "
@@ -83,7 +86,8 @@ class Field(NamedTuple):
     def parameters(self) -> dict[str, Any]:
         """Return the effective parameters: explicit ones, and the server's defaults."""
         is_text = self.type in TEXT_TYPES
-        explicit = {name: "standard" if value == "default" else value for name, value in self.definition.items()}
+        explicit = {name: "standard" if value == "default" and "analyzer" in name else value
+                    for name, value in self.definition.items()}  # fmt: skip
         found = {**PARAMETERS, "norms": is_text, "doc_values": not is_text and self.type != "binary",
                  "index_options": "positions" if is_text else "docs", **explicit}  # fmt: skip
         found.setdefault("search_analyzer", found["analyzer"])
@@ -133,9 +137,17 @@ def lost_definitions(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
             if name in known and field.is_countable()}  # fmt: skip
     for name, script in old.get("derived", {}).items():
         lost[name] = "" if new.get("derived", {}).get(name) == script else "derived field missing or different"
+    paths, new_paths = (alias_paths(mapping) for mapping in (old, new))
+    for name in paths.keys() & new_paths.keys():
+        lost[name] = lost.get(name) or ("" if paths[name] == new_paths[name] else f"{paths[name]} -> {new_paths[name]}")
     had, has = ({"enabled": True, **mapping.get("_source", {})} for mapping in (old, new))
     lost["_source"] = "" if has in (had, {"enabled": True}) else f"{had} -> {has}"
     return {name: text for name, text in lost.items() if text}
+
+
+def alias_paths(mapping: Mapping[str, Any]) -> dict[str, str]:
+    """Return the field that each field alias stands for."""
+    return {name: field["path"] for name, field in field_definitions(mapping) if field.get("type") == "alias"}
 
 
 def analysis_of(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,16 +155,20 @@ def analysis_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     parts: dict[str, dict[str, Any]] = {**IMPLICIT_ANALYSIS}
     for key, value in settings.items():
         if match := re.fullmatch(r"(index\.(?:analysis\.\w+|similarity)\.[^.]+)\.(.+)", key):
-            words = value if isinstance(value, list) else [word.strip() for word in str(value).split(",")]
-            parts[match[1]] = {**parts.get(match[1], {}), match[2]: words}
+            parts[match[1]] = {**parts.get(match[1], {}), match[2]: listed_value(value)}
 
     def expanded(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-        words = {word for words in parts[name].values() for word in words}
+        words = {word.strip() for words in parts[name].values() for word in words}
         used = [part for part in parts if COMPONENT.match(part) and part.split(".")[-1] in words and part not in above]
-        own = {key: words for key, words in parts[name].items() if (key, words) != ("type", ["custom"])}
+        own = {key: words for key, words in parts[name].items() if words and (key, *words) not in EXPLICIT_DEFAULTS}
         return {**own, **{part: expanded(part, (*above, part)) for part in used}}
 
     return {name: expanded(name) for name in parts if not COMPONENT.match(name)}
+
+
+def listed_value(value: Any) -> list[str]:
+    """Return the value of a setting as a list: "x,y" and ["x", "y"] are the same."""
+    return [str(item) for item in value] if isinstance(value, list) else str(value).split(",")
 
 
 def compare_settings(live: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -165,7 +181,7 @@ def compare_settings(live: Mapping[str, Any], target: Mapping[str, Any]) -> tupl
     others = []
     for name in sorted({*live["settings"], *target["settings"]}):
         had, has = old.get(name), new.get(name)
-        if had == has or NOT_COMPARED.match(name):
+        if listed_value(had) == listed_value(has) or NOT_COMPARED.match(name):
             continue
         less = AT_LEAST.fullmatch(name) and int(has or 0) < int(had or 0)
         if less or (TRUE_IS_MORE.fullmatch(name) and had == "true") or EQUAL.fullmatch(name):
@@ -340,6 +356,7 @@ class Audit:
             if not self.documents:
                 self._refuse_empty(self.switch._get_index_count(self.source), 0)
             return
+        self._refuse_unsupported()
         self._compare_settings()
         for index in self.views:
             verify_sees_everything(self.switch, index, self.found[index])
@@ -349,9 +366,15 @@ class Audit:
         self._compare_hits()
 
     def check_beforehand(self) -> None:
-        """Make the checks that need no data in the target: settings, definitions of fields, and rejected queries."""
-        self._compare_settings()
-        if self.settings.field_threshold < 100 and (redefined := self._read_fields()[2]):
+        """Make the checks that need no data in the target: settings, definitions of fields, and rejected queries.
+
+        A clone will have the settings and fields of the source; a copy is refused by reindex.py if fields differ.
+        """
+        method = self.switch.copy_method()
+        self._refuse_unsupported()
+        if method != "clone":
+            self._compare_settings()
+        if not method and self.settings.field_threshold < 100 and (redefined := self._read_fields()[2]):
             self._refuse_fields(redefined)
         for place, body in self.switch.queries:
             if isinstance(self.views[self.source].hits(body), str):  # only then: the target may be red
@@ -366,7 +389,10 @@ class Audit:
         """Raise OperationFailed unless the alias shows as many documents as the audit counted in the target."""
         counted = self.switch.request("GET", f"/{self.switch.alias}/_count").data
         self.switch.verify_all_shards(counted, f"_count of {self.switch.alias}")
-        if counted["count"] != self.visible:
+        view = self.views[self.target]
+        now = view.count()[1] if view.filter else self.visible  # the filter may contain `now`
+        bounds = sorted([self.visible, now])
+        if not bounds[0] <= counted["count"] <= bounds[1]:
             raise OperationFailed(
                 f"readers of {self.switch.alias} see {counted['count']:,} documents, but {self.visible:,} were counted "
                 f"in {self.target}; to move readers back, run {self.switch.undo_command()}"
@@ -374,10 +400,12 @@ class Audit:
 
     # --- settings and counts ---
 
-    def _compare_settings(self) -> None:
-        """Raise Refused if readers would notice the target's settings, or if these are not supported."""
+    def _refuse_unsupported(self) -> None:
         for index, view in self.views.items():
             refuse_unsupported(index, self.found[index]["settings"], view.routing)
+
+    def _compare_settings(self) -> None:
+        """Raise Refused if readers would notice the target's settings."""
         lost, others = compare_settings(self.found[self.source], self.found[self.target])
         accepted: list[str] = self.settings.accept_settings or []
         passed = {name: values for name, values in lost.items() if {name, "*"} & {*accepted}}
@@ -402,6 +430,8 @@ class Audit:
         """Return both counts. Raises Refused if the target has no documents, too few, or too many more or less."""
         (before, source), (self.documents, self.visible) = (view.count() for view in self.views.values())
         target = self.visible
+        if self.views[self.source].filter:  # it may contain `now`: allow what has left or entered it in the meantime
+            source = sorted([source, target, self.views[self.source].count()[1]])[1]
         as_readers = any(view.filter or view.routing for view in self.views.values())
         where = f" for readers of {self.switch.alias}, which has a filter or routing" if as_readers else ""
         self._refuse_empty(source, target, where)
@@ -507,9 +537,11 @@ class Audit:
     def _compare_hits(self) -> None:
         """Raise Refused if the target does not answer one of the readers' queries as the source does.
 
-        If both thresholds are 0, the target is a verified copy, which may lack hits and be slow the first time.
+        If both thresholds and MIN_DOCUMENTS are 0, as in step 2 of the runner, the target is a verified copy, which
+        may lack hits and be slow the first time.
         """
-        is_copy = self.settings.document_count_threshold == self.settings.field_threshold == 0
+        settings = self.settings
+        is_copy = settings.document_count_threshold == settings.field_threshold == settings.min_documents == 0
         problems = []
         for place, body in self.switch.queries:
             had, has = self._hits(place, body)
@@ -533,17 +565,16 @@ class Audit:
         return had, has
 
 
-def check_disk(manager: OpenSearchBaseManager, index: str) -> None:
-    """Raise Refused if the data nodes have less free space than a refresh of this live index needs."""
+def check_disk(manager: OpenSearchBaseManager, index: str, factor: float) -> None:
+    """Raise Refused if the data nodes have less free space than `factor` times the size of this live index."""
     response = manager.request("GET", "/_nodes/stats/fs", accept=[403])
     if response.status == 403:
         log.info("free disk space is not checked: %s", error_of(response.body)[1])
         return
     free = {node["name"]: node["fs"]["total"]["available_in_bytes"]
             for node in response.data["nodes"].values() if "data" in node["roles"]}  # fmt: skip
-    settings, stats = manager.settings, manager.request("GET", f"/{index}/_stats/store").data
-    way = "alternate" if settings.copy_method == "clone" else settings.refresh_strategy  # a clone shares its files
-    needed = DISK_NEEDED[way] * stats["_all"]["total"]["store"]["size_in_bytes"]
+    stats = manager.request("GET", f"/{index}/_stats/store").data
+    needed = factor * stats["_all"]["total"]["store"]["size_in_bytes"]
     shown = ", ".join(f"{name} {size / GB:,.1f}" for name, size in free.items())
     if sum(free.values()) < needed:
         raise Refused(
@@ -666,11 +697,19 @@ class SwitchAlias(OpenSearchBaseManager):
             log.warning("%s shards are relocating: if a node is about to leave, or the domain is being changed, a task "
                         "that copies or deletes documents may be lost with its node", moving)  # fmt: skip
         if self.settings.disk_check:
-            check_disk(self, self.source)
+            check_disk(self, self.source, DISK_TO_COPY if self.copy_method() == "reindex" else DISK_TO_LOAD)
         if self.target in found:
-            if self.settings.refresh_strategy == "copy-back" and self.source != self.settings.source:
+            if self.settings.refresh_strategy == "copy-back" and not self.copy_method():
                 self.settings.accept_settings = ["*"]  # readers return to the index that they normally use
             Audit(self, indices).check_beforehand()
+
+    def copy_method(self) -> str:
+        """Return how the refresh that this check belongs to copies the live index; "" if it only loads the other one.
+
+        The runner gives primary as source; with copy-back, readers who are on secondary only return.
+        """
+        copies = self.settings.refresh_strategy == "copy-back" and self.source == self.settings.source
+        return self.settings.copy_method if copies else ""
 
     # --- the indices behind the alias ---
 
@@ -810,7 +849,7 @@ class SwitchAlias(OpenSearchBaseManager):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="switch_alias.py", description="Move an alias from one index to another.")
-    parser.add_argument("--alias", required=True, type=index_name, help="the alias that readers use")
+    parser.add_argument("--alias", required=True, type=alias_name, help="the alias that readers use")
     parser.add_argument("--source", type=index_name, help="the index that the alias points at now")
     parser.add_argument("--target", type=index_name, help="the index that the alias is moved to")
     return add_settings(parser)
