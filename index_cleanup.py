@@ -214,6 +214,9 @@ class ClearableIndex(TargetIndex):
         definition = definition_of(self.manager._verify_index_exists(self.name))
         try:
             self.backup.create(definition, self.uuid)
+            if self.manager.request("GET", f"/_cluster/health/{self.backup.name}").data["status"] == "red":
+                raise OperationFailed("the shards of a new index are not allocated; see GET "
+                                      "_cluster/allocation/explain")  # fmt: skip
             # 400, since it exists; 403 without the permission
             self.manager.request("PUT", f"/{self.name}", definition, accept=[400])
         except OutcomeUnknown:

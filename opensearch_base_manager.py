@@ -214,7 +214,7 @@ index_name = matching(r"(?!\.{1,2}$)[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#
                       "not an index name (lower case, no pattern, no list)")  # fmt: skip
 alias_name = matching(r"(?!\.{1,2}$)[^-_+\s\\/*?\"<>|,#:%][^\s\\/*?\"<>|,#:%]*",
                       "not the name of an alias (no pattern, no list)")  # fmt: skip
-bucket_name = matching(r"[^:/\s]*", "not a bucket name; give the name alone, without s3:// and slashes")
+bucket_name = matching("[^:/\n]*", "not a bucket name; give the name alone, without s3:// and slashes")
 # part of the X-Opaque-Id, in which slashes separate the parts
 host_name = matching("[A-Za-z0-9._-]{1,100}", "not a host name (letters, digits, dots, hyphens, underscores)")
 
@@ -1414,7 +1414,8 @@ class OpenSearchBaseManager(Connection):
     def _verify_index_exists(self, index: str) -> dict[str, Any]:
         """Return the same as `read_index`. Raises OperationFailed if there is no such index."""
         if not (found := self._read(index, [404])):
-            raise OperationFailed(f'index {index} does not exist; create it first (README, "Setting up")')
+            raise OperationFailed(f'index {index} does not exist; create it (README, "Setting up"), or, if a run with '
+                                  "COPY_METHOD=clone was stopped, run once with that")  # fmt: skip
         if index not in found:
             raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the name of an index")
         return dict(found[index])

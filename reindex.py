@@ -18,8 +18,8 @@ from index_cleanup import CannotReplace, ClearableIndex
 from opensearch_base_manager import (
     TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused,
     RequestFailed, Response, TooMuchAtOnce, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
-    field_definitions, index_name, log, per_second, reading_probes, refuse_too_many_fields, refuse_unusable,
-    result_window, run_cli, run_to_completion, seconds_since, settings_probe, verify_sees_everything,
+    field_definitions, index_name, log, missing_permissions, per_second, reading_probes, refuse_too_many_fields,
+    refuse_unusable, result_window, run_cli, run_to_completion, seconds_since, settings_probe, verify_sees_everything,
 )  # fmt: skip
 
 WRITE_BLOCK = {"index.blocks.write": "true"}
@@ -49,7 +49,8 @@ class Clone:
         marker written            marker; the target is as it was
         write block set           marker, block
         target deleted            the same, but no target: the marker has its number of replicas
-        clone created             marker and block in both; the clone is unfinished: its UUID is not the marker's
+        clone created             marker and block; the clone has the marker as soon as its primaries are active, and is
+                                  unfinished: its UUID is not the marker's
         block removed             marker in both; the clone is verified
         clone's marker removed    marker in the source; the clone is finished
         source's marker removed   nothing to recover
@@ -60,7 +61,10 @@ class Clone:
         self.marker = Marker(manager, self.source)
 
     def obstacle(self) -> str:
-        """Return why the source cannot be cloned, or "": send a request that the cluster must reject."""
+        """Return why the source cannot be cloned, or "": send requests that the cluster must reject."""
+        probes = [settings_probe(self.source), Probe("PUT", f"/{self.source}/_mapping", {"properties": {}})]
+        if missing := missing_permissions(self.manager, probes):
+            return f"the role of {self.manager.who} lacks {', '.join(missing)} on {self.source}"
         try:
             self._send({"index.permission_probe": 1})
         except OutcomeUnknown:
@@ -72,8 +76,8 @@ class Clone:
     def run(self) -> None:
         """Replace the target with a clone that has the marker.
 
-        Raises CannotReplace if the cluster rejects the marker or the deletion: only the source was changed, and
-        `abandon` restores it. After another OperationFailed the target may be missing until the next run.
+        Raises CannotReplace if the cluster rejects the marker, the block or the deletion: only the source was changed,
+        and `abandon` restores it. After another failure the target may be missing until the next run.
         """
         former = self.marker.read()  # of a crashed run
         replicas = self._replicas_of_target(former)
@@ -84,17 +88,26 @@ class Clone:
         if not self.marker.write(found, wanted, source=source_uuid, replicas=replicas):
             raise CannotReplace("the marker cannot be written")
         if wanted:
-            self.manager.request("PUT", f"/{self.source}/_settings", wanted)
+            self._set_block(wanted)
         if self.target.uuid:
             self.target.refuse_live()
             self.target.verify_same()
             self.target.delete_index()
         # the clone would keep a null in its settings, so unwanted settings are removed afterwards
         given = {name: found["settings"][name] for name in (REPLICATION_TYPE,) if name in found["settings"]}
-        self._create({**replicas, **given, EXPANSION: replicas[EXPANSION] or "false"}, source_uuid)
+        unblocked = dict.fromkeys(WRITE_BLOCK, "false")  # or it would have a block that no marker describes
+        self._create({**replicas, **given, **unblocked, EXPANSION: replicas[EXPANSION] or "false"}, source_uuid)
         await_primaries(self.manager, self.target.name, max(30, self.manager.settings.wait_seconds), OperationFailed)
         left = {**dict.fromkeys(WRITE_BLOCK), EXPANSION: replicas[EXPANSION]}
         self.manager.request("PUT", f"/{self.target.name}/_settings", left)
+
+    def _set_block(self, wanted: Mapping[str, str]) -> None:
+        try:
+            self.manager.request("PUT", f"/{self.source}/_settings", wanted)
+        except OutcomeUnknown:
+            raise
+        except RequestFailed as error:
+            raise CannotReplace(str(error)) from None
 
     def finish(self) -> None:
         """Remove the block and both markers: the clone is verified."""
@@ -103,12 +116,19 @@ class Clone:
         self.target.marker.replace()
         self.marker.replace()
 
+    def remove_block(self) -> None:
+        """Remove the block even if it is not there yet: a request may still be on its way.
+
+        The marker stays, for the next run to see that the block and the deletion of the target may come later.
+        """
+        if self.marker.own and (found := self.marker.own["found"]):
+            self.manager.request("PUT", f"/{self.source}/_settings", found)
+
     def abandon(self) -> None:
-        """Remove the block and, unless the target is missing, the marker from the source."""
+        """Remove block and marker from the source: the cluster has rejected a request, and none is on its way."""
         if self.marker.own:
-            self.marker.restore_settings(self.marker.own)
-            if self.manager.read_index(self.target.name):
-                self.marker.replace()
+            self.remove_block()
+            self.marker.replace()
 
     def _replicas_of_target(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the target's replica settings; if a crashed run deleted the target, those kept in its marker.
@@ -179,6 +199,7 @@ class Reindex(OpenSearchBaseManager):
 
     def _check(self) -> str:
         """Claim the target, and check that the source is complete and can be copied; return the source's UUID."""
+        self._continue_clone()
         self.lock(self.source, shared=not self.clone)  # so that a task on it is known to be running
         self.target.claim(may_be_missing=self.clone is not None)
         found = self._verify_index_exists(self.source)
@@ -196,6 +217,16 @@ class Reindex(OpenSearchBaseManager):
             self.target.verify_sees_everything()
             self._compare_fields(found)
         return str(found["settings"]["index.uuid"])
+
+    def _continue_clone(self) -> None:
+        """Clone whatever COPY_METHOD is, if a crashed run has deleted the target: its replicas are in the marker."""
+        found = self.read_index(self.source, accept=[403, 404])
+        marker = Marker(self, self.source)
+        crashed = found and (own := marker.read(found)) and marker.is_of_clone_source(own)
+        if not self.clone and crashed and not self.name_exists(self.target.name):
+            log.warning("index %s is missing: a run crashed while it cloned %s, so it is cloned again",
+                        self.target.name, self.source)  # fmt: skip
+            self.clone = Clone(self)
 
     def _copy_instead(self, obstacle: str) -> None:
         log.warning("index %s cannot be cloned, so its documents are copied instead: %s", self.source, obstacle)
@@ -237,13 +268,13 @@ class Reindex(OpenSearchBaseManager):
             self._verify_copy(total, source_uuid)
             self.clone.finish()
         except CannotReplace as error:
-            self.clone.abandon()
+            run_to_completion(self.clone.abandon)
             self._copy_instead(str(error))
             self._compare_fields(self._verify_index_exists(self.source))
             return {}
         except BaseException:
             try:
-                run_to_completion(self.clone.abandon)
+                run_to_completion(self.clone.remove_block)
             except OperationFailed as error:
                 log.error("index %s may still have a write block; the next run removes it: %s", self.source, error)
             raise

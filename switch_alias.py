@@ -368,14 +368,13 @@ class Audit:
     def check_beforehand(self) -> None:
         """Make the checks that need no data in the target: settings, definitions of fields, and rejected queries.
 
-        A clone will have the settings and fields of the source; a copy is refused by reindex.py if fields differ.
+        A clone will have the settings and fields of the source.
         """
-        method = self.switch.copy_method()
         self._refuse_unsupported()
-        if method != "clone":
+        if self.switch.copy_method() != "clone":
             self._compare_settings()
-        if not method and self.settings.field_threshold < 100 and (redefined := self._read_fields()[2]):
-            self._refuse_fields(redefined)
+            if self.settings.field_threshold < 100 and (redefined := self._read_fields()[2]):
+                self._refuse_fields(redefined)
         for place, body in self.switch.queries:
             if isinstance(self.views[self.source].hits(body), str):  # only then: the target may be red
                 self._hits(place, body)
@@ -498,10 +497,12 @@ class Audit:
     def _refuse_fields(self, differing: Mapping[str, str]) -> None:
         self.fields["fields_fallen"] = differing
         command = self.switch.command(self.source, self.target, accept_fields=[*self.accepted, *differing])
+        remedy = f"Load {self.target} again from complete data, or, if the differences are intended, run {command}"
+        if self.settings.show and self.switch.copy_method():  # reindex.py does not copy into other definitions
+            remedy = f"Recreate {self.target} with the mapping of {self.source}"
         raise Refused(
             f"these fields are rarer in {self.target} than in {self.source}, or defined differently: "
-            f"{with_values(differing)}. {AGAIN} Load {self.target} again from complete data, or, if the differences "
-            f"are intended, run {command}",
+            f"{with_values(differing)}. {AGAIN} {remedy}",
             {"alias": self.switch.alias, "source": self.source, "target": self.target, "changed": False, **self.fields},
         )
 

@@ -542,10 +542,23 @@ class Account:
         of_indices |= view
         self.server.grant(self.user, role, self.user)
 
-    def await_view(self, index: str, as_expected: Callable[[list[dict[str, Any]]], bool]) -> None:
-        """Wait until the server shows this user the documents as expected: it applies a `view` in the background."""
+    def restrict(self, index: str, as_expected: Callable[[list[dict[str, Any]]], bool], **view: Any) -> None:
+        """Restrict what the user sees, until the server has shown these documents for a second.
+
+        It applies changes in the background, and a change of another test may undo this one for a moment.
+        """
         path, login = f"/{index}/_search?size=100", (self.user, OWN_PASSWORD)
-        wait_until(lambda: as_expected(self.server.request("GET", path, auth=login)["hits"]["hits"]))
+
+        def shown() -> bool:
+            return as_expected(self.server.request("GET", path, auth=login)["hits"]["hits"])
+
+        def settled() -> bool:
+            self.grant(**view)
+            wait_until(shown)
+            time.sleep(1)
+            return shown()
+
+        wait_until(settled)
 
     def delete(self) -> None:
         self.server.take_back(self.user)

@@ -359,7 +359,7 @@ FORBIDDEN = {"error": {"type": "security_exception",
                        "reason": "no permissions for [indices:data/read/search] and User [name=refresh]"}}  # fmt: skip
 FAILING = {
     "shard failed": (edited(lambda found: found["_shards"].update(failed=1, successful=0)), "not all shards responded"),
-    "shard missing": (edited(lambda found: found["_shards"].update(successful=0)), "failed shards"),
+    "shard missing": (edited(lambda found: found["_shards"].update(successful=0)), "not all shards responded"),
     "403": (answer(403, FORBIDDEN), "lacks indices:data/read/search"),
     "500": (answer(500, {"error": "odd"}), "500 odd"),
     "400": (answer(400, {"error": "odd"}), "400 odd"),
@@ -489,7 +489,7 @@ def test_a_line_that_is_no_json_object_is_a_configuration_error_and_nothing_is_s
     file = queries(UA, "", line)
     outcome = switch(old, new, "--queries", file)
     assert outcome.code == 2, outcome.err
-    assert f"{file}{'' if line == bytes([255]) else ', line 3'}: " in outcome.last
+    assert (f"cannot read {file} " if line == bytes([255]) else f"{file}, line 3: ") in outcome.last
     assert proxy.requests == []
 
 

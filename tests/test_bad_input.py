@@ -297,14 +297,14 @@ def test_a_missing_index_is_named(missing, script, commands, run, name):
     names = {"source": commands.old, "target": commands.new, missing: name("none")}
     alias = ["--alias", commands.alias] if script is switch_alias else []
     outcome = run(script, *alias, "--source", names["source"], "--target", names["target"])
-    assert_says(outcome, 1, f"index {name('none')} does not exist; create it first")
+    assert_says(outcome, 1, f"index {name('none')} does not exist; create it")
 
 
 def test_a_missing_index_of_a_load_or_cleanup_is_named(run, name, put_csv):
     prefix = put_csv({"a.csv": "n\n1\n"})
     load = load_arguments(prefix, name("none"))
     for outcome in (run(bulkupdate, *load), run(index_cleanup, "--index", name("none"))):
-        assert_says(outcome, 1, f"index {name('none')} does not exist; create it first")
+        assert_says(outcome, 1, f"index {name('none')} does not exist; create it")
 
 
 def test_an_alias_in_the_place_of_an_index_is_not_followed(commands, run, put_csv):
@@ -332,7 +332,7 @@ def test_an_alias_on_a_third_index_is_left_there_with_the_command_that_moves_it(
     third = make_index("third", docs=2, alias=name("elsewhere"))
     outcome = run(switch_alias, "--alias", name("elsewhere"), "--source", fresh.old, "--target", fresh.new)
     command = f"--alias {name('elsewhere')} --source {third} --target {fresh.new}"
-    assert_says(outcome, 4, f"alias {name('elsewhere')} is on {third}, not on {fresh.old}", command)
+    assert_says(outcome, 4, f"alias {name('elsewhere')} points at {third}, not at {fresh.old}", command)
     assert list(admin("GET", f"/_alias/{name('elsewhere')}")) == [third]
     assert run(switch_alias, *command.split()).code == 0
 
@@ -404,7 +404,7 @@ def test_an_object_that_changes_between_list_and_read_fails(change, says, comman
     act = {"delete": lambda: s3.delete_object(**where), "replace": lambda: s3.put_object(**where, Body=b"n\n2\n")}
     s3_proxy.on("GET", "list-type=2", after(act[change]))
     outcome = run(*commands.load(prefix))
-    assert_says(outcome, 1, rf"{prefix}a\.csv {says} it was listed; run again")
+    assert_says(outcome, 1, rf"{prefix}a\.csv has {says} it was listed; run again")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 
 import pytest
 import reindex
 import sandbox
-from conftest import NUMBER, count, fill, marker_of, secured, sources
+from conftest import NUMBER, count, fill, marker_of, secured, sources, wait_until
 from fault_proxy import answer, lost_answer
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -176,3 +179,72 @@ def test_an_alias_in_the_place_of_the_target_is_refused_before_anything_changes(
         assert outcome.code == 1, outcome.err
         assert f"{name('alias')} is an alias of {pair[1]}" in outcome.last
     assert look(pair[0]) == CLEAN
+
+
+def arrives_late(seconds):
+    """Stop the script while a request is on its way, and let the server carry it out afterwards."""
+
+    def fault(exchange):
+        body = exchange.body
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)
+        exchange.forward(body)
+        exchange.drop()
+
+    return fault
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", "source/_settings"), ("DELETE", "target")])
+@pytest.mark.parametrize("seconds", [0.003, 1])
+def test_a_request_that_is_carried_out_after_a_signal_is_undone_by_the_next_run(
+    method, path, seconds, pair, clone, look, proxy, admin, name
+):
+    proxy.on(method, path, arrives_late(seconds))
+    assert clone(*pair).code == 143
+    wait_until(lambda: path != "target" or pair[1] not in admin("GET", "/_alias"))
+    time.sleep(seconds)
+    assert marker_of(admin, pair[0])  # the next run knows
+    outcome = clone(*pair)
+    assert outcome.code == 0, outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
+
+
+def test_after_a_crash_behind_the_deletion_a_run_with_another_method_clones_as_well(pair, clone, look, run, proxy):
+    refusal = answer(400, {"error": {"type": "illegal_argument_exception", "reason": "of a test"}})
+    proxy.on("POST", "_clone", refusal, skip=1)
+    outcome = clone(*pair)
+    assert outcome.code == 1, outcome.err
+    assert f"index {pair[1]} is missing until a run with COPY_METHOD=clone succeeds" in outcome.last
+    for more in (["--dry-run"], []):
+        outcome = run(reindex, "--source", pair[0], "--target", pair[1], *more)
+        assert outcome.code == 0, outcome.err
+        assert f"a run crashed while it cloned {pair[0]}, so it is cloned again" in outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
+
+
+@pytest.mark.parametrize("method", ["clone", "reindex"])
+def test_a_crash_before_the_clone_is_finished_is_healed_even_if_the_operator_has_set_the_block(
+    method, pair, clone, look, run, admin, proxy
+):
+    admin("PUT", f"/{pair[0]}/_settings", {"index.blocks.write": True})
+    proxy.on("PUT", f"{pair[1]}/_settings", answer(400, {"error": {"type": "crash", "reason": "of a test"}}))
+    assert clone(*pair).code == 1
+    outcome = run(reindex, "--source", pair[0], "--target", pair[1], "--copy-method", method)
+    assert outcome.code == 0, outcome.err
+    assert look(pair[0])[:2] == (None, "true")
+    marker, block, replicas, documents = look(pair[1])
+    assert (marker, block in (None, "false"), replicas, documents) == (None, True, "2", [0, 1, 2, 3, 4])
+
+
+@secured
+def test_a_source_whose_settings_may_not_be_changed_is_copied(pair, clone, look, account, box):
+    role, of_target = (sandbox.refresh_role([index]) for index in pair)
+    [of_source], [of_target] = role["index_permissions"], of_target["index_permissions"]
+    of_source["allowed_actions"].remove("indices:admin/settings/update")
+    of_source["allowed_actions"].append(RESIZE)
+    of_target["allowed_actions"] += sandbox.RECREATE_PERMISSIONS
+    box.server.grant(account.user, {**role, "index_permissions": [of_source, of_target]}, account.user)
+    outcome = clone(*pair)
+    assert outcome.code == 0, outcome.err
+    assert "lacks indices:admin/settings/update" in outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)

@@ -82,6 +82,15 @@ def test_search_routing_over_one_shard_is_harmless(make_pair, switch, behind_ali
     assert behind_alias() == [new]
 
 
+def test_a_filter_with_a_window_of_time_is_no_difference_between_equal_indices(make_pair, switch, behind_alias):
+    began = time.time()
+    docs = [{"at": int((began - 10 + n / 50) * 1000)} for n in range(1000)]  # one leaves the window every 20 ms
+    recent = {"filter": {"range": {"at": {"gte": "now-10s"}}}}
+    old, new = make_pair({"at": {"type": "date"}}, docs, definition=recent)
+    outcome = switch(old, new, "--threshold", "0")
+    assert (outcome.code, behind_alias()) == (0, [new]), outcome.err
+
+
 def test_a_count_through_the_alias_that_differs_after_the_switch_is_a_failure(
     make_pair, switch, behind_alias, proxy, name
 ):
@@ -117,6 +126,13 @@ def stop_words(*words):
     return {"analysis": {"analyzer": {"own": analyzer}, "filter": {"own": {"type": "stop", "stopwords": list(words)}}}}
 
 
+def joined_by(separator):
+    return {
+        "analysis.analyzer.joined": {"tokenizer": "standard", "filter": ["pairs"]},
+        "analysis.filter.pairs": {"type": "shingle", "token_separator": separator},
+    }
+
+
 TEXT = {"text": {"type": "text", "analyzer": "own"}, "word": WORD, **NUMBER}
 FOX = [{"text": "the quick fox", "word": "w", "n": 1}] * 10
 WORSE = {  # what readers had, what they would get, what is named
@@ -128,6 +144,8 @@ WORSE = {  # what readers had, what they would get, what is named
     "lenient": ({"query_string.lenient": True}, {}, "index.query_string.lenient"),
     "parse": ({}, {"query.parse.allow_unmapped_fields": False}, "index.query.parse.allow_unmapped_fields"),
     "similarity": ({"similarity.default.type": "boolean"}, {}, "index.similarity"),
+    "a space": (joined_by(" "), joined_by(""), "index.analysis.analyzer.joined"),
+    "quoted phrases": ({}, {"analysis.analyzer.default_search_quoted.type": "keyword"}, "default_search_quoted"),
 }  # fmt: skip
 
 
@@ -149,6 +167,12 @@ BETTER = {
     "shards and refresh": ({}, {"number_of_shards": 2, "refresh_interval": "30s"}),
     "sort": ({}, {"sort.field": "n"}),
     "codec": ({}, {"codec": "best_compression"}),
+    "a text for a list": ({"query.default_field": ["word", "n"]}, {"query.default_field": "word,n"}),
+    "BM25 as it is": ({}, {"similarity.default": {"type": "BM25", "k1": 1.2, "b": 0.75}}),
+    "no filters": ({"analysis.analyzer.own": {"tokenizer": "standard", "filter": []}},
+                   {"analysis.analyzer.own": {"tokenizer": "standard"}}),
+    "stop words of any case": ({"analysis.filter.own": {"type": "stop", "ignore_case": False}},
+                               {"analysis.filter.own": {"type": "stop"}}),
 }
 
 
@@ -187,13 +211,17 @@ ALIKE = {
     "global ordinals": ({"type": "keyword"}, {"type": "keyword", "eager_global_ordinals": True}),
     "a multi-field more": ({"type": "text"}, {"type": "text", "fields": {"raw": WORD}}),
 }
+OTHERWISE["another target of an alias"] = ({"type": "alias", "path": "n"}, {"type": "alias", "path": "m"})
+OTHERWISE["another null value"] = ({"type": "keyword", "null_value": "default"},
+                                   {"type": "keyword", "null_value": "standard"})  # fmt: skip
 VALUES = {"date": "2013", "text": "some words", "keyword": "ab", "long": 7}
 
 
 @pytest.mark.parametrize(("had", "has"), OTHERWISE.values(), ids=OTHERWISE)
 def test_a_field_that_is_defined_otherwise_is_refused(had, has, make_pair, switch, behind_alias):
-    docs = [{"x": VALUES[had["type"]], "n": 1}] * 3
-    old, new = make_pair({"x": had, **NUMBER}, docs, other_properties={"x": has, **NUMBER})
+    docs = [{**({"x": VALUES[had["type"]]} if had["type"] in VALUES else {}), "n": 1, "m": 2}] * 3
+    fields = {**NUMBER, "m": NUMBER["n"]}
+    old, new = make_pair({"x": had, **fields}, docs, other_properties={"x": has, **fields})
     refused_with(switch(old, new), "x")
     assert behind_alias() == [old]
     assert switch(old, new, "--accept-fields", "x").code == 0
@@ -344,8 +372,20 @@ def test_a_copy_of_several_shards_and_nested_documents_is_whole(make_index, copy
 # --- batches of a copy ------------------------------------------------------------------------------------------------
 
 
-def test_a_window_below_the_batch_size_is_kept_to(make_index, copy):
-    small = {"max_result_window": 100}
+def test_equal_ids_of_several_routings_are_compared_in_each_shard(make_index, copy, admin):
+    five = {"number_of_shards": 5}
+    old, new = make_index("old", NUMBER, settings=five), make_index("new", NUMBER, settings=five)
+    lines = [{"index": {"_id": str(n % 60), "routing": f"r{n % 40}"}} if even else {"n": n}
+             for n in range(240) for even in (True, False)]  # fmt: skip
+    admin("POST", f"/{old}/_bulk?refresh=true", data="".join(json.dumps(line) + "\n" for line in lines),
+          headers={"Content-Type": "application/x-ndjson"})  # fmt: skip
+    outcome = copy(old, new)
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("window", [30, 100])
+def test_a_window_below_the_batch_size_is_kept_to(window, make_index, copy):
+    small = {"max_result_window": window}
     old, new = make_index("old", NUMBER, docs=250, settings=small), make_index("new", NUMBER, docs=250, settings=small)
     outcome = copy(old, new)
     assert (outcome.code, outcome.result["total"]) == (0, 250), outcome.err
@@ -384,8 +424,7 @@ def test_a_copy_that_is_refused_for_memory_goes_on_with_half_the_batches(make_in
 @secured
 def test_a_user_who_does_not_see_all_documents_copies_nothing(make_index, copy, account, admin, name):
     old, new = make_index("old", NUMBER, docs=100), make_index("new", NUMBER, docs=5)
-    account.grant(dls=json.dumps({"range": {"n": {"lt": 10}}}))
-    account.await_view(old, lambda hits: len(hits) == 10)
+    account.restrict(old, lambda hits: len(hits) == 10, dls=json.dumps({"range": {"n": {"lt": 10}}}))
     before = state_of(admin, old, new)
     outcome = copy(old, new)
     assert outcome.code == 1, outcome.err
@@ -398,8 +437,7 @@ def test_a_user_who_does_not_see_all_documents_copies_nothing(make_index, copy, 
 def test_masked_values_are_not_copied(make_index, copy, account):
     properties = {"secret": WORD, **NUMBER}
     old = make_index("old", properties, docs=[{"secret": "s", "n": n} for n in range(10)])
-    account.grant(masked_fields=["secret"])
-    account.await_view(old, lambda hits: {hit["_source"]["secret"] for hit in hits} != {"s"})
+    account.restrict(old, lambda hits: {hit["_source"]["secret"] for hit in hits} != {"s"}, masked_fields=["secret"])
     outcome = copy(old, make_index("new", properties))
     assert outcome.code == 1, outcome.err
     assert "secret" in outcome.last
@@ -484,6 +522,16 @@ def test_a_live_index_that_lacks_a_column_is_no_refusal_of_a_look_for_changes(
     live = make_index("live", NUMBER, alias=name("alias"), dynamic="strict")
     outcome = load(put_csv({"a.csv": "other\n1\n"}), live, "--dry-run")
     assert "unchanged" not in outcome.result
+    monkeypatch.setenv("REFRESH_STRATEGY", "copy-back")  # and as the runner does when readers are on secondary
+    outcome = load(put_csv({"a.csv": "other\n1\n"}), live, "--dry-run", "--no-cleanup")
+    assert "unchanged" not in outcome.result
+
+
+@pytest.mark.parametrize(("found_on", "expected"), [("new", "2026-01-01T00:00:00Z"), ("old", None)])
+def test_the_age_of_the_data_is_not_that_of_another_index_than_the_last_report_says(found_on, expected):
+    previous = {"live_index": "new", "live_data_time": "2026-01-01T00:00:00Z"}
+    steps = [base.StepResult("check where readers are", 1, 0, found_on, {})]  # after an undo: old
+    assert base.end_of_run(1, "check the load", "", steps, previous)["live_data_time"] == expected
 
 
 # --- how old the data are that readers see ----------------------------------------------------------------------------

@@ -333,7 +333,7 @@ def test_a_source_that_changes_during_the_copy_is_a_failure_that_says_so(own_pai
     admin("PUT", f"/{own_pair[0]}/_settings", {"refresh_interval": "-1"})
     outcome = copy(*own_pair)
     assert outcome.code == 1, outcome.err
-    assert f"{own_pair[0]} changed during the copy: it holds 4 documents, 3 were copied" in outcome.last
+    assert f"{own_pair[0]} changed during the copy: it holds 4 documents, but 3 were copied" in outcome.last
     assert marker_of(admin, own_pair[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import zipfile
 from io import BytesIO
@@ -439,12 +440,14 @@ def store(admin, index):
     return admin("GET", f"/{index}/_stats/store")["_all"]["total"]["store"]["size_in_bytes"]
 
 
-@pytest.mark.parametrize(("strategy", "factor"), [("copy-back", 2.5), ("alternate", 1.5)])
+@pytest.mark.parametrize(("strategy", "factor"), [("copy-back", 2.5), ("alternate", 1.5), ("continued", 1.5)])
 def test_too_little_disk_for_the_strategy_is_refused(pair, show, disk, admin, proxy, monkeypatch, strategy, factor):
-    primary, secondary = pair
+    (primary, secondary), live = pair, pair[0]
+    if strategy == "continued":  # readers are on the index that the runner calls secondary: only the load is left
+        primary, secondary, strategy = secondary, primary, "copy-back"
     monkeypatch.setenv("REFRESH_STRATEGY", strategy)
-    admin("POST", f"/{primary}/_flush")
-    needed = int(store(admin, primary) * factor)
+    admin("POST", f"/{live}/_flush")
+    needed = int(store(admin, live) * factor)
     disk(needed - 2)
     outcome = show(primary, secondary)
     assert outcome.code == 4, outcome.err
@@ -516,11 +519,86 @@ def test_a_header_that_is_no_csv_says_why(make_index, put_csv, run, content, sai
         ("InvalidObjectState", "restore it"), ("RequestTimeTooSkewed", "clock"),
         ("SignatureDoesNotMatch", "secret"), ("AllAccessDisabled", "bucket"),
         ("NoSuchBucket", "check the name"), ("AccessDenied", "IAM policy"), ("ExpiredToken", "credentials"),
-        ("SlowDown", "again"),
+        ("SlowDown", "again"), ("InvalidSignatureException", "clock"), ("InvalidClientTokenId", "renew"),
+        ("KMSInvalidStateException", "KMS key"),
     ],
 )  # fmt: skip
 def test_an_aws_error_says_what_to_do(code, said):
     assert said in base.aws_advice(code, "s3:GetObject")
+
+
+@pytest.mark.parametrize("name", base.AWS_SECRETS)
+def test_a_line_break_in_aws_credentials_is_named_without_its_value(name, run, monkeypatch):
+    monkeypatch.setenv(name, "hidden-value\n")
+    outcome = run(switch_alias, "--alias", "a", "--show")
+    assert outcome.code == 2, outcome.err
+    assert f"{name}: remove the line break" in outcome.last
+    assert "hidden" not in outcome.err
+
+
+@pytest.mark.parametrize("text", [
+    "The security token included in the request is expired", "Signature expired: 2026 is now earlier than 2026",
+    "The request signature we calculated does not match the signature you provided.",
+])  # fmt: skip
+def test_wrong_aws_credentials_are_not_reported_as_missing_permissions(text):
+    assert base.denied("GET", 403, json.dumps({"message": text}).encode()) == []
+
+
+def test_a_cluster_that_is_read_only_is_refused():
+    reason = "blocked by: [FORBIDDEN/6/cluster read-only (api)];"
+    body = json.dumps({"error": {"type": "cluster_block_exception", "reason": reason}, "status": 403}).encode()
+    with pytest.raises(base.Refused, match="the cluster is read-only"):
+        base.denied("PUT", 403, body)
+
+
+@pytest.mark.parametrize("setting", ["default_pipeline", "final_pipeline"])
+def test_an_ingest_pipeline_that_does_not_exist_is_refused_before_the_index_is_emptied(
+    setting, make_index, load, put_csv, admin
+):
+    index = make_index("index", NUMBER, docs=3)
+    admin("PUT", f"/{index}/_settings", {f"index.{setting}": "nowhere"})
+    for more in (["--dry-run"], []):
+        outcome = load(put_csv({"a.csv": "n\n1\n"}), index, *more, code=4)
+        assert "the ingest pipeline nowhere, which does not exist" in outcome.last
+    assert count(admin, index) == 3
+
+
+def test_documents_that_are_not_stored_cannot_be_copied(make_index, run, admin):
+    old, new = make_index("old", NUMBER, docs=3, _source={"enabled": False}), make_index("new", NUMBER, docs=2)
+    for more in (["--dry-run"], []):
+        outcome = run(reindex, "--source", old, "--target", new, *more)
+        assert outcome.code == 4, outcome.err
+        assert "COPY_METHOD=clone" in outcome.last
+    assert count(admin, new) == 2
+
+
+def test_documents_that_are_stored_in_part_are_a_warning(make_index, run):
+    old, new = (make_index(name, NUMBER, docs=3, _source={"excludes": ["nothing"]}) for name in ("old", "new"))
+    outcome = run(reindex, "--source", old, "--target", new)
+    assert outcome.code == 0, outcome.err
+    assert "COPY_METHOD=clone" in outcome.err
+
+
+def test_a_clone_replaces_whatever_the_target_has(pair, show, admin, monkeypatch):
+    admin("PUT", f"/{pair[0]}/_settings", {"index.max_result_window": 20_000})
+    assert show(*pair).code == 4
+    monkeypatch.setenv("COPY_METHOD", "clone")
+    assert show(*pair).code == 0
+    monkeypatch.setenv("REFRESH_STRATEGY", "alternate")
+    assert show(*pair).code == 4
+
+
+@secured
+@pytest.mark.parametrize(("column", "code"), [("n", 0), ("x", 1)])
+def test_a_load_beside_other_documents_needs_the_mapping_only_for_new_columns(
+    column, code, make_index, account, load, put_csv
+):
+    index = make_index("index", NUMBER, docs=1)
+    account.grant("indices:admin/mapping/put")
+    prefix = put_csv({"a.csv": f"n,{column}\n1,2\n" if column != "n" else "n\n1\n"})
+    for more in (["--dry-run"], []):
+        outcome = load(prefix, index, "--no-cleanup", *more, code=code)
+        assert ("indices:admin/mapping/put" in outcome.last) == (code == 1)
 
 
 def test_a_parameter_prefix_needs_its_slash(run, monkeypatch):

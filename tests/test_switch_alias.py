@@ -96,7 +96,7 @@ def test_an_alias_on_a_third_index_beside_the_source_is_refused(
     before = behind_alias()
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
-    assert f"alias {alias} is on {', '.join(before)}" in outcome.last
+    assert f"alias {alias} points at {', '.join(before)}" in outcome.last
     assert third in before
     assert behind_alias() == before
 
