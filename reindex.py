@@ -22,6 +22,7 @@ from opensearch_base_manager import (
     refuse_unusable, result_window, run_cli, run_to_completion, seconds_since, settings_probe, verify_sees_everything,
 )  # fmt: skip
 
+LATE_REQUEST_S = 1  # after a signal, a request that was sent before it arrives within this time, as a rule
 WRITE_BLOCK = {"index.blocks.write": "true"}
 EXPANSION = "index.auto_expand_replicas"
 REPLICATION_TYPE = "index.replication.type"  # of all settings, a clone alone does not take over this one
@@ -117,17 +118,19 @@ class Clone:
         self.marker.replace()
 
     def remove_block(self) -> None:
-        """Remove the block even if it is not there yet: a request may still be on its way.
+        """Remove the block even if it is not there yet: the request that sets it may still be on its way.
 
-        The marker stays, for the next run to see that the block and the deletion of the target may come later.
+        The marker stays: if that request, or the deletion of the target, takes even longer, the next run knows.
         """
         if self.marker.own and (found := self.marker.own["found"]):
             self.manager.request("PUT", f"/{self.source}/_settings", found)
+            time.sleep(LATE_REQUEST_S)
+            self.marker.restore_settings(self.marker.own)
 
     def abandon(self) -> None:
         """Remove block and marker from the source: the cluster has rejected a request, and none is on its way."""
         if self.marker.own:
-            self.remove_block()
+            self.marker.restore_settings(self.marker.own)
             self.marker.replace()
 
     def _replicas_of_target(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
