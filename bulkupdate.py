@@ -1540,7 +1540,9 @@ class BulkUpdate(OpenSearchBaseManager):
     def run(self) -> dict[str, Any]:
         began, objects = time.monotonic(), list[S3Object]()
         if self.dry_run and self.settings.skip_unchanged:  # first: without a change, no other check is needed
-            self.target.read()
+            found = self.read_index(self.target.name, accept=[403, 404])
+            self.target.require_permissions(found is not None)
+            self.target.read(found)
             objects = self.delivery.objects()
             if record := self._load_record(objects).unchanged():
                 log.info("%s already holds the data in %s: nothing has changed since the last load", self.target.name,

@@ -238,7 +238,7 @@ def own_folder(text: str) -> Path:
 
 def ca_file(text: str) -> str:
     """Return a file, in the working directory or else beside the scripts."""
-    for path in Path(text).absolute(), HERE / text:
+    for path in Path(text), HERE / text:
         if path.is_file():
             return str(path)
     raise argparse.ArgumentTypeError(f"{text} is not a file; give the file of CA certificates")

@@ -45,6 +45,7 @@ NOT_COMPARED = re.compile(  # set by the server or by a load, or compared by `an
     r"index\.(uuid|creation_date|provided_name|version\.|resize\.|routing\.|number_of_|auto_expand_|refresh_interval|"
     r"analysis\.|similarity\.)"
 )
+OWN_DEFAULT = re.compile(r"index\.(analysis\.analyzer|similarity)\.default")
 COMPONENT = re.compile(r"index\.analysis\.(?!analyzer\.|normalizer\.)")
 IMPLICIT_ANALYSIS: dict[str, dict[str, Any]] = {
     "index.similarity.default": {"type": ["BM25"]}, "index.analysis.analyzer.default": {"type": ["standard"]},
@@ -83,12 +84,16 @@ class Field(NamedTuple):
         defaults = {"index": self.type != "binary", "doc_values": self.type != "binary", "store": False}
         return any(self.definition.get(name, default) for name, default in defaults.items())
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the effective parameters: explicit ones, and the server's defaults."""
+    def parameters(self, own_defaults: bool) -> dict[str, Any]:
+        """Return the effective parameters: explicit ones, and the server's defaults.
+
+        With `own_defaults`, the settings of an index define analyzer or similarity of fields without one.
+        """
         is_text = self.type in TEXT_TYPES
-        explicit = {name: "standard" if value == "default" and "analyzer" in name else value
+        implied = {"analyzer": "default", "similarity": "default"} if own_defaults else {}
+        explicit = {name: "standard" if value == "default" and "analyzer" in name and not own_defaults else value
                     for name, value in self.definition.items()}  # fmt: skip
-        found = {**PARAMETERS, "norms": is_text, "doc_values": not is_text and self.type != "binary",
+        found = {**PARAMETERS, **implied, "norms": is_text, "doc_values": not is_text and self.type != "binary",
                  "index_options": "positions" if is_text else "docs", **explicit}  # fmt: skip
         found.setdefault("search_analyzer", found["analyzer"])
         found.setdefault("search_quote_analyzer", found["search_analyzer"])
@@ -114,11 +119,11 @@ def walk_mapping(mapping: Mapping[str, Any], prefix: str = "", nested: str = "")
                 yield from walk_mapping(definition, f"{path}.", path if definition.get("type") == "nested" else nested)
 
 
-def lost_parameters(old: Field, new: Field) -> str:
+def lost_parameters(old: Field, new: Field, own_defaults: bool) -> str:
     """Describe what readers of a field would lose with its new definition; all number types count as one type."""
     if old.type != new.type and not {old.type, new.type} <= NUMBER_TYPES:
         return f"{old.type} -> {new.type}"
-    had, has = old.parameters(), new.parameters()
+    had, has = old.parameters(own_defaults), new.parameters(own_defaults)
     return ", ".join(
         f"{name} {had.get(name)} -> {has.get(name)}"
         for name in sorted({*old.definition, *new.definition} - NOT_FOR_READERS)
@@ -127,13 +132,13 @@ def lost_parameters(old: Field, new: Field) -> str:
     )  # fmt: skip
 
 
-def lost_definitions(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+def lost_definitions(old: Mapping[str, Any], new: Mapping[str, Any], *, own_defaults: bool) -> dict[str, str]:
     """Return, for each field, what readers would lose with the new mapping.
 
     Fields that the new mapping lacks are not reported: the shares of documents show them.
     """
     known = fields_of(new)
-    lost = {name: lost_parameters(field, known[name]) for name, field in fields_of(old).items()
+    lost = {name: lost_parameters(field, known[name], own_defaults) for name, field in fields_of(old).items()
             if name in known and field.is_countable()}  # fmt: skip
     for name, script in old.get("derived", {}).items():
         lost[name] = "" if new.get("derived", {}).get(name) == script else "derived field missing or different"
@@ -377,7 +382,9 @@ class Audit:
                 self._refuse_fields(redefined)
         for place, body in self.switch.queries:
             if isinstance(self.views[self.source].hits(body), str):  # only then: the target may be red
-                self._hits(place, body)
+                had, has = self._hits(place, body)
+                log.warning("%s: %s answers %s, %s %s; a switch back to %s may be refused", place, self.source, had,
+                            self.target, has, self.source)  # fmt: skip
 
     def warm(self, copies: int) -> None:
         """Send the queries once for each copy of the target's shards."""
@@ -487,7 +494,8 @@ class Audit:
         """
         mappings = [self.found[index]["mappings"] for index in self.views]
         old, new = (fields_of(mapping) for mapping in mappings)
-        lost = lost_definitions(*mappings)
+        settings = (name for found in self.found.values() for name in found["settings"])
+        lost = lost_definitions(*mappings, own_defaults=any(map(OWN_DEFAULT.match, settings)))
         parents = {name: old[name].parent if name in old else "" for name in lost}
         return old, new, {
             name: text for name, text in lost.items()

@@ -235,6 +235,16 @@ def test_a_field_that_answers_alike_is_no_obstacle(had, has, make_pair, switch, 
     assert (outcome.code, behind_alias()) == (0, [new]), outcome.err
 
 
+@pytest.mark.parametrize("kind", ["analyzer", "similarity"])
+def test_an_explicit_default_is_another_one_where_the_index_has_a_default_of_its_own(kind, make_pair, switch):
+    own = {"analyzer": {"analysis.analyzer.default.type": "keyword"},
+           "similarity": {"similarity.default.type": "boolean"}}  # fmt: skip
+    explicit = {"type": "text", kind: {"analyzer": "standard", "similarity": "BM25"}[kind]}
+    old, new = make_pair({"x": explicit, **NUMBER}, [{"x": "the fox", "n": 1}] * 3, settings=own[kind],
+                         other_properties={"x": {"type": "text"}, **NUMBER})  # fmt: skip
+    refused_with(switch(old, new), "x")
+
+
 def test_a_field_without_documents_may_be_missing(make_pair, switch):
     docs = [{"n": 1}] * 3
     assert switch(*make_pair({"x": WORD, **NUMBER}, docs, other_properties=NUMBER)).code == 0
