@@ -31,9 +31,9 @@ command="" why="" max_age=""                    # hold (why), release or status 
 dry_run="" verbose=""                           # not local to main: `set -e` removes those before the trap runs
 declare -A setting
 
-say() { # say TEXT: on the terminal and in the log
+say() { # say TEXT: on the terminal and in the log; without `date`, during whose exit bash would ignore a Ctrl-C
   printf '%s\n' "$1" >&2 || true # the terminal or pipe may be closed, see main
-  printf '%s run_refresh: %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$1" >>"$log_file"
+  TZ=UTC printf '%(%Y-%m-%dT%H:%M:%SZ)T run_refresh: %s\n' -1 "$1" >>"$log_file"
 }
 
 die() { # die TEXT CODE
