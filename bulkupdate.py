@@ -438,7 +438,11 @@ def new_field(kinds: set[str]) -> dict[str, Any]:
 
 
 def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
-    """Return the `dynamic` setting that applies to a new field: that of the nearest object; false in a disabled one."""
+    """Return the `dynamic` setting that applies to a new field, as text.
+
+    It is that of the innermost enclosing object that sets one, or of the mapping; inside an object with
+    `enabled: false`, it is "false".
+    """
     dynamic = str(mapping.get("dynamic", "true")).lower()
     for part in name.split(".")[:-1]:
         mapping = mapping.get("properties", {}).get(part, {})
@@ -684,7 +688,7 @@ def header_of(place: str, row: Any) -> list[str]:
     if not row or isinstance(row, Defect):
         raise no_header(place, row)
     if re.fullmatch("sep=.?", row[0]):
-        raise Refused(f"{place}: the first line, {row[0]}, is for spreadsheets; remove it, and set the delimiter")
+        raise Refused(f"{place}: the first line ({row[0]}) is for spreadsheets only; remove it and set DELIMITER")
     return [sys.intern(name.strip()) for name in row]  # saves 10 MB for 10,000 objects
 
 
@@ -906,7 +910,7 @@ class Renderer:
         self.first_repeated = ""
 
     def documents(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> Iterator[Batch]:
-        """Yield the documents of one object."""
+        """Yield the documents of one object in batches; count skipped records, pass defective ones to `reject`."""
         if not columns:
             return
         id_place = columns.index(self.id_column) if self.id_column in columns else 0
@@ -1462,7 +1466,10 @@ class Delivery:
         return manifest
 
     def expected_rows(self) -> int | None:
-        """Return how many rows the load must read, or None for any number (EXPECTED_ROWS=0)."""
+        """Return how many rows the load must read, from EXPECTED_ROWS or else the manifest.
+
+        Returns None if any number will do: with EXPECTED_ROWS=0, or if neither of them gives a number.
+        """
         given: int | None = self.settings.expected_rows
         return self.manifest.rows if given is None else given or None
 
@@ -1723,7 +1730,10 @@ class BulkUpdate(OpenSearchBaseManager):
             )
 
     def _verify_count(self) -> None:
-        """Raise OperationFailed unless the index holds exactly the documents that were stored."""
+        """Raise OperationFailed unless the number of documents in the index agrees with what was stored.
+
+        Rows that may have been replaced (`store.unsure`) may be missing; sets `store.replaced` to what was counted.
+        """
         store = self.store
         count, most = self._get_index_count(self.target.name), store.stored - store.replaced
         if not most - store.unsure <= count <= most:

@@ -81,6 +81,7 @@ CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 120  # the slowest response is that of a _refresh of a large index
 FIRST_CONTACT_S = 10  # a wrong endpoint fails fast; RETRY_SECONDS is for a cluster that has responded before
 CLEANUP_S = 18  # after a signal; supervisors send SIGKILL 30 s after SIGTERM at the earliest
+CLEANUP_GRACE_S = 2  # then the process ends, whatever it is doing
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30
 RETRY_AFTER_MAX_S = 60  # some proxies ask for an hour
 SLICE_S = 0.1  # throttled work is sent in slices of this length; longer slices would be bursty
@@ -113,7 +114,7 @@ class OperationFailed(Exception):
 
 
 class RequestFailed(OperationFailed):
-    """The cluster rejected a request.
+    """A request failed: it was rejected or not sent, or got no usable response.
 
     `status` is 0 if there was no response; with `never_sent`, the request cannot have taken effect.
     """
@@ -578,6 +579,9 @@ def _on_signal(number: int, _frame: object) -> None:
     if not interrupted.is_set():  # a second signal must not interrupt the clean-up
         _cleanup_deadline = time.monotonic() + CLEANUP_S
         interrupted.set()
+        # an exception in `Condition.__enter__` leaves its lock locked, and the clean-up could wait for it for ever
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+        signal.alarm(CLEANUP_S + CLEANUP_GRACE_S)
         raise Interrupted(number)
 
 
@@ -631,6 +635,7 @@ def signals_as_exceptions() -> Iterator[None]:
     try:
         yield
     finally:
+        signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -657,7 +662,7 @@ class Retry:
         self.restart()
 
     def restart(self) -> None:
-        """Reset the time, after progress."""
+        """Start the time limit and the count of attempts again; call this after progress."""
         self.began, self.attempt = time.monotonic(), 0
 
     def seconds_left(self) -> float:
@@ -909,7 +914,7 @@ def readers_after_failure(report: Mapping[str, Any]) -> str:
 
 
 def print_status(report_file: str, hold_file: str, lock_file: str, max_age_hours: str) -> None:
-    """Print what the last report, the HOLD file and the lock say. Exits with 1 if the last success is too old."""
+    """Print what the last report, the HOLD file and the lock say. Exits with 1 if no success is recent enough."""
     last = read_report(Path(report_file))
     if last.get("ended"):
         failed = f"failed at: {last.get('step')} (exit {last.get('exit_code')})"
@@ -1404,7 +1409,10 @@ class OpenSearchBaseManager(Connection):
         return found
 
     def read_index(self, index: str, accept: Sequence[int] = (404,)) -> dict[str, Any] | None:
-        """Return `aliases`, `mappings` and flat `settings`; None if there is no such index, or it is an alias."""
+        """Return `aliases`, `mappings` and flat `settings` of an index.
+
+        Returns None if the name is unknown or that of an alias, or if the response has a status in `accept`.
+        """
         return self._read(index, accept).get(index)
 
     def name_exists(self, name: str) -> bool:
@@ -1415,7 +1423,7 @@ class OpenSearchBaseManager(Connection):
         """Return the same as `read_index`. Raises OperationFailed if there is no such index."""
         if not (found := self._read(index, [404])):
             raise OperationFailed(f'index {index} does not exist; create it (README, "Setting up"), or, if a run with '
-                                  "COPY_METHOD=clone was stopped, run once with that")  # fmt: skip
+                                  "COPY_METHOD=clone was stopped, run again with COPY_METHOD=clone")  # fmt: skip
         if index not in found:
             raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the name of an index")
         return dict(found[index])
@@ -1728,7 +1736,7 @@ def recovered_settings(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unusable(index: str, found: Mapping[str, Any], obstacles: Sequence[str]) -> None:
-    """Raise Refused if the index is closed or has one of these settings."""
+    """Raise Refused if the index is closed, or if one of the settings named in `obstacles` is true."""
     settings = recovered_settings(found)
     if settings.get("index.verified_before_close") == "true":
         raise Refused(f"index {index} is closed; nothing was changed. Open it (POST /{index}/_open) and run again")

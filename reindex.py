@@ -147,7 +147,11 @@ class Clone:
                 EXPANSION: None if expansion == "false" else expansion}  # fmt: skip
 
     def _create(self, settings: Mapping[str, Any], source_uuid: str) -> None:
-        """Create the clone. If a response was lost, the repeated request is rejected, but the clone is there."""
+        """Create the clone and remember its UUID.
+
+        A rejected request is no failure if the clone exists: it repeated one whose response was lost. Raises
+        OperationFailed if there is no clone, or if another client has created the index.
+        """
         response = self._send(settings)
         made = self.manager.read_index(self.target.name)
         if not made:
@@ -355,9 +359,10 @@ class Reindex(OpenSearchBaseManager):
         self._verify_sample()
 
     def _verify_sample(self) -> None:
-        """Compare documents from a random place of each shard: pipelines, masked fields, derived sources differ.
+        """Compare documents from a random place in each shard with their copies.
 
-        Raises OperationFailed, which names fields, not values.
+        Pipelines, masked fields and derived sources make them differ. Raises OperationFailed, which names fields, not
+        values.
         """
         shards = self.shard_stats(self.source)
         settings = [self._verify_index_exists(index)["settings"] for index in (self.source, self.target.name)]
@@ -374,9 +379,9 @@ class Reindex(OpenSearchBaseManager):
             for key, original in originals.items():
                 if fields := differing_fields(original, copied.get(key)):
                     raise OperationFailed(
-                        f"{self.target.name} differs from {self.source}: in a sample of documents the fields "
-                        f"{', '.join(fields[:10])} have other values; check whether a pipeline changes documents, or "
-                        f"{self.who} sees masked values"
+                        f"{self.target.name} differs from {self.source}: in a sample of documents, these fields have "
+                        f"different values: {', '.join(fields[:10])}; check whether a pipeline changes documents, or "
+                        f"whether {self.who} sees masked values"
                     )
             compared += len(originals)
         log.info("compared %s documents of %s with their copies", compared, self.source)

@@ -231,7 +231,7 @@ report() { # report CODE: write last-<alias>.json; print the closing table, or a
   local summary="" last="$LOG_DIR/last-$ALIAS.json"
   summary=$(printf '%s\n' "$1"$'\t'"$step"$'\t'"$message" ${journal[@]+"${journal[@]}"} \
     | "$PYTHON" -c 'import sys, opensearch_base_manager as base; base.report_run(*sys.argv[1:])' \
-      "$last" "$ALIAS" "$began" 2>&8) || say "cannot write $last"
+      "$last" "$ALIAS" "$began" 2>&8) || say "cannot write $last; --status still shows the run before"
   if [[ -z $summary ]]; then
     return
   elif (($1 != 0)); then

@@ -481,8 +481,8 @@ class Audit:
         falling = {name for name in worst_first if has_fallen(*change[name], threshold)}
         fallen = [name for name in worst_first if name in falling and old[name].parent not in falling]
         self.fields = {"fields_checked": len(counts) + len(redefined)}
-        log.info("%s fields compared (threshold %s points); grown: %s; new: %s", self.fields["fields_checked"],
-                 threshold, with_values({name: shares(*change[name]) for name in grown}),
+        log.info("%s fields compared (threshold: %s percentage points); share has grown: %s; new: %s",
+                 self.fields["fields_checked"], threshold, with_values({name: shares(*change[name]) for name in grown}),
                  listed([name for name in new if name not in old]))  # fmt: skip
         if redefined or fallen:
             self._refuse_fields({**redefined, **{name: shares(*change[name]) for name in fallen}})
@@ -568,7 +568,9 @@ class Audit:
         """
         had, has = (view.hits(body) for view in self.views.values())
         if isinstance(had, str) and not had.startswith(REJECTED):
-            raise OperationFailed(f"{place}: failed in {self.source}: {had}; see GET _cluster/health, or change it")
+            raise OperationFailed(
+                f"{place}: failed in {self.source}: {had}; see GET _cluster/health, or change that line"
+            )
         if isinstance(had, str) and isinstance(has, str) and has.startswith(REJECTED):
             raise ConfigurationError(f"{place}: both indices answer {has}; change that line")
         return had, has
@@ -591,8 +593,8 @@ def check_disk(manager: OpenSearchBaseManager, index: str, factor: float) -> Non
             "nothing was changed. Add disk space, or turn this check off: DISK_CHECK=false"
         )
     if any(size < needed / len(free) for size in free.values()):
-        log.warning("a refresh of %s needs %.1f GB of disk, and one of the data nodes may run short: %s", index,
-                    needed / GB, shown)  # fmt: skip
+        log.warning("a refresh of %s needs %.1f GB of disk, and one of the data nodes may run short; free GB: %s",
+                    index, needed / GB, shown)  # fmt: skip
 
 
 class SwitchAlias(OpenSearchBaseManager):
@@ -713,9 +715,10 @@ class SwitchAlias(OpenSearchBaseManager):
             Audit(self, indices).check_beforehand()
 
     def copy_method(self) -> str:
-        """Return how the refresh that this check belongs to copies the live index; "" if it only loads the other one.
+        """Return how the refresh that this check is for will copy the live index; "" if it will not copy it.
 
-        The runner gives primary as source; with copy-back, readers who are on secondary only return.
+        Only copy-back copies, and only while readers are on primary, which the runner gives as --source. If they are
+        on secondary, primary is loaded, and readers return to it.
         """
         copies = self.settings.refresh_strategy == "copy-back" and self.source == self.settings.source
         return self.settings.copy_method if copies else ""

@@ -411,6 +411,25 @@ def test_an_unknown_exception_is_one_line_with_type_and_place(level, present, lo
     assert ("Traceback" in outcome.err) is present
 
 
+HANGS = """
+import signal, threading
+import opensearch_base_manager as base
+base.CLEANUP_S, base.CLEANUP_GRACE_S = 0, 1
+lock = threading.Lock()
+lock.acquire()
+with base.signals_as_exceptions():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        lock.acquire()
+"""
+
+
+def test_a_clean_up_that_hangs_ends_nevertheless():
+    done = script(env=BARE, code=HANGS)
+    assert (done.returncode, done.stderr) == (143, "")
+
+
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
