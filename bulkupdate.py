@@ -40,9 +40,9 @@ from typing import Any, BinaryIO
 
 from index_cleanup import ClearableIndex
 from opensearch_base_manager import (
-    MAX_CONNECTIONS, SUITE, Aws, Connection, OpenSearchBaseManager, OperationFailed, Probe, Progress, Refused, Response,
-    Retry, TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions,
-    in_background, index_name, log, parents_of, per_second, reading_probes, refuse_too_many_fields,
+    MAX_CONNECTIONS, SUITE, Aws, Connection, OpenSearchBaseManager, OperationFailed, Progress, Refused, Response, Retry,
+    TooManyRejects, add_settings, aws_errors, bucket_name, bulk_probe, deleting_probes, field_definitions,
+    in_background, index_name, log, mapping_probe, parents_of, per_second, reading_probes, refuse_too_many_fields,
     require_permissions, run_cli, seconds_since, settings_probe,
 )  # fmt: skip
 
@@ -1566,7 +1566,7 @@ class BulkUpdate(OpenSearchBaseManager):
         objects = objects or self.delivery.objects()
         types, added = self._inspect(objects)
         if self.keep and added:
-            require_permissions(self, [Probe("PUT", f"/{self.target.name}/_mapping", {"properties": {}})])
+            require_permissions(self, [mapping_probe(self.target.name)])
         if self.dry_run:
             log.info("dry run: the load would %s %s", "add to" if self.keep else "empty and fill", self.target.name)
             return {**self._result(objects), "dry_run": True}

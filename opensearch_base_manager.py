@@ -1249,7 +1249,7 @@ class Connection:
         """Send a request (bytes as NDJSON, anything else as JSON) and return the response.
 
         Connection errors, 429, 502, 503 and 504 are retried with exponential backoff. Retries end after RETRY_SECONDS
-        (after 10 s if the cluster has never responded; after a signal, with the clean-up time). A request with
+        (after 10 s if the cluster has never responded; after a signal, when clean-up must end). A request with
         `idempotent=False` is sent again only if it cannot have taken effect; otherwise OutcomeUnknown is raised. With
         `retry=False`, it is never sent again. A response whose status is in `accept` is returned; any other failure
         raises RequestFailed. At each 429, `busy` is called with the time when the attempt was sent.
@@ -1422,8 +1422,8 @@ class OpenSearchBaseManager(Connection):
     def _verify_index_exists(self, index: str) -> dict[str, Any]:
         """Return the same as `read_index`. Raises OperationFailed if there is no such index."""
         if not (found := self._read(index, [404])):
-            raise OperationFailed(f'index {index} does not exist; create it (README, "Setting up"), or, if a run with '
-                                  "COPY_METHOD=clone was stopped, run again with COPY_METHOD=clone")  # fmt: skip
+            raise OperationFailed(f'index {index} does not exist; create it first (README, "Setting up"), or, if a run '
+                                  "with COPY_METHOD=clone was stopped, run again with COPY_METHOD=clone")  # fmt: skip
         if index not in found:
             raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the name of an index")
         return dict(found[index])
@@ -1626,7 +1626,7 @@ class Probe(NamedTuple):
 
 # If the permission is there, the server rejects these for another reason: no such task, setting, scroll or document.
 UNKNOWN_SETTING = {"index.permission_probe": 1}
-NOT_THERE = {"_id": "permission-probe", "if_seq_no": 0, "if_primary_term": 1}
+NOT_THERE = {"_id": "permission-probe", "if_seq_no": 2**53, "if_primary_term": 1}  # whatever id a pipeline sets
 
 
 def reading_probes(*indices: str) -> list[Probe]:
@@ -1651,8 +1651,12 @@ def deleting_probes(index: str) -> list[Probe]:
         Probe("POST", "/_search/scroll", {"scroll_id": "permission-probe"}),
         Probe("GET", f"/{index}/_search_shards"),
         Probe("POST", f"/{index}/_delete_by_query?slices=auto", {"query": {"match_none": {}}}),
-        Probe("PUT", f"/{index}/_mapping", {"properties": {}}),
+        mapping_probe(index),
     ]
+
+
+def mapping_probe(index: str) -> Probe:
+    return Probe("PUT", f"/{index}/_mapping", {"properties": {}})
 
 
 def settings_probe(index: str) -> Probe:
@@ -1972,9 +1976,9 @@ class TargetIndex:
             ...                             # count
                                             # the marker is removed: only now is the index finished
 
-    State after a kill, by the last request that was sent. The next script that fills or empties the index,
-    on any host, recovers it: `claim` restores the settings, and the end of a successful `fill` removes the marker (not
-    with `bulkupdate.py --no-cleanup`). Until then, switch_alias.py refuses the index, and reindex.py does not copy it.
+    State after a kill, by the last request that was sent. The next script that fills or empties the index, on any
+    host, recovers it: `claim` restores the settings, and the end of a successful `fill` removes the marker (not with
+    `bulkupdate.py --no-cleanup`). Until then, switch_alias.py refuses the index, and reindex.py does not copy it.
 
         marker written            marker; all documents are there
         settings changed          marker, refresh interval -1 (and 0 replicas, if requested)
@@ -2050,8 +2054,8 @@ class TargetIndex:
         """Raise Refused if an alias points at the index now, or did when `found` was read."""
         if aliases := sorted((found or self.manager._verify_index_exists(self.name))["aliases"]):
             raise Refused(
-                f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Run "
-                "this on the other index, or first move readers there (switch_alias.py)"
+                f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give "
+                "the name of the other index, or first move readers there (switch_alias.py)"
             )
 
     def verify_same(self) -> None:

@@ -18,8 +18,9 @@ from index_cleanup import CannotReplace, ClearableIndex
 from opensearch_base_manager import (
     TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused,
     RequestFailed, Response, TooMuchAtOnce, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
-    field_definitions, index_name, log, missing_permissions, per_second, reading_probes, refuse_too_many_fields,
-    refuse_unusable, result_window, run_cli, run_to_completion, seconds_since, settings_probe, verify_sees_everything,
+    field_definitions, index_name, log, mapping_probe, missing_permissions, per_second, reading_probes,
+    refuse_too_many_fields, refuse_unusable, result_window, run_cli, run_to_completion, seconds_since, settings_probe,
+    verify_sees_everything,
 )  # fmt: skip
 
 LATE_REQUEST_S = 1  # after a signal, a request that was sent before it arrives within this time, as a rule
@@ -63,8 +64,7 @@ class Clone:
 
     def obstacle(self) -> str:
         """Return why the source cannot be cloned, or "": send requests that the cluster must reject."""
-        probes = [settings_probe(self.source), Probe("PUT", f"/{self.source}/_mapping", {"properties": {}})]
-        if missing := missing_permissions(self.manager, probes):
+        if missing := missing_permissions(self.manager, [settings_probe(self.source), mapping_probe(self.source)]):
             return f"the role of {self.manager.who} lacks {', '.join(missing)} on {self.source}"
         try:
             self._send({"index.permission_probe": 1})
@@ -227,10 +227,10 @@ class Reindex(OpenSearchBaseManager):
 
     def _continue_clone(self) -> None:
         """Clone whatever COPY_METHOD is, if a crashed run has deleted the target: its replicas are in the marker."""
-        found = self.read_index(self.source, accept=[403, 404])
-        marker = Marker(self, self.source)
-        crashed = found and (own := marker.read(found)) and marker.is_of_clone_source(own)
-        if not self.clone and crashed and not self.name_exists(self.target.name):
+        if self.clone or self.read_index(self.target.name, accept=[403, 404]):
+            return
+        found, marker = self.read_index(self.source, accept=[403, 404]), Marker(self, self.source)
+        if found and (crashed := marker.read(found)) and marker.is_of_clone_source(crashed):
             log.warning("index %s is missing: a run crashed while it cloned %s, so it is cloned again",
                         self.target.name, self.source)  # fmt: skip
             self.clone = Clone(self)
@@ -245,7 +245,7 @@ class Reindex(OpenSearchBaseManager):
         other_ways = "COPY_METHOD=clone or REFRESH_STRATEGY=alternate"
         if not stored.get("enabled", True):
             raise Refused(f"index {self.source} does not store its documents (_source is disabled), so they cannot be "
-                          f"copied; nothing was changed. Run the refresh with {other_ways}")  # fmt: skip
+                          f"copied; nothing was changed. Set {other_ways} for the refresh")  # fmt: skip
         if stored:
             log.warning("index %s stores documents without some of their fields (_source: %s), so a copy lacks them; "
                         "%s keeps them", self.source, json.dumps(stored), other_ways)  # fmt: skip

@@ -141,7 +141,7 @@ refuse_hold() { # an operator wants readers to stay on their index
   [[ -e $hold || -L $hold ]] || return 0
   reason=$("$PYTHON" -c 'import sys, opensearch_base_manager as base
 print(base.hold_reason(sys.argv[1]))' "$hold") || true
-  die "held: $reason; to continue, delete $hold, or run this script with --release" 4
+  die "held: ${reason:-no reason given}; to continue, delete $hold, or run this script with --release" 4
 }
 
 take_lock() { # the steps inherit the lock: no other refresh starts while one of them is running

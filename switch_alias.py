@@ -376,7 +376,7 @@ class Audit:
         A clone will have the settings and fields of the source.
         """
         self._refuse_unsupported()
-        if self.switch.copy_method() != "clone":
+        if copy_method(self.settings, self.source) != "clone":
             self._compare_settings()
             if self.settings.field_threshold < 100 and (redefined := self._read_fields()[2]):
                 self._refuse_fields(redefined)
@@ -506,7 +506,7 @@ class Audit:
         self.fields["fields_fallen"] = differing
         command = self.switch.command(self.source, self.target, accept_fields=[*self.accepted, *differing])
         remedy = f"Load {self.target} again from complete data, or, if the differences are intended, run {command}"
-        if self.settings.show and self.switch.copy_method():  # reindex.py does not copy into other definitions
+        if self.settings.show and copy_method(self.settings, self.source):  # reindex.py refuses other definitions
             remedy = f"Recreate {self.target} with the mapping of {self.source}"
         raise Refused(
             f"these fields are rarer in {self.target} than in {self.source}, or defined differently: "
@@ -574,6 +574,22 @@ class Audit:
         if isinstance(had, str) and isinstance(has, str) and has.startswith(REJECTED):
             raise ConfigurationError(f"{place}: both indices answer {has}; change that line")
         return had, has
+
+
+def copy_method(settings: argparse.Namespace, live: str) -> str:
+    """Return how the refresh that a check is for will copy the live index; "" if it will not copy it.
+
+    Only copy-back copies, and only while readers are on primary, which the runner gives as --source. If they are on
+    secondary, primary is loaded, and readers return to it.
+    """
+    copies = settings.refresh_strategy == "copy-back" and live == settings.source
+    return str(settings.copy_method) if copies else ""
+
+
+def warn_about_moving_shards(manager: OpenSearchBaseManager) -> None:
+    if moving := manager.request("GET", "/_cluster/health").data["relocating_shards"]:
+        log.warning("%s shards are relocating: if a node is about to leave, or the domain is being changed, a task "
+                    "that copies or deletes documents may be lost with its node", moving)  # fmt: skip
 
 
 def check_disk(manager: OpenSearchBaseManager, index: str, factor: float) -> None:
@@ -704,24 +720,14 @@ class SwitchAlias(OpenSearchBaseManager):
         if others := sorted({*found[self.source]["aliases"]} - {self.alias}):
             log.warning("alias %s points at %s too: a refresh that would empty this index is refused; give that alias "
                         "an index of its own", ", ".join(others), self.source)  # fmt: skip
-        if moving := self.request("GET", "/_cluster/health").data["relocating_shards"]:
-            log.warning("%s shards are relocating: if a node is about to leave, or the domain is being changed, a task "
-                        "that copies or deletes documents may be lost with its node", moving)  # fmt: skip
+        warn_about_moving_shards(self)
+        method = copy_method(self.settings, self.source)
         if self.settings.disk_check:
-            check_disk(self, self.source, DISK_TO_COPY if self.copy_method() == "reindex" else DISK_TO_LOAD)
+            check_disk(self, self.source, DISK_TO_COPY if method == "reindex" else DISK_TO_LOAD)
         if self.target in found:
-            if self.settings.refresh_strategy == "copy-back" and not self.copy_method():
+            if self.settings.refresh_strategy == "copy-back" and not method:
                 self.settings.accept_settings = ["*"]  # readers return to the index that they normally use
             Audit(self, indices).check_beforehand()
-
-    def copy_method(self) -> str:
-        """Return how the refresh that this check is for will copy the live index; "" if it will not copy it.
-
-        Only copy-back copies, and only while readers are on primary, which the runner gives as --source. If they are
-        on secondary, primary is loaded, and readers return to it.
-        """
-        copies = self.settings.refresh_strategy == "copy-back" and self.source == self.settings.source
-        return self.settings.copy_method if copies else ""
 
     # --- the indices behind the alias ---
 

@@ -475,7 +475,8 @@ def test_a_file_that_a_variable_names_is_beside_the_scripts(make_pair, switch, m
     monkeypatch.setenv("READER_QUERIES", "no/such file")
     outcome = switch(*make_pair(FLIGHT, FLIGHTS))
     assert outcome.code == 2
-    assert f"cannot read {base.HERE}/no/such file (READER_QUERIES, --queries): FileNotFoundError" in outcome.last
+    assert f"cannot read {base.HERE}/no/such file (READER_QUERIES, --queries): FileNotFoundError; " in outcome.last
+    assert outcome.last.endswith("give a readable UTF-8 file")
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,8 @@ def test_missing_parameters_are_named(commands, run, box, name, connect, monkeyp
     prefix = f"/{name('parameters')}"
     sandbox.aws_client("ssm", box.environment).put_parameter(Name=f"{prefix}/endpoint", Value="x", Type="String")
     monkeypatch.setenv("OPENSEARCH_PARAMETER_PREFIX", prefix)
-    assert_says(run(*commands.copy), 1, f"Parameter Store lacks {prefix}/username, {prefix}/password in", "create what")
+    lacks = f"Parameter Store lacks {prefix}/username, {prefix}/password in this region"
+    assert_says(run(*commands.copy), 1, lacks, "create what is missing")
 
 
 def test_a_denied_parameter_names_the_permission(commands, run, environment, connect, monkeypatch):
@@ -297,14 +298,14 @@ def test_a_missing_index_is_named(missing, script, commands, run, name):
     names = {"source": commands.old, "target": commands.new, missing: name("none")}
     alias = ["--alias", commands.alias] if script is switch_alias else []
     outcome = run(script, *alias, "--source", names["source"], "--target", names["target"])
-    assert_says(outcome, 1, f"index {name('none')} does not exist; create it")
+    assert_says(outcome, 1, f"index {name('none')} does not exist; create it first")
 
 
 def test_a_missing_index_of_a_load_or_cleanup_is_named(run, name, put_csv):
     prefix = put_csv({"a.csv": "n\n1\n"})
     load = load_arguments(prefix, name("none"))
     for outcome in (run(bulkupdate, *load), run(index_cleanup, "--index", name("none"))):
-        assert_says(outcome, 1, f"index {name('none')} does not exist; create it")
+        assert_says(outcome, 1, f"index {name('none')} does not exist; create it first")
 
 
 def test_an_alias_in_the_place_of_an_index_is_not_followed(commands, run, put_csv):

@@ -16,7 +16,7 @@ TOP = Path(__file__).resolve().parent.parent
 ERRORS = ("OperationFailed", "RequestFailed", "ConfigurationError", "TooManyRejects", "Refused", "Locked")
 # A question is advice too, an example, the list of allowed values, or another message that is passed on.
 ADVICE = re.compile(
-    r"\b(run (it )?again|run th(is|e)|give|set|check|see|load|(re)?create|delete|renew|rename|remove|save|wait|"
+    r"\b(run (it )?again|give|set|check|see|load|(re)?create|delete|renew|rename|remove|save|wait|"
     r"add|change)\b|such as|none of|\?|command\(|_advice\(|ADVICE|_reason_of|\{error\}|what_to_do|remedy|AGAIN", re.I
 )  # fmt: skip
 

@@ -289,7 +289,7 @@ def test_the_next_run_on_whatever_machine_restores_the_index(
     monkeypatch.setenv("CLEANUP_METHOD", method)
     outcome = run(*commands(index, make_index, put_csv, PROPERTIES)[script])
     assert outcome.code == 0, outcome.err
-    assert f"index {index} is missing: a run crashed after deleting it" in outcome.err
+    assert f"index {index} is missing: a run crashed after deleting it and before recreating it" in outcome.err
     assert definition(admin, index) == deleted
     assert count(admin, index) == documents
     assert not exists(admin, f"{index}-recreate")
@@ -487,7 +487,7 @@ def test_a_backup_that_may_not_be_read_is_not_treated_as_missing(method, deleted
     may_recreate("indices:monitor/stats")
     outcome = recreate(index, "--method", method)
     assert outcome.code == 1, outcome.err
-    assert f"index {index} does not exist; create it" in outcome.last
+    assert f"index {index} does not exist; create it first" in outcome.last
     assert f"unless {index}-recreate holds its definition; that index cannot be read" in outcome.last
     assert "lacks indices:admin/get" in outcome.last
     may_recreate(*sandbox.RECREATE_PERMISSIONS)

@@ -153,7 +153,7 @@ def test_an_index_that_is_deleted_while_it_is_filled_fails_until_it_is_there_aga
     assert f"FAILED at: {step}" in run.err
     assert world.behind_alias() == [world.primary if step == "1 copy" else world.secondary]
     again = undisturbed(world)
-    world.expect(again, code=1, message=f"index {index} does not exist; create it")
+    world.expect(again, code=1, message=f"index {index} does not exist; create it first")
     world.admin("PUT", f"/{index}", {"settings": SETTINGS, "mappings": MAPPING})
     world.before[index] = world.state(index)  # the UUID is another
     world.heal()
