@@ -131,7 +131,8 @@ class Clone:
         """Remove block and marker from the source: the cluster has rejected a request, and none is on its way."""
         if self.marker.own:
             self.marker.restore_settings(self.marker.own)
-            self.marker.replace()
+            if self.marker.read():  # otherwise a signal interrupted this after the marker was removed
+                self.marker.replace()
 
     def _replicas_of_target(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the target's replica settings; if a crashed run deleted the target, those kept in its marker.
