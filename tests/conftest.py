@@ -40,6 +40,19 @@ from fault_proxy import FaultProxy
 # botocore parses the same model files for each client; once per process is enough, and saves a tenth of a second a run
 _parsed = functools.cache(functools.partial(JSONFileLoader.load_file, JSONFileLoader()))
 JSONFileLoader.load_file = lambda self, path: _parsed(path)  # type: ignore[method-assign]
+_create_client, _clients = base.Aws.client, dict[Any, Any]()
+
+
+def shared_client(aws: base.Aws, service: str, **options: Any) -> Any:
+    """Create each client of boto3 once per process and environment: this takes an eighth of the tests' time."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    key = (aws.region, service, *options.items(), *variables.items())
+    if key not in _clients:
+        _clients[key] = _create_client(aws, service, **options)
+    return _clients[key]
+
+
+base.Aws.client = shared_client  # type: ignore[method-assign]
 
 # under nohup and `&` they are ignored, and would be by all that is started here
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
