@@ -1,8 +1,8 @@
 """Replace the documents of an index with the rows of all CSV files under an S3 prefix. Each row is stored exactly once.
 
 Example:    python bulkupdate.py --bucket your-bucket --prefix your/prefix/ --index my_index_primary --batch-size 1000
-Exit codes: 0 the index holds every row, verified by count; 1 failed; 2 usage; 3 finished, but more rows were rejected
-            than MAX_REJECTS; 4 refused before any change; 75 locked; 129, 130, 143 signals.
+Exit codes: 0 loaded, and verified by count; 1 failed; 2 usage; 3 finished, but more rows were rejected than
+            MAX_REJECTS; 4 refused before any change; 75 locked; 129, 130, 143 signals.
 
 The file follows the data from top to bottom: list, inspect, read, parse, convert, render, batch, send. `Renderer` turns
 CSV records into bulk text without a cluster, `BulkStore` sends bulk text without CSV, and `BulkUpdate`, at the end,
@@ -56,20 +56,20 @@ READ_AHEAD_BYTES = 4 * MIB  # total of all objects that wait for their turn
 READ_BYTES = 256 * 1024  # per read from S3
 S3_READ_TIMEOUT_S = 20  # S3 responds within a second; resuming a hung read is cheap
 S3_FIRST_CONTACT_S = 10  # a wrong endpoint or region is reported soon
-CHUNK_BYTES = 16 * 1024  # of text per step: its cells fit into the processor's cache; 256 KiB took 1.5 times as long
+CHUNK_BYTES = 16 * 1024  # parsed at once: its cells fit into the processor's cache; 256 KiB took 1.5 times as long
 MAX_CELL_CHARS = 8 * MIB  # a quote that is still open after this much text is a stray quote
 MAX_LINE_BYTES = 16 * MIB  # also the maximum for a record
 MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes reject requests above 10 MiB
 MIN_REQUESTS = 3  # in flight; fewer would leave two cores idle between requests
 MAX_BYTES_IN_FLIGHT = 24 * MIB  # bodies in memory here and on the node, which allows 10 % of its heap (107 MB of 1 GB)
-MAX_BYTES_OF_FIXED = 40 * MIB  # with --workers
-QUEUE_S = 0.1  # of queued work in the cluster; less slows distant loads, more delays other clients' writes
-JITTER = 0.25  # or this share of the fastest response: when times varied by 0.5 s around 1 s, the limit fell to 4
-WINDOW_S, WINDOW_RESPONSES = 0.25, 1.2  # minimum length of a measurement: seconds, and fastest response times
+MAX_BYTES_OF_FIXED = 40 * MIB  # the same limit with --workers
+QUEUE_S = 0.1  # of queued work in the cluster; less slows loads with a high latency, more delays other clients' writes
+JITTER = 0.25  # or this share of the fastest response time; without it, the limit fell to 4 at times of 1 s +- 0.5 s
+WINDOW_S, WINDOW_RESPONSES = 0.25, 1.2  # minimum length of a measurement: in seconds, in fastest response times
 REFRESH_EVERY_DOCUMENTS = 100_000  # 2 to 4 % faster than one refresh at the end
-CACHED_CELLS = 4000  # converted values per column, of at most so many characters each
-CACHED_CELL_CHARS = 32
-REJECTS_TOLERATED = 10_000  # after more, the files do not fit the index; MAX_REJECTS can raise this
+CACHED_CELLS = 4000  # converted values kept per column
+CACHED_CELL_CHARS = 32  # longer cells are not kept
+REJECTS_TOLERATED = 10_000  # a load with more stops, since files and index do not fit; MAX_REJECTS can raise this
 REJECTS_SHOWN = 5
 REASONS_SHOWN = 10
 REASON_END = re.compile(r""": ['"]| in document with id | \(""")  # the rest of a reason concerns a single row
@@ -82,9 +82,9 @@ IRRELEVANT_SETTINGS = re.compile(  # settings that change neither documents nor 
 DOCUMENT_END = "}\n"
 FIRST_COMMA = re.compile("\n{,")  # of a document without its first column; a rendered cell contains no newline
 GZIP_MAGIC = b"\x1f\x8b"
-MAX_ID_BYTES = 512  # the cluster rejects a complete request for one longer id
+MAX_ID_BYTES = 512  # a single longer id makes the cluster reject the entire request
 BULK_RESULTS = "errors,items.*.status,items.*.error.type,items.*.error.reason,items.*.error.caused_by.reason"
-VALUE = re.compile(  # what column names do not look like: an empty cell, a number, a date
+VALUE = re.compile(  # cells that are unlikely as column names: empty, a number, a date
     r"|[+-]?[0-9.,]*[0-9](?:[eE][+-]?[0-9]+)?|[0-9]{4}-[0-9]{2}-[0-9]{2}.*|[0-9]{1,2}/[0-9]{1,2}/[0-9]{2,4}.*"
 )
 METADATA_FIELDS = frozenset(
@@ -124,19 +124,19 @@ class S3Object:
 def log_ignored(data: Sequence[S3Object], ignored: Sequence[S3Object]) -> None:
     """Log the objects that are not loaded. CSV files among them cause a warning."""
     if leftovers := [item for item in ignored if item.is_csv()]:
-        number, size = counted(len(leftovers), "object"), sum(item.size for item in leftovers)
-        log.warning('not loaded, because a part of the name begins with "." or "_": %s (%s bytes), the first is %s',
+        number, size = plural(len(leftovers), "object"), sum(item.size for item in leftovers)
+        log.warning('not loaded, because a file or folder name begins with "." or "_": %s (%s bytes), the first is %s',
                     number, f"{size:,}", leftovers[0].key)  # fmt: skip
     empty = sum(not item.size for item in data)
     folders = sum(item.key.endswith("/") for item in ignored)
     others = len(ignored) - len(leftovers) - folders
     parts = [(empty, "empty object"), (folders, "folder"), (others, "object")]
-    if text := ", ".join(counted(number, word) for number, word in parts if number):
+    if text := ", ".join(plural(number, word) for number, word in parts if number):
         log.info("not loaded: %s%s", text, " not named *.csv or *.csv.gz" * (others > 0))
 
 
 def is_leftover(key: str, prefix: str) -> bool:
-    """Return whether the name marks a temporary file, by Spark's rule. `_date=2024-01-01/` is a partition."""
+    """Return whether the name is that of a temporary file, as Spark defines it. `_date=2024-01-01/` is a partition."""
     parts = key.removeprefix(prefix).split("/")
     if prefix and not prefix.endswith("/"):
         parts = parts[1:]  # the first one begins within the prefix
@@ -188,12 +188,12 @@ def parse_manifest(data: bytes, bucket: str, prefix: str) -> Manifest | None:
     return Manifest(sizes, rows) if sizes or rows is not None else None
 
 
-def counted(number: int, word: str) -> str:
+def plural(number: int, word: str) -> str:
     return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 class Bucket:
-    """The objects of one bucket. A failure is an OperationFailed that names the object.
+    """The objects of one bucket. Final failures are raised as OperationFailed, which names the object.
 
     `list_objects` and S3Body retry, so the client itself makes a single attempt. `retry_seconds` limits the retries of
     a read without progress, and of the listing after a load.
@@ -201,7 +201,7 @@ class Bucket:
 
     def __init__(self, name: str, aws: Aws, retry_seconds: float) -> None:
         self.name, self.retry_seconds = name, retry_seconds
-        self.kept: dict[str, bytes] = {}  # small objects by key, complete since the checks
+        self.kept: dict[str, bytes] = {}  # complete small objects by key, read by the checks
         with aws_errors(f"s3://{name}", "s3:ListBucket on the bucket"):
             self.client = aws.client("s3", attempts=1, read_timeout_s=S3_READ_TIMEOUT_S, connections=READS_AT_ONCE + 1)
 
@@ -226,7 +226,7 @@ class Bucket:
                         raise
 
     def get(self, item: S3Object, first: int, last: int) -> Any:
-        """Return a stream of some bytes of an object as it was listed.
+        """Return a stream of the bytes `first` to `last`, inclusive, of the listed version of an object.
 
         Raises OperationFailed if it was replaced or deleted since, or access is denied. A transient failure (5xx,
         connection error) is raised unchanged.
@@ -242,7 +242,7 @@ class Bucket:
                 raise
             if done := {404: "deleted", 412: "replaced"}.get(error.response["ResponseMetadata"]["HTTPStatusCode"]):
                 raise OperationFailed(f"{place} has been {done} since it was listed; run again") from None
-            with aws_errors(place, "s3:GetObject (and kms:Decrypt for your own key)"):
+            with aws_errors(place, "s3:GetObject (and kms:Decrypt for a customer managed key)"):
                 raise
 
 
@@ -276,7 +276,7 @@ class NewColumns(dict[str, set[str]]):
         self._mapping, self._known = mapping, types_in(mapping)
 
     def undecided(self, columns: Sequence[str]) -> list[int]:
-        """Add the new ones of these columns; return the positions where more values could still change the type."""
+        """Add those of the columns that are new; return the positions of those whose type more values could change."""
         new = [(place, name) for place, name in enumerate(columns) if name not in self._known]
         return [place for place, name in new
                 if "text" not in self.setdefault(name, set()) and is_dynamic(self._mapping, name)]  # fmt: skip
@@ -328,7 +328,7 @@ def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
             raise OperationFailed(f"{item.key}: broken gzip: {error}; write the object again") from None
         complete = complete and unpacker.eof and not unpacker.unused_data
     if found := [kind for magic, kind in NO_CSV.items() if data.startswith(magic)]:
-        raise Refused(f"{item.key} is {found[0]}; save it as plain CSV, or compressed with gzip once")
+        raise Refused(f"{item.key} is {found[0]}; save it as CSV, uncompressed or compressed once with gzip")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or abs(data[::2].count(0) - data[1::2].count(0)) > len(data) // 4:
         raise Refused(f"{item.key} is encoded in UTF-16; save it as UTF-8")
     if data.count(0) > len(data) // 4:
@@ -375,7 +375,7 @@ def check_names(head: Head) -> None:
         raise Refused(f"{head.key}: duplicate column names: {', '.join(doubled)}; rename them")
     if wrong := [name for name in head.columns if not all(name.split(".")) or name in METADATA_FIELDS]:
         names = ", ".join(map(repr, wrong))
-        raise Refused(f"{head.key}: the header has names that cannot be fields: {names}; rename them")
+        raise Refused(f"{head.key}: the header has invalid field names: {names}; rename them")
 
 
 def types_in(mapping: Mapping[str, Any]) -> dict[str, str]:
@@ -410,7 +410,7 @@ def new_fields(index: str, mapping: Mapping[str, Any], new: Mapping[str, set[str
     added = {name: templates.get(name) or new_field(kinds) for name, kinds in new.items() if name not in ignored}
     values = {name for name, kind in types_in(mapping).items() if kind not in ("object", "nested")}
     if inside := [name for name in added if parents_of(name) & {*values, *added}]:  # a.b beside a number a
-        raise Refused(f"columns whose parent field is not an object: {', '.join(inside)}; rename one of the two fields")
+        raise Refused(f"columns whose parent field is not an object: {', '.join(inside)}; rename them or their parents")
     if added:
         log.info("new fields: %s", ", ".join(f"{name} ({value['type']})" for name, value in added.items()))
     return added
@@ -551,7 +551,7 @@ class S3Body(io.RawIOBase):
                 self._body = self._body or self._open()
                 if data := self._body.read(size):
                     return bytes(data)
-                raise OSError("it ended early")
+                raise OSError("the response ended early")
             except OperationFailed:
                 raise
             except Exception as error:  # urllib3, botocore, http.client and ssl each have their own
@@ -646,7 +646,7 @@ def parse(text: str, place: str, first_line: int, delimiter: str) -> tuple[Block
 def parse_records(text: str, place: str, first_line: int, delimiter: str) -> tuple[Block, str]:
     """Parse records one by one, since some of them span several lines or have defects."""
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
-    rows, ends, rest = list[Any](), [0], ""  # the number of lines up to the end of each record
+    rows, ends, rest = list[Any](), [0], ""  # ends: the number of lines up to the end of each record
     while True:
         try:
             for row in reader:
@@ -733,7 +733,7 @@ def read_csv(
 
 def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) -> Iterator[Block]:
     """Yield the records of one object in blocks, beginning with the header."""
-    text, line, suspect, unfinished = "", 1, False, 0  # of an unfinished record: text, first line, length
+    text, line, suspect, unfinished = "", 1, False, 0  # of the unfinished record; the last one is its length
     try:
         for piece, is_suspect in itertools.chain(read_lines(stream), [("", False)]):
             text += piece if text or line > 1 else piece.removeprefix("\ufeff")
@@ -760,7 +760,7 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) ->
 
 # --- convert ----------------------------------------------------------------------------------------------------------
 
-EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"])  # for all but `render_text`
+EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"])  # empty, except for `render_text`
 NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]+))?")
 BOOLEANS = dict.fromkeys(["true", "yes", "t", "1"], "true") | dict.fromkeys(["false", "no", "f", "0"], "false")
 
@@ -827,7 +827,7 @@ def render_json(cell: str) -> str:
         json.loads(cell, parse_constant=lambda name: json.loads(""), parse_float=str, parse_int=str)
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
-    return cell.translate({10: " ", 13: " "})  # JSON allows them outside strings only
+    return cell.translate({10: " ", 13: " "})  # JSON has line breaks only between tokens
 
 
 RENDERERS: dict[str, Render] = {  # every other type: render_other
@@ -866,7 +866,7 @@ class Column(dict[str, str]):
 
 
 def separator(operation: str, quoted_id: str, version: str = "") -> str:
-    """Return the text between two documents: the end of one, the action line of the next, and its brace."""
+    """Return the text between two documents: the end of one, then action line and opening brace of the next."""
     return f'{DOCUMENT_END}{{"{operation}":{{"_id":{quoted_id}{version}}}}}\n{{'
 
 
@@ -892,7 +892,7 @@ class Renderer:
     """Turns the records of all objects into bulk text, and passes defective ones to `reject(key, line, ...)`.
 
     Only the main thread uses it, except for `is_own_version`. Without an id column, the ids depend only on bucket, key
-    and record number, so a resend or another load changes nothing.
+    and record number, so a resend or another load creates no duplicates.
     """
 
     def __init__(
@@ -902,7 +902,7 @@ class Renderer:
         self.columns = {name: Column(name, kind) for name, kind in types.items()}
         self.reject, self.bucket = reject, bucket
         self.id_column, self.operation = id_column, operation
-        is_text = RENDERERS.get(types.get(id_column, "text")) is render_text  # `NA` is Namibia
+        is_text = RENDERERS.get(types.get(id_column, "text")) is render_text  # `NA` may be Namibia's id
         self.no_ids = {"", r"\N"} if is_text else {*EMPTY, r"\N"}
         self.first_version = time.time_ns()  # with --id-column; versions rise with each row and from load to load
         self.read = self.skipped = 0  # records
@@ -1077,7 +1077,7 @@ def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
             count, length = count + part.count(), length + len(part.body)
             if count >= size or length >= MAX_BATCH_BYTES:
                 batch = Batch.joined(parts)
-                parts, count, length = [], 0, 0  # before the wait: they are as large as the batch
+                parts, count, length = [], 0, 0  # free the parts before the batch waits to be sent
                 yield batch
     if parts:
         yield Batch.joined(parts)
@@ -1089,11 +1089,11 @@ def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
 class ConcurrencyLimit:
     """The number of bulk requests that may be in flight, by Little's law.
 
-    The limit is the number of requests that the cluster completes in its fastest response time plus a tenth of a
-    second, or plus a quarter of that time if this is longer. More requests would only wait in the cluster's queue and
-    delay other clients' writes. The rate is measured in windows that begin and end with a completion. After a 429, the
-    limit is half the number in flight, and it rises by at most one per window. A fixed limit only changes after a 429.
-    Batches should have about the same size, since the fastest response of all counts.
+    The limit is the number of requests that the cluster completes within its fastest response time plus an allowance: a
+    tenth of a second or a quarter of that time, whichever is longer. More requests would only wait in the cluster's
+    queue and delay other clients' writes. The rate is measured in windows that begin and end with a completion. After a
+    429, the limit is half the number in flight, and it rises by at most one per window. A fixed limit changes only
+    after a 429. Batches should be of similar size: one small batch would set the fastest response time for all.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -1106,7 +1106,7 @@ class ConcurrencyLimit:
         self._halved = 0.0
 
     def completed(self, sent: float) -> None:
-        """Count a request whose first attempt stored all documents; set the limit at the end of a window."""
+        """Count a request after which nothing had to be resent; set the limit at the end of a window."""
         with self._lock:
             now = time.monotonic()
             self._fastest_s = min(self._fastest_s, now - sent)
@@ -1131,7 +1131,7 @@ class ConcurrencyLimit:
                 self.number = self._ceiling = max(1, min(self.number, self.in_flight) // 2)
                 log.warning("the cluster is busy (429): at most %s requests in flight from now on", self.number)
 
-    def interrupt(self) -> None:
+    def discard_window(self) -> None:
         """Discard the current window: without requests in flight, its rate is not the cluster's."""
         with self._lock:
             self._window_began = 0.0
@@ -1157,7 +1157,7 @@ class BulkWorkers:
         with self._changed:
             self._wait_for(lambda: limit.in_flight < limit.number and self._bytes + size <= limit.max_bytes)
             if not limit.in_flight:
-                limit.interrupt()
+                limit.discard_window()
             limit.in_flight += 1
             self._bytes += size
             self.peak = max(self.peak, limit.in_flight)
@@ -1207,8 +1207,8 @@ class BulkStore:
         self._lock = threading.Lock()  # guards the attributes below
         self.stored = 0
         self.dropped = 0  # by an ingest pipeline
-        self.replaced = 0  # stored rows whose id another row has as well
-        self.unsure = 0  # stored rows that may have been replaced: a response was lost
+        self.replaced = 0  # stored rows that added no document, because their id existed
+        self.unsure = 0  # stored rows that may belong to those, since a response was lost
         self._max_bytes = MAX_BATCH_BYTES
         self._refreshed_at = 0  # documents
 
@@ -1232,12 +1232,13 @@ class BulkStore:
                     self._store(half, resent)
                 return
             response = self._cluster.request(
-                "POST", f"/{self.index}/_bulk", batch.body, params=self._params, accept=[413], busy=self._limit.halve
-            )
+                "POST", f"/{self.index}/_bulk", batch.body, params=self._params, accept=[413],
+                on_throttled=self._limit.halve,
+            )  # fmt: skip
             resent = resent or response.resent
             if response.status == 413:
                 if count == 1:
-                    return self._refused(batch, f"larger than the cluster accepts ({len(batch.body):,} bytes)")
+                    return self._reject_document(batch, f"larger than the cluster accepts ({len(batch.body):,} bytes)")
                 self._lower_max_bytes(len(batch.body))
                 continue
             batch, refusal = self._handle_item_results(batch, response, resent)
@@ -1269,7 +1270,7 @@ class BulkStore:
             return Batch(), ""
         items = [next(iter(item.values())) for item in response.data.get("items", [])]
         if len(items) != count:
-            return batch, f"{len(items)} results for {count} documents"
+            return batch, f"the response has {len(items)} results for {count} documents"
         again, refusal = [], ""
         for document, item in zip(batch.documents(), items):
             status, error = item["status"], item.get("error", {})
@@ -1287,22 +1288,22 @@ class BulkStore:
                 refusal = f"{status} {kind}: {reason}"
             else:
                 cause = error.get("caused_by", {}).get("reason", "")
-                self._refused(document, f"{kind}: {reason}{cause and ': ' + cause}")
+                self._reject_document(document, f"{kind}: {reason}{cause and ': ' + cause}")
         return Batch.joined(again), refusal
 
     def _handle_conflict(self, document: Batch, reason: str, resent: bool) -> None:
-        """Count or reject a document whose id exists (without an id column) or has a version at least as high."""
+        """Handle a conflict: the id exists, or, with an id column, has at least the version of this document."""
         version = re.search(r"current version \[(\d+)\]", reason)
         if not self._is_own_version:
-            self._count(stored=1)  # an earlier attempt stored it: ours, or the cluster's own after a node failure
+            self._count(stored=1)  # an earlier attempt stored it (this client's or the cluster's own)
         elif version and self._is_own_version(int(version[1])):  # a later row, or an earlier attempt for this row
             again = resent or re.search(r"current version \[(\d+)\].*\[\1\]", reason) is not None
             self._count(stored=1, replaced=not again, unsure=again)
         else:
-            self._refused(document, f"{reason}: the clock of the host of an earlier load was ahead, or another client "
-                                    "writes to the index")  # fmt: skip
+            self._reject_document(document, f"{reason}: an earlier load ran on a host whose clock was ahead, or "
+                                            "another client writes to the index")  # fmt: skip
 
-    def _refused(self, document: Batch, reason: str) -> None:
+    def _reject_document(self, document: Batch, reason: str) -> None:
         named = re.search(r'field(?: \[|=")([^\]"]+)', reason)
         row = json.loads(document.body.split(b"\n")[1], parse_float=str, parse_int=str)  # with every digit
         [(key, line)] = [(key, line) for key, lines in document.origins for line in lines]
@@ -1338,7 +1339,7 @@ class Rejects:
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
             where = f"{self.path.parent}: {error.strerror}"
-            raise OperationFailed(f"{where}; set LOG_DIR to a folder of your own") from None
+            raise OperationFailed(f"{where}; set LOG_DIR to a writable folder") from None
 
     def add(self, key: str, line: int, defect: Defect) -> None:
         entry = {"object": key, "line": line, "column": defect.column, "reason": defect.reason, "row": defect.row}
@@ -1399,7 +1400,7 @@ class Delivery:
         if not objects:
             advice = "check bucket and prefix"
             if others := [item.key for item in ignored if not item.is_csv()]:
-                advice = f"{others[0]} is not named *.csv or *.csv.gz; a manifest (READY_OBJECT) may list such objects"
+                advice = f"{others[0]} is not named *.csv or *.csv.gz; rename it or list it in a READY_OBJECT manifest"
             raise Refused(f"{self.place}: no .csv or .csv.gz object; nothing was changed; {advice}")
         log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
@@ -1409,9 +1410,9 @@ class Delivery:
         self._refuse_untimely(objects, ready)
         if differences := self.manifest.differences(objects):
             raise Refused(
-                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) lists other objects; nothing was changed; "
-                f"{'; '.join(differences[:5])}; run again when the producer has finished, or with READY_OBJECT=none if "
-                "the files are right"
+                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) lists other objects: "
+                f"{'; '.join(differences[:5])}. Nothing was changed; run again when the producer has finished, or, if "
+                "the files are right, with READY_OBJECT=none"
             )
         return objects
 
@@ -1461,8 +1462,8 @@ class Delivery:
         if not manifest:
             log.info("%s (READY_OBJECT) is not a manifest: objects and rows are not compared", ready.key)
             return Manifest()
-        rows = "an unknown number of rows" if manifest.rows is None else counted(manifest.rows, "row")
-        log.info("%s (READY_OBJECT) is a manifest: %s, %s", ready.key, counted(len(manifest.sizes), "object"), rows)
+        rows = "an unknown number of rows" if manifest.rows is None else plural(manifest.rows, "row")
+        log.info("%s (READY_OBJECT) is a manifest: %s, %s", ready.key, plural(len(manifest.sizes), "object"), rows)
         return manifest
 
     def expected_rows(self) -> int | None:
@@ -1513,7 +1514,7 @@ class LoadRecord:
         loader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # a new version may store other documents
         made_of = json.dumps([self._source, fields, settings, loader], sort_keys=True)
         digest = hashlib.sha256(made_of.encode()).hexdigest()
-        documents = self._manager._get_index_count(self._target.name)  # first: later writes still change `writes`
+        documents = self._manager._get_index_count(self._target.name)  # before `writes`, which shows later writes
         return {"digest": digest, "uuid": self._target.uuid, "writes": self._writes(), "documents": documents}
 
     def _writes(self) -> dict[str, list[Any]]:
@@ -1555,9 +1556,9 @@ class BulkUpdate(OpenSearchBaseManager):
                 log.info("%s already holds the data in %s: nothing has changed since the last load", self.target.name,
                          self.place)  # fmt: skip
                 return {**self._result(objects), "documents": record["documents"], "unchanged": True, "dry_run": True}
-            loads_another = self.keep or self.settings.refresh_strategy == "alternate"  # the runner's --no-cleanup
+            loads_another = self.keep or self.settings.refresh_strategy == "alternate"  # keep: set by the runner
             if loads_another and self._check_index_aliases(self.target.name):
-                log.info("it is not certain that %s holds the data in %s", self.target.name, self.place)
+                log.info("cannot prove that %s holds the data in %s: a refresh is needed", self.target.name, self.place)
                 return {**self._result(objects), "dry_run": True}
         self.target.claim(may_be_live=self.keep or self.dry_run, alias="" if self.keep else self.settings.index_alias)
         if not self.keep:
@@ -1645,7 +1646,7 @@ class BulkUpdate(OpenSearchBaseManager):
     def _refuse_missing_pipeline(self) -> None:
         """Raise Refused if the index names an ingest pipeline that does not exist: each row would be rejected.
 
-        A request that changes nothing finds out: reading pipelines would need a further permission.
+        A harmless bulk request tests this, since reading pipelines would need another permission.
         """
         index, settings = self.target.name, self.target.found["settings"]
         if not {settings.get(f"index.{kind}_pipeline", "_none") for kind in ("default", "final")} - {"_none"}:
@@ -1687,7 +1688,7 @@ class BulkUpdate(OpenSearchBaseManager):
             self.workers.put(batch)
         self.workers.finish()
         if self.renderer.repeated:
-            log.warning("skipped %s equal to the header, the first is %s", counted(self.renderer.repeated, "row"),
+            log.warning("skipped %s equal to the header, the first is %s", plural(self.renderer.repeated, "row"),
                         self.renderer.first_repeated)  # fmt: skip
         stored = self.store.stored
         log.info("loaded %s rows in %.1f s, %s/s, at most %s requests in flight", f"{stored:,}",
@@ -1716,14 +1717,14 @@ class BulkUpdate(OpenSearchBaseManager):
         self.target.verify_same()
         read, stored, dropped = self.renderer.read, self.store.stored, self.store.dropped
         if read != stored + self.rejects.count + self.renderer.skipped + dropped:
-            raise OperationFailed(f"{self.place}: the rows do not add up: {self._counts()}; run again")
+            raise OperationFailed(f"{self.place}: the row counts do not add up: {self._counts()}; run again")
         if dropped:
             pipelines = f"an ingest pipeline of {self.target.name} (index.default_pipeline or index.final_pipeline)"
             if not stored:
                 raise OperationFailed(f"{pipelines} dropped all {dropped:,} rows; change it and run again")
             log.warning("%s dropped %s rows", pipelines, f"{dropped:,}")
         rows, expected = read - self.renderer.skipped, self.delivery.expected_rows()
-        if expected is not None and not rows <= expected <= rows + self.renderer.empty:  # some producers count them
+        if expected is not None and not rows <= expected <= rows + self.renderer.empty:  # some count empty rows
             raise OperationFailed(
                 f"{self.place}: {rows:,} rows were read, {expected:,} are expected; run again when the producer has "
                 "finished, or with EXPECTED_ROWS=0 if the files are right"
@@ -1732,7 +1733,7 @@ class BulkUpdate(OpenSearchBaseManager):
     def _verify_count(self) -> None:
         """Raise OperationFailed unless the number of documents in the index agrees with what was stored.
 
-        Rows that may have been replaced (`store.unsure`) may be missing; sets `store.replaced` to what was counted.
+        Rows that may have been replaced (`store.unsure`) may be missing; corrects `store.replaced` by the count.
         """
         store = self.store
         count, most = self._get_index_count(self.target.name), store.stored - store.replaced

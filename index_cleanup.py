@@ -1,8 +1,8 @@
 """Empty an index and free its disk space; mapping and settings stay.
 
 Example:    python index_cleanup.py --index my_index_secondary --method recreate
-Exit codes: 0 empty, and counted; 1 failed; 2 usage; 4 refused (an alias points at it); 75 locked; 129, 130, 143
-            signals.
+Exit codes: 0 the index is empty; 1 failed; 2 usage; 4 refused (it is live, blocked, closed, or in use by a task);
+            75 locked; 129, 130, 143 signals.
 
 reindex.py and bulkupdate.py also use `ClearableIndex`.
 """
@@ -23,11 +23,11 @@ from opensearch_base_manager import (
     seconds_since, verify_sees_everything,
 )  # fmt: skip
 
-MAX_ROUNDS = 3  # a delete-by-query misses later documents; more rounds would chase a client that keeps writing
+MAX_ROUNDS = 3  # a delete-by-query misses documents added meanwhile; more rounds would chase a client that still writes
 SCROLL_SIZE = 5000  # documents per batch on the server
-LEASES_WAIT_S = 60  # the server moves retention leases every 30 s; until then a merge drops nothing
+LEASES_WAIT_S = 60  # the server advances retention leases every 30 s; until then, a merge keeps deleted documents
 STATS_AGE_S = 12  # the server updates the store size every 10 s
-BACKUP_OF = f"{SUITE}/recreates"  # in `_meta` of a backup index: {index, uuid, blocks} of the one it stands for
+BACKUP_OF = f"{SUITE}/recreates"  # in `_meta` of a backup index: {index, uuid, blocks} of the original index
 # settings that the server generates
 SERVER_SETTINGS = re.compile(
     r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*|remote_store\..*)"
@@ -35,20 +35,20 @@ SERVER_SETTINGS = re.compile(
 
 
 class ClearableIndex(TargetIndex):
-    """An index that can be emptied, with or without filling it: `claim`, then `empty` inside `fill`.
+    """A target index that can be emptied: call `claim`, then `empty` inside `fill`.
 
-    State after a kill during a recreate, by the last request that was sent, in addition to the states of TargetIndex;
-    the marker and the settings of the load are part of the definition:
+    State after a kill during a recreate, by the last request that was sent (TargetIndex lists the other states). The
+    recreated index also has the marker and the settings of the load, which are part of its definition.
 
         backup index created      index and backup: claim() finds the UUID that the backup names, deletes the backup
-        PUT of the index          the same; the server must reject it, which shows that the index could be created
+        PUT of the index          the same; the server rejects it, since the index exists: this tests the permission
         index deleted             only the backup: claim() creates the index from it
         index created             empty index and backup: claim() finds the same definition, deletes the backup
         backup deleted            empty index with the marker
 
-    If another client has created the missing index (a stray write does so, with guessed types), claim() refuses it if
-    it lacks anything in the backup. If the backup cannot be read (403), a missing index is an error that mentions the
-    backup, and the index is not recreated.
+    Another client may have created the missing index (a stray write does so, with guessed types): claim() refuses it
+    unless it has everything in the backup. If this user may not read the backup (403), a missing index is an error
+    that names the backup, and an existing one is emptied by deleting its documents.
     """
 
     def __init__(self, manager: OpenSearchBaseManager, name: str, *, shared: bool = False) -> None:
@@ -56,12 +56,12 @@ class ClearableIndex(TargetIndex):
         self.method: str = manager.settings.cleanup_method
         self.backup = BackupIndex(manager, name)
         self._kept: tuple[dict[str, Any], str] | None = None  # what the backup held when the index was claimed
-        self._unreadable: RequestFailed | None = None  # the backup
+        self._unreadable: RequestFailed | None = None  # why the backup cannot be read
 
     # --- recover ---
 
     def require_permissions(self, exists: bool) -> None:
-        """Read the backup, and check the permissions; without those for a recreate, warn and delete documents instead.
+        """Read the backup and check the permissions; if a recreate is not permitted, fall back to deleting documents.
 
         While a backup exists, no bulk probe is sent: the index may be missing, and the probe would create it.
         """
@@ -80,12 +80,12 @@ class ClearableIndex(TargetIndex):
                 self.method = "delete"
 
     def recover_index(self, found: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Create an index that a crashed run had deleted; delete a backup that is no longer needed.
+        """Create an index that a crashed run has deleted, or delete a backup that is no longer needed.
 
-        In a dry run the backup stands in for a missing index.
+        Returns the state of the index, None if it must be read. In a dry run the backup stands in for a missing index.
         """
         if self._unreadable:
-            self._go_on_without_backup(self._unreadable, found)
+            self._continue_without_backup(self._unreadable, found)
         if not self._kept:
             return found
         # wait for queued cluster updates: an unanswered DELETE may still be pending
@@ -102,12 +102,12 @@ class ClearableIndex(TargetIndex):
             self.backup.restore()
         return None
 
-    def _go_on_without_backup(self, forbidden: RequestFailed, found: Mapping[str, Any] | None) -> None:
+    def _continue_without_backup(self, forbidden: RequestFailed, found: Mapping[str, Any] | None) -> None:
         """Without recreate this permission is not needed; report its absence only if a backup may matter."""
         if not found and not self.manager._read(self.name, [404]):
             raise OperationFailed(
-                f'index {self.name} does not exist; create it first (README, "Setting up"), unless {self.backup.name} '
-                f"holds its definition; that index cannot be read: {forbidden}"
+                f'index {self.name} does not exist; create it first (README, "Setting up"). If a recreate was '
+                f"interrupted, {self.backup.name} holds its definition, but it cannot be read: {forbidden}"
             )
         if self.method == "recreate":
             log.warning("index %s cannot be recreated, so its documents are deleted instead: %s", self.name, forbidden)
@@ -125,7 +125,7 @@ class ClearableIndex(TargetIndex):
         index partly emptied, or (recreate) missing with a backup, from which `claim` restores it.
         """
         self.refuse_live()
-        found = self.count_unless_lost()
+        found = self.count_unless_red()
         if found == 0:
             log.info("%s is already empty", self.name)
             return 0
@@ -137,16 +137,16 @@ class ClearableIndex(TargetIndex):
         self._delete_documents(found)
         return found
 
-    def is_lost(self) -> bool:
-        """Say whether a shard has no copy at all, which only recreate can fix."""
+    def needs_recreate(self) -> bool:
+        """Return whether the index is red and will be recreated; with the method delete, always False."""
         health = f"/_cluster/health/{self.name}"
         return self.method == "recreate" and self.manager.request("GET", health).data["status"] == "red"
 
-    def count_unless_lost(self) -> int | None:
-        return None if self.is_lost() else self.manager._get_index_count(self.name)
+    def count_unless_red(self) -> int | None:
+        return None if self.needs_recreate() else self.manager._get_index_count(self.name)
 
     def verify_sees_everything(self) -> None:
-        if not self.is_lost():
+        if not self.needs_recreate():
             verify_sees_everything(self.manager, self.name, self.found)
 
     def _delete_documents(self, found: int) -> None:
@@ -180,7 +180,7 @@ class ClearableIndex(TargetIndex):
     # --- empty by recreate ---
 
     def _recreate(self) -> bool:
-        """Delete and create the index; return False if that is not allowed, with everything unchanged."""
+        """Delete and recreate the index. If the cluster does not allow that, return False; nothing has changed then."""
         began = time.monotonic()
         try:
             definition = self._validate_definition()
@@ -226,7 +226,7 @@ class ClearableIndex(TargetIndex):
         return definition
 
     def delete_index(self) -> None:
-        """Delete the index with one request, which is never sent again: it could delete the new index, or a live one.
+        """Delete the index with a single request: a second one could delete the new index, or a live one.
 
         Raises CannotReplace if the cluster refuses, OutcomeUnknown if there is no response and the index still exists.
         """
@@ -238,7 +238,7 @@ class ClearableIndex(TargetIndex):
             if self.manager.read_index(self.name):
                 raise
         except RequestFailed as error:
-            if error.status == 404:  # another client was faster; the backup holds its definition
+            if error.status == 404:  # another client deleted it; the backup holds its definition
                 raise
             raise CannotReplace(str(error)) from None
 
@@ -247,7 +247,7 @@ class ClearableIndex(TargetIndex):
             run_to_completion(self.backup.restore)
         except OperationFailed as error:
             log.error("index %s is not restored yet; the next run restores it: %s", self.name, error)
-            self.marker.own = None  # the backup holds it, too
+            self.marker.own = None  # `fill` has nothing to restore; the backup holds the marker, too
             failure.args = (
                 f"{failure}; index {self.name} is deleted, and {self.backup.name} holds its definition. Fix the cause "
                 "and run again: the next run creates the index from it",
@@ -270,7 +270,7 @@ class BackupIndex:
     def read(self) -> tuple[dict[str, Any], str] | None:
         """Return the definition in this backup, and the UUID of the index that it was taken from.
 
-        Return None if there is no backup, or if an index of this name belongs to another client. Raises RequestFailed
+        Return None if there is no index of this name, or if it is not a backup of this index. Raises RequestFailed
         (403) if this user may not read it.
         """
         if (found := self.manager.read_index(self.name)) is None:
@@ -297,7 +297,7 @@ class BackupIndex:
             if self.read():
                 self.manager.request("DELETE", f"/{self.name}", accept=[404])
         except RequestFailed as error:
-            log.warning("the empty index %s could not be deleted; delete it: %s", self.name, error)
+            log.warning("the empty index %s could not be deleted (%s); delete it by hand", self.name, error)
 
     def refuse_another_index(self, definition: Mapping[str, Any], uuid: str, now: Mapping[str, Any]) -> None:
         """Raise Refused if another client has created the index, and it lacks part of this definition."""
@@ -329,8 +329,8 @@ def definition_of(found: Mapping[str, Any]) -> dict[str, Any]:
 def differences(definition: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the fields, mapping parameters and settings that another index lacks or defines differently.
 
-    Additional fields do not count, since documents add them; nor do the marker, the settings that it will restore, and
-    the block that the server manages.
+    Ignored are additional fields (documents add them), the marker, changes that the marker will undo, and the block
+    that the server manages.
     """
     ours, theirs = parts_of(definition), parts_of(other)
     further = {name for name, _ in field_definitions(other["mappings"])} - set(ours)
@@ -351,7 +351,7 @@ def parts_of(definition: Mapping[str, Any]) -> dict[str, Any]:
 def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping[str, Any]) -> None:
     """Create an index and read it back.
 
-    Raises OperationFailed if the index differs from the definition, or has an alias. It is then deleted again, unless
+    Raises OperationFailed if the index differs from the definition or has an alias. The index is then deleted, unless
     it already existed: another client may have created it.
     """
     exists: RequestFailed | None = None
@@ -360,14 +360,14 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
     except RequestFailed as error:
         if error.kind != "resource_already_exists_exception":
             raise
-        exists = error  # by an unanswered attempt, or by another client, who may have moved readers to it
+        exists = error  # created by an unanswered attempt, or by another client, which may have moved readers to it
     found = manager._verify_index_exists(index)
     aliases = sorted(found["aliases"])
     if not aliases and definition_of(found) == definition:
         return
     if exists:
         raise exists
-    manager.request("DELETE", f"/{index}", idempotent=False, retry=False, accept=[404])  # once: as in delete_index
+    manager.request("DELETE", f"/{index}", idempotent=False, retry=False, accept=[404])  # no retry: see delete_index
     brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
     raise OperationFailed(
         f"an index template (or another run) gave the new index {index} {brought}, so it was deleted again; change "
@@ -383,7 +383,7 @@ class IndexCleanup(OpenSearchBaseManager):
         super().__init__(settings)
         self.target = ClearableIndex(self, settings.index)
         if settings.cleanup_method == "recreate":
-            self.target.obstacles = ()  # it works on a full disk and keeps a write block
+            self.target.obstacles = ()  # a recreate works on a full disk, and the new index keeps a write block
         self.names = [settings.index]
         self.probes = [*reading_probes(settings.index), *deleting_probes(settings.index),
                        bulk_probe(settings.index, "delete")]  # fmt: skip
@@ -394,7 +394,7 @@ class IndexCleanup(OpenSearchBaseManager):
         began, target = time.monotonic(), self.target
         target.claim()
         if self.dry_run:
-            return {"index": target.name, "would_delete": target.count_unless_lost(), "dry_run": True}
+            return {"index": target.name, "would_delete": target.count_unless_red(), "dry_run": True}
         before = self._stats("store")["size_in_bytes"]
         with target.fill(loading=False):
             deleted = target.empty()
@@ -413,7 +413,7 @@ class IndexCleanup(OpenSearchBaseManager):
         return dict(self.request("GET", f"/{self.target.name}/_stats/{metric}").data["_all"]["total"][metric])
 
     def _free_disk_space(self) -> None:
-        """Flush, wait until the server may drop deleted documents, merge, refresh: no other order frees space."""
+        """Flush, wait until a merge can drop deleted documents, merge, refresh; only this order frees disk space."""
         index = self.target.name
         log.info("waiting until the server may drop the deleted documents (at most %s s)", LEASES_WAIT_S)
         self.request("POST", f"/{index}/_flush")
@@ -428,7 +428,7 @@ class IndexCleanup(OpenSearchBaseManager):
         time.sleep(STATS_AGE_S)
 
     def _await_leases(self) -> None:
-        """Wait until no shard copy retains deleted documents for recoveries; a missing node can delay that for 12 h."""
+        """Wait up to LEASES_WAIT_S until no copy retains deleted documents; a missing node's lease lasts 12 h."""
         deadline = time.monotonic() + LEASES_WAIT_S
         while any(map(retains_deleted, itertools.chain(*self.shard_stats(self.target.name).values()))):
             if time.monotonic() > deadline:

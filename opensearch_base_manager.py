@@ -4,15 +4,15 @@
     one request     AWS clients and signatures, `Connection`: one request to the cluster, retried where that is safe
     the cluster     `OpenSearchBaseManager`: indices, counts, aliases, locks, markers, tasks
 
-A script subclasses `OpenSearchBaseManager` once and hands its work to `run_cli`. Failures, with their exit codes:
+Each script subclasses `OpenSearchBaseManager` once and passes that class to `run_cli`. Failures and their exit codes:
 
     OperationFailed (1)          the operation failed
     +-- RequestFailed (1)        the cluster rejected a request: status, error type and reason
     |   +-- OutcomeUnknown (1)   no response: the request may or may not have taken effect
-    +-- TooMuchAtOnce (1)        the cluster has too little memory for the batches of a task
+    +-- BatchTooLarge (1)        the cluster has too little memory for the batches of a task
     +-- ConfigurationError (2)   a flag or variable is wrong; nothing was sent
     +-- TooManyRejects (3)       finished, but more documents were rejected than MAX_REJECTS allows
-    +-- Refused (4)              a safety check failed; this step changed nothing
+    +-- Refused (4)              a safety check failed, as a rule before anything was changed
     +-- Locked (75)              another run holds the lock
     Interrupted (128 + signal)   a BaseException, so that no `except Exception` catches it
 """
@@ -80,8 +80,8 @@ HOST = socket.gethostname()
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 120  # the slowest response is that of a _refresh of a large index
 FIRST_CONTACT_S = 10  # a wrong endpoint fails fast; RETRY_SECONDS is for a cluster that has responded before
-CLEANUP_S = 18  # after a signal; supervisors send SIGKILL 30 s after SIGTERM at the earliest
-CLEANUP_GRACE_S = 2  # then the process ends, whatever it is doing
+CLEANUP_S = 18  # after a signal; by default, Kubernetes sends SIGKILL 30 s after SIGTERM, systemd after 90 s
+CLEANUP_GRACE_S = 2  # after this additional time, the process is ended
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30
 RETRY_AFTER_MAX_S = 60  # some proxies ask for an hour
 SLICE_S = 0.1  # throttled work is sent in slices of this length; longer slices would be bursty
@@ -93,8 +93,8 @@ MEMORY_ERRORS = re.compile(r"rejected_execution|circuit_breaking")  # of a task 
 OLDEST_VERSION = (1, 3)
 DEFAULT_WINDOW = 10_000  # index.max_result_window: maximum documents per search or scroll batch
 MAX_CONNECTIONS = 64  # opened on demand; limits the bulk requests in flight
-GC_THRESHOLD = 50_000  # new objects; AWS service models are many small objects, none garbage: saves 40 ms per run
-HOLD_BYTES = 1000  # of a HOLD file; more would fill the log
+GC_THRESHOLD = 50_000  # new objects per collection; AWS service models are many small objects, no garbage: saves 40 ms
+HOLD_BYTES = 1000  # maximum that is read from a HOLD file; more would fill the log
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 log = logging.getLogger(SUITE)
@@ -104,7 +104,7 @@ Result = TypeVar("Result")
 
 
 class OperationFailed(Exception):
-    """The operation failed; `result` is printed nevertheless."""
+    """The operation failed; if there is a `result`, it is printed like that of a success."""
 
     exit_code = 1
 
@@ -116,30 +116,30 @@ class OperationFailed(Exception):
 class RequestFailed(OperationFailed):
     """A request failed: it was rejected or not sent, or got no usable response.
 
-    `status` is 0 if there was no response; with `never_sent`, the request cannot have taken effect.
+    `status` is 0 if there was no response; if `without_effect` is true (as for 429), the request had none.
     """
 
     def __init__(
-        self, message: str, status: int = 0, kind: str = "", reason: str = "", *, never_sent: bool = False,
+        self, message: str, status: int = 0, kind: str = "", reason: str = "", *, without_effect: bool = False,
         retry_after: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.kind, self.reason = status, kind, reason
-        self.never_sent, self.retry_after = never_sent, retry_after
+        self.without_effect, self.retry_after = without_effect, retry_after
 
     def is_transient(self) -> bool:
-        """Say whether a retry may succeed; a block (flood stage) also answers 429, but it stays."""
+        """Return whether a retry may succeed; a block (flood stage) also causes a 429, but does not go away soon."""
         return self.status == 429 and "block" not in self.kind
 
 
 class OutcomeUnknown(RequestFailed):
-    """No response to a request that may have taken effect: read the state before sending it again."""
+    """No response, or 502 to 504. Unless `without_effect`, the request may have taken effect: read the state first."""
 
     def is_transient(self) -> bool:
         return True
 
 
-class TooMuchAtOnce(OperationFailed):
+class BatchTooLarge(OperationFailed):
     """The cluster has too little memory for the batches of a task; smaller ones may fit."""
 
 
@@ -171,7 +171,7 @@ class Interrupted(BaseException):
 
 
 def matching(pattern: str, otherwise: str) -> Callable[[str], str]:
-    """Return a parser that accepts only text of this pattern; `otherwise` describes any other text in the error."""
+    """Return a parser that accepts only text of this pattern; the error is `<text> is <otherwise>`."""
 
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -186,7 +186,7 @@ def either(*allowed: str) -> Callable[[str], str]:
 
 
 def percent(text: str) -> Decimal:
-    """Parse a number >= 0 exactly: a float would make 0.1 % a little more or less than that."""
+    """Parse a number >= 0 exactly: a float cannot represent 0.1."""
     number = r"\s*[+]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,4})?\s*"
     return Decimal(matching(number, "not a number >= 0")(text))
 
@@ -233,16 +233,16 @@ def field_names(text: str) -> list[str]:
 
 
 def own_folder(text: str) -> Path:
-    """Return a folder; a relative path starts at the scripts, since cron uses any directory."""
+    """Return a folder; relative paths are relative to the scripts, since cron may start them in any directory."""
     return HERE / one_line(text)
 
 
 def ca_file(text: str) -> str:
-    """Return a file, in the working directory or else beside the scripts."""
+    """Return the path of a file, looked up in the working directory, then beside the scripts."""
     for path in Path(text), HERE / text:
         if path.is_file():
             return str(path)
-    raise argparse.ArgumentTypeError(f"{text} is not a file; give the file of CA certificates")
+    raise argparse.ArgumentTypeError(f"{text} is not a file; give the path of a file with CA certificates")
 
 
 def log_level(text: str) -> str:
@@ -250,7 +250,7 @@ def log_level(text: str) -> str:
 
 
 class Rate:
-    """The limit of REQUESTS_PER_SECOND, in documents per second (0: unlimited); `wait` is for one thread alone."""
+    """The limit of REQUESTS_PER_SECOND, in documents per second (0: unlimited); `wait` is not thread-safe."""
 
     def __init__(self, per_second: float = 0) -> None:
         self.per_second, self._free_at = per_second, 0.0
@@ -268,7 +268,7 @@ class Rate:
         return {"requests_per_second": self.per_second} if self.per_second else {}
 
     def wait(self, documents: int) -> None:
-        """Sleep until that many documents may be sent."""
+        """Sleep until the limit allows the next batch, which has this many documents."""
         if self.per_second:
             time.sleep(max(0, self._free_at - time.monotonic()))
             self._free_at = max(self._free_at, time.monotonic()) + documents / self.per_second
@@ -293,12 +293,12 @@ class Setting:
         return (self.variable or self.flag.lstrip("-")).replace("-", "_").lower()
 
     def given(self) -> str | None:
-        """Return the text of the variable or the default; where there is no default, `none` means unset."""
+        """Return the text of the variable, else the default, else None; without a default, `none` means unset."""
         text = os.environ.get(self.variable)
         return self.default or None if not text or (text == "none" and not self.default) else text
 
     def value(self) -> Any:
-        """Return the value without regard to the flag. Raises ConfigurationError."""
+        """Return the parsed value of the variable or the default, not of the flag. Raises ConfigurationError."""
         text = self.given()
         try:
             return None if text is None else self.parse(text)
@@ -306,7 +306,7 @@ class Setting:
             raise ConfigurationError(f"{self.variable}: {error}") from None
 
     def add_flag(self, parser: argparse.ArgumentParser) -> None:
-        """Add the flag; if it is not given, `resolve` adds the value."""
+        """Add the flag to the parser, without a default: if the flag is not given, `resolve` sets the value."""
         default = self.default if self.parse is not boolean else ""
         sources = [f"default: {default}"] * bool(default) + [f"env: {self.variable}"] * bool(self.variable)
         kind: dict[str, Any] = {"action": "store_true"} if self.parse is boolean else {"type": self.parse}
@@ -323,11 +323,11 @@ WAIT_SECONDS = Setting("WAIT_SECONDS", "", "900", non_negative, "seconds to wait
 CLEANUP_METHOD = Setting("CLEANUP_METHOD", "", "delete", either("delete", "recreate"),
                          "delete the documents, or recreate the index (faster, frees the disk space at once)")
 COPY_METHOD = Setting("COPY_METHOD", "--copy-method", "reindex", either("reindex", "clone"),
-                      "copy the documents, or clone the source (takes a second and no disk space)")
+                      "reindex the documents, or clone the source (takes a second and no disk space)")
 REQUESTS_PER_SECOND = Setting("REQUESTS_PER_SECOND", "--requests-per-second", "0", Rate.parse,
                               "maximum documents per second for copies, loads and deletions (0: unlimited)")
 LOAD_WITHOUT_REPLICAS = Setting("LOAD_WITHOUT_REPLICAS", "--no-replicas", "false", boolean,
-                                "load without replicas: faster, but there is only one copy of the data meanwhile")
+                                "load without replicas: faster, but with only one copy of the data until the load ends")
 SKIP_UNCHANGED = Setting("SKIP_UNCHANGED", "", "false", boolean, "do nothing if the live index holds the data in S3")
 REFRESH_STRATEGY = Setting("REFRESH_STRATEGY", "", "copy-back", either("copy-back", "alternate"), "index to load")
 INDEX_ALIAS = Setting("INDEX_ALIAS", "", "my_index_alias", one_line, "alias that readers use")
@@ -365,19 +365,19 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting("DISK_CHECK", "", "true", boolean, "refuse a refresh if the data nodes have too little disk space"),
         replace(WAIT_SECONDS, flag="--wait-seconds"),
         Setting("", "--undo", "false", boolean, "move readers back without checking counts, fields and queries"),
-        Setting("", "--show", "false", boolean, "print only the index that the alias points at"),
+        Setting("", "--show", "false", boolean, "print the live index; with --source and --target, also check both"),
     ],
     "bulkupdate": [
         *ALL_SCRIPTS, WAIT_SECONDS, CLEANUP_METHOD, REQUESTS_PER_SECOND, LOAD_WITHOUT_REPLICAS, SKIP_UNCHANGED,
         replace(INDEX_ALIAS, default=""), REFRESH_STRATEGY,
         Setting("", "--batch-size", "5000", positive_int, "documents per request"),
-        Setting("", "--workers", "", positive_int, "bulk requests in flight (default: found while loading)"),
-        Setting("ID_COLUMN", "--id-column", "", str, "column of the document ids; a later row replaces an earlier one"),
+        Setting("", "--workers", "", positive_int, "bulk requests in flight (default: adjusted while loading)"),
+        Setting("ID_COLUMN", "--id-column", "", str, "column of document ids; of rows with equal ids, the last wins"),
         Setting("DELIMITER", "--delimiter", ",", one_character, "character that separates cells"),
         Setting("MAX_REJECTS", "--max-rejects", "0", whole_number, "maximum number of rejected rows"),
         Setting("MAX_AGE_HOURS", "--max-age-hours", "", non_negative, "maximum age of the newest object, in hours"),
         Setting("READY_OBJECT", "--ready-object", "", str,
-                "key under the prefix that must exist, no older than the newest file; a manifest must match the files"),
+                "object under the prefix that must exist, no older than the files; if a manifest, it must match them"),
         Setting("EXPECTED_ROWS", "--expected-rows", "", whole_number,
                 "number of rows that the load must read, even if a manifest differs (0: any number)"),
         Setting("", "--no-cleanup", "false", boolean, "add documents to the index, replacing those with the same id"),
@@ -385,7 +385,7 @@ SETTINGS: dict[str, list[Setting]] = {
     "index_cleanup": [
         *ALL_SCRIPTS, WAIT_SECONDS, replace(CLEANUP_METHOD, flag="--method"), REQUESTS_PER_SECOND,
         Setting("", "--no-force-merge", "false", boolean,
-                "do not wait until the disk space is freed (half a minute), if the index will be filled right away"),
+                "do not free the disk space (takes half a minute); for an index that will be filled right away"),
     ],
     "run_refresh": [
         LOG_DIR, LOCK_DIR, READER_QUERIES, SKIP_UNCHANGED,
@@ -416,7 +416,7 @@ def load_env_file() -> list[str]:
         return []
     except (OSError, ValueError) as error:
         reason = type(error).__name__
-        raise ConfigurationError(f"cannot read {ENV_FILE}: {reason}; give this user access, and use UTF-8") from None
+        raise ConfigurationError(f"cannot read {ENV_FILE}: {reason}; give this user access; save it as UTF-8") from None
     known = {*CREDENTIALS, *(setting.variable for rows in SETTINGS.values() for setting in rows)}
     unknown = [name for name, value in values.items() if value and ENV_NAME.fullmatch(name) and name not in known]
     return [*unknown, *(f"line {line.original.line}" for line in parse_stream(io.StringIO(text)) if line.error)]
@@ -431,7 +431,7 @@ def add_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def resolve(script: str, args: argparse.Namespace) -> argparse.Namespace:
-    """Add the settings that no flag gave. Raises ConfigurationError."""
+    """Add the settings that were not given as flags. Raises ConfigurationError."""
     for setting in SETTINGS[script]:
         if not hasattr(args, setting.name):
             setattr(args, setting.name, setting.value())
@@ -478,7 +478,7 @@ class LogFormatter(logging.Formatter):
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # has no [] before Python 3.11
-    """Log to stderr; on a terminal, clear the progress line first, and leave progress to `Progress`."""
+    """Log to stderr; on a terminal, clear the progress line first, and skip progress, which `Progress` shows itself."""
 
     def format(self, record: logging.LogRecord) -> str:
         return ("\r\x1b[K" if self.stream.isatty() else "") + super().format(record)
@@ -488,7 +488,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # has no [] 
 
 
 def set_up_logging(script: str) -> None:
-    """Log to stderr, and to the runner's log file if stderr is a terminal (REFRESH_LOG_FILE).
+    """Log to stderr, and to REFRESH_LOG_FILE, which the runner sets if stderr is not its log file.
 
     Messages of botocore and urllib3 are not logged: they could contain secrets.
     """
@@ -536,21 +536,21 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.began = self.renewed = self.logged = time.monotonic()
+        self.began = self.redrawn = self.logged = time.monotonic()
 
     def update(self, done: int, remark: str = "") -> None:
         now = time.monotonic()
-        if now - self.renewed >= PROGRESS_TTY_S:
-            self.renewed = now
-            self._renew(self._line(done, remark, now))
+        if now - self.redrawn >= PROGRESS_TTY_S:
+            self.redrawn = now
+            self._redraw(self._line(done, remark, now))
         if now - self.logged >= PROGRESS_EVERY_S:
             self.logged = now
             log.info("%s", self._line(done, remark, now), extra={"progress": True})
 
     def close(self) -> None:
-        self._renew("")
+        self._redraw("")
 
-    def _renew(self, line: str) -> None:
+    def _redraw(self, line: str) -> None:
         """Replace the progress line if stderr is a terminal and the process is in its foreground."""
         with contextlib.suppress(OSError):
             terminal = sys.stderr.fileno()
@@ -560,7 +560,7 @@ class Progress:
                 sys.stderr.flush()
 
     def _line(self, done: int, remark: str, now: float) -> str:
-        """Return the most important values first: a terminal may cut off the rest."""
+        """Return the progress line, most important values first: a narrow terminal cuts off the rest."""
         rate = done / max(now - self.began, 0.001)
         share = f"{done * 100 // self.total} %, " if self.total else ""
         left = f"{timedelta(seconds=round(max(self.total - done, 0) / rate))} left, " if self.total and rate else ""
@@ -570,7 +570,7 @@ class Progress:
 
 # --- this process: signals and retries --------------------------------------------------------------------------------
 
-interrupted = threading.Event()  # set by the first signal: only clean-up follows, and it is bounded
+interrupted = threading.Event()  # set by the first signal; only clean-up follows, for at most CLEANUP_S
 _cleanup_deadline = math.inf
 
 
@@ -579,14 +579,14 @@ def _on_signal(number: int, _frame: object) -> None:
     if not interrupted.is_set():  # a second signal must not interrupt the clean-up
         _cleanup_deadline = time.monotonic() + CLEANUP_S
         interrupted.set()
-        # an exception in `Condition.__enter__` leaves its lock locked, and the clean-up could wait for it for ever
+        # the alarm: an exception in `Condition.__enter__` leaves its lock held, and the clean-up could wait for ever
         signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
         signal.alarm(CLEANUP_S + CLEANUP_GRACE_S)
         raise Interrupted(number)
 
 
 def run_to_completion(action: Callable[[], None]) -> None:
-    """Run a clean-up after a failure; if the first signal interrupts it, run it again, within CLEANUP_S."""
+    """Run a clean-up after a failure; if a signal interrupts it, run it again, then raise Interrupted."""
     try:
         action()
     except Interrupted:
@@ -595,7 +595,7 @@ def run_to_completion(action: Callable[[], None]) -> None:
 
 
 def in_background(call: Callable[[], Result]) -> Future[Result]:
-    """Start a call in a daemon thread: unlike one of ThreadPoolExecutor, a hung read cannot keep the process alive."""
+    """Start a call in a daemon thread: with ThreadPoolExecutor, a hung read would keep the process alive."""
     future = Future[Result]()
 
     def carry_out() -> None:
@@ -609,11 +609,11 @@ def in_background(call: Callable[[], Result]) -> Future[Result]:
 
 
 def in_parallel(call: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> list[Result]:
-    """Call for each item, several at a time, and return the results in order; a signal does not wait for calls."""
+    """Apply `call` to the items, `at_once` at a time; return the results in order. Signals do not wait for calls."""
     waiting, results = iter([*enumerate(items)]), dict[int, Result]()
 
     def work() -> None:
-        for number, item in waiting:  # the next one of all threads
+        for number, item in waiting:  # all threads share this iterator
             results[number] = call(item)
 
     try:
@@ -654,7 +654,7 @@ class Retry:
     """Decides whether to retry, and waits before the next attempt.
 
     Retries end `limit_s` seconds after the first attempt or the last progress; after a signal, when clean-up must end.
-    The last attempt may begin right before the end, and its own timeout may exceed it.
+    The last attempt may begin right before this deadline, and exceed it by its own timeout.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -662,7 +662,7 @@ class Retry:
         self.restart()
 
     def restart(self) -> None:
-        """Start the time limit and the count of attempts again; call this after progress."""
+        """Restart the time limit and the count of attempts; call this after progress."""
         self.began, self.attempt = time.monotonic(), 0
 
     def seconds_left(self) -> float:
@@ -703,7 +703,7 @@ def print_error(text: str) -> None:
 
 
 def discard_unwritable_stderr() -> None:
-    """Send the rest of stderr to /dev/null if nobody reads it: otherwise the interpreter exits with 120."""
+    """Redirect stderr to /dev/null if it cannot be written: otherwise the interpreter exits with 120."""
     try:
         sys.stderr.flush()
     except OSError:
@@ -725,7 +725,7 @@ def run_cli(
         return int(stop.code or 0)
     gc.set_threshold(GC_THRESHOLD)
     atexit.register(discard_unwritable_stderr)
-    atexit.register(gc.freeze)  # or Python searches them for garbage at exit: 90 ms
+    atexit.register(gc.freeze)  # or Python checks all objects for garbage at exit: 90 ms
     script = parser.prog.removesuffix(".py")
     set_up_logging(script)
     try:
@@ -734,8 +734,8 @@ def run_cli(
             settings = resolve(script, args)
             log.setLevel(settings.log_level)
             if unknown:
-                log.warning("%s: ignored, since they are not settings: %s; check the spelling and the quotes", ENV_FILE,
-                            ", ".join(unknown))  # fmt: skip
+                log.warning("%s: these entries are not settings and are ignored: %s; check the spelling and the quotes",
+                            ENV_FILE, ", ".join(unknown))  # fmt: skip
             with manager_class(settings) as manager:
                 result = manager.run()
     except (Exception, Interrupted) as error:
@@ -790,10 +790,10 @@ class StepResult(NamedTuple):
         return cls(name, int(seconds), int(exit_code), printed, json_object(printed))
 
 
-def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None, float | None]:
+def live_state(steps: Sequence[StepResult]) -> tuple[str | None, int | None, float | None]:
     """Return the index that readers use after these steps, its document count, and the age of its data in hours.
 
-    A value is None if these steps do not tell.
+    A value is None if it cannot be determined from these steps.
     """
     live, documents, age, loaded = None, None, None, None
     for step in (step for step in steps if step.exit_code == 0 or step.result.get("changed")):
@@ -813,7 +813,7 @@ def live_index(steps: Sequence[StepResult]) -> tuple[str | None, int | None, flo
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Replace a file atomically."""
+    """Replace a file atomically. Raises SystemExit if it cannot be written."""
     new = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         new.write_text(text)
@@ -827,6 +827,7 @@ def print_closing_table(steps: Sequence[StepResult], seconds: int) -> None:
     print(f"{'step':<50} {'seconds':>8} {'documents':>12}")
     for step in steps:
         print(f"{step.name:<50} {step.seconds:>8} {step.result.get('documents', '-'):>12}")
+    print(f"{'checks and pauses':<50} {seconds - sum(step.seconds for step in steps):>8}")
     print(f"{'total':<50} {seconds:>8}")
 
 
@@ -866,7 +867,7 @@ def end_of_run(
 ) -> dict[str, Any]:
     """Return the entries of the report that describe how the run ended and where readers are."""
     failed, now = exit_code != 0, time.time()
-    live, documents, age = live_index(steps)
+    live, documents, age = live_state(steps)
     finished = [step.name for step in steps if step.exit_code in (0, 4) or step.result.get("changed")]
     if re.match(r"\d switch ", last_step) and last_step not in finished:
         live, documents = None, None
@@ -886,7 +887,7 @@ def end_of_run(
 
 
 def hours_since(text: Any) -> float | None:
-    """Return the age of a time in a report; None if there is none."""
+    """Return the hours since a time in a report; None if it is missing or invalid."""
     try:
         return round((time.time() - calendar.timegm(time.strptime(str(text), TIME_FORMAT))) / 3600, 2)
     except ValueError:
@@ -894,27 +895,27 @@ def hours_since(text: Any) -> float | None:
 
 
 def readers_after_failure(report: Mapping[str, Any]) -> str:
-    """Say which index readers are on after a failed run, how old its data are, and whether it can wait."""
+    """Describe where readers are after a failed run, how old their data are, and whether a repair can wait."""
     switching = re.match(r"\d switch ", str(report["step"]))
-    if report["live_index"] and not re.match(r"\d ", str(report["step"])):  # step 0: the check may be about this index
-        readers = f"this run has not moved readers; they are {readers_in(report)}"
-    elif report["live_index"] and switching and report["exit_code"] != 4:  # moved, but the switch failed afterwards
-        readers = f"readers are {readers_in(report)}; see the message above"
+    if report["live_index"] and not re.match(r"\d ", str(report["step"])):  # step 0: this index may have failed a check
+        readers = f"this run has not moved readers; they are {describe_readers(report)}"
+    elif report["live_index"] and switching and report["exit_code"] != 4:  # moved, but a later check failed
+        readers = f"readers are {describe_readers(report)}; see the message above"
     elif report["live_index"]:
-        readers = f"readers are {readers_in(report)}, complete: this can wait"
+        readers = f"readers are {describe_readers(report)}; that index is complete, so this can wait"
     elif switching:
         command = script_command("switch_alias.py", "--alias", str(report["alias"]), "--show")
-        readers = f"readers are on one of the two indices; to find out, run {command}"
+        readers = f"readers are on one of the two indices; to find out which, run {command}"
     else:
         readers = "this run has not moved readers"
     refused = report["exit_code"] == 4
-    next_run = "until the cause is removed, every run will be refused" if refused else "the next run continues"
+    next_run = "until the cause is removed, every run will be refused" if refused else "the next run tries again"
     failures = report["failures_in_a_row"]
     return f"{readers}; {next_run}" + (f" (failed runs in a row: {failures})" if failures > 1 else "")
 
 
 def print_status(report_file: str, hold_file: str, lock_file: str, max_age_hours: str) -> None:
-    """Print what the last report, the HOLD file and the lock say. Exits with 1 if no success is recent enough."""
+    """Print the last run, the hold and the lock. With a maximum age, exit with 1 unless a success is that recent."""
     last = read_report(Path(report_file))
     if last.get("ended"):
         failed = f"failed at: {last.get('step')} (exit {last.get('exit_code')})"
@@ -922,7 +923,7 @@ def print_status(report_file: str, hold_file: str, lock_file: str, max_age_hours
         print(f"last run      {last.get('began')} to {last['ended']}, {outcome}")
         if last.get("message"):
             print(f"message       {last['message']}")
-        print(f"readers       {readers_in(last)}")
+        print(f"readers       {describe_readers(last)}")
     age = hours_since(last.get("last_success"))
     print("last success  " + ("never" if age is None else f"{last['last_success']}, {age:.1f} hours ago"))
     print(f"hold          {hold_reason(hold_file) or 'none'}")
@@ -931,10 +932,10 @@ def print_status(report_file: str, hold_file: str, lock_file: str, max_age_hours
         raise SystemExit(1)
 
 
-def readers_in(report: Mapping[str, Any]) -> str:
+def describe_readers(report: Mapping[str, Any]) -> str:
     """Return a phrase about the report's live index, with the number and the age of its documents if known."""
     if not report.get("live_index"):
-        return "unknown, the last run did not read the alias"
+        return "unknown; to find out, run switch_alias.py with --alias and --show"
     count, age = report.get("documents"), hours_since(report.get("live_data_time"))
     documents = f", {count:,} documents" if isinstance(count, int) else ""
     return f"on {report['live_index']}{documents}" + ("" if age is None else f", data {age:.1f} hours old")
@@ -955,7 +956,7 @@ def hold_reason(file: str) -> str:
 
 
 def running_now(path: Path) -> str:
-    """Say whether another process holds the lock; to find out, this one takes a shared lock for a moment."""
+    """Return whether another process holds the lock, as text; takes a shared lock for a moment to find out."""
     try:
         with path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -972,25 +973,25 @@ def running_now(path: Path) -> str:
 
 
 class Aws:
-    """The boto3 clients of a run, created on demand; they share a session, since each one takes 35 ms."""
+    """The boto3 clients of a run, created on demand; they share one session, which takes 35 ms to create."""
 
     def __init__(self, region: str | None) -> None:
         self.region = region
 
     @cached_property
     def session(self) -> Any:
-        """Return the session; boto3 reads only AWS_DEFAULT_REGION, so the region is passed."""
+        """Return the session; AWS_REGION is passed, since boto3 reads only AWS_DEFAULT_REGION."""
         import boto3  # slow to import; --help and runs without AWS do not need it
 
         if broken := [name for name in AWS_SECRETS if re.search(r"\s", os.environ.get(name, ""))]:
-            raise ConfigurationError(f"{', '.join(broken)}: remove the line break or space")  # errors would quote it
+            raise ConfigurationError(f"{', '.join(broken)}: remove the line break or space")  # or an error quotes it
         session = boto3.session.Session(region_name=self.region)
         if not session.region_name:
             raise ConfigurationError("no AWS region: set AWS_REGION")
         return session
 
     def client(self, service: str, *, attempts: int = 5, read_timeout_s: float = 60, connections: int = 10) -> Any:
-        """Return a client; `attempts` is 1 if the caller retries, or both kinds of retries would multiply."""
+        """Return a client. Callers that retry themselves pass `attempts=1`, or the two layers of retries multiply."""
         from botocore.config import Config
 
         retries: Any = {"mode": "standard", "total_max_attempts": attempts}
@@ -1052,7 +1053,7 @@ AWS_ADVICE = {  # by error code
     "RequestTimeTooSkewed": "set the clock on this host",
     "SignatureDoesNotMatch|(Invalid|Incomplete)Signature.*": "check the secret access key and the clock on this host",
     "AllAccessDisabled": "AWS has disabled the bucket: contact AWS Support, or use another bucket",
-    "KMS.*": "check that its KMS key exists and is enabled",
+    "KMS.*": "check that the KMS key exists and is enabled",
     ".*": "check the name and the region",
 }
 
@@ -1082,23 +1083,23 @@ class Credentials:
             given = ["", "", ""]
         prefix, source = settings.opensearch_parameter_prefix.rstrip("/"), "the environment"
         if settings.opensearch_auth == "sigv4":
-            given = [given[0] or stored(aws, prefix, "endpoint")[0], "", ""]
+            given = [given[0] or read_parameters(aws, prefix, "endpoint")[0], "", ""]
         elif not any(given):
-            given, source = stored(aws, prefix, "endpoint", "username", "password"), "Parameter Store"
+            given, source = read_parameters(aws, prefix, "endpoint", "username", "password"), "Parameter Store"
         elif not all(given):
             unset = " and ".join(name for name, value in zip(CREDENTIALS, given) if not value)
-            raise ConfigurationError(f"{unset} not set; set all three, or none of them to use Parameter Store")
+            raise ConfigurationError(f"{unset} not set; set endpoint, user and password, or none for Parameter Store")
         if ":" in given[1]:
             raise ConfigurationError("Basic authentication does not allow a user name with a colon; give another user")
         return cls(endpoint_url(given[0]), given[1], given[2], source)
 
 
-def stored(aws: Aws, prefix: str, *parameters: str) -> list[str]:
+def read_parameters(aws: Aws, prefix: str, *parameters: str) -> list[str]:
     """Read values below a prefix of Parameter Store in one call; SecureStrings are decrypted."""
     names = [f"{prefix}/{name}" for name in parameters]
     if not names[0].startswith("/"):
         raise ConfigurationError(f"OPENSEARCH_PARAMETER_PREFIX: {prefix!r} does not begin with a slash; give /{prefix}")
-    with aws_errors(f"Parameter Store, {prefix}/*", "ssm:GetParameters (and kms:Decrypt for a key of your own)"):
+    with aws_errors(f"Parameter Store, {prefix}/*", "ssm:GetParameters (and kms:Decrypt for a customer managed key)"):
         found = aws.client("ssm").get_parameters(Names=names, WithDecryption=True)
     if missing := found["InvalidParameters"]:
         raise OperationFailed(f"Parameter Store lacks {', '.join(missing)} in this region; create what is missing")
@@ -1114,11 +1115,11 @@ def endpoint_url(text: str) -> str:
     url = text.strip().rstrip("/")
     try:
         parts = urlsplit(url if "://" in url else f"https://{url}")
-        _ = parts.port  # parses it
+        _ = parts.port  # raises ValueError if invalid
     except ValueError:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200") from None
     if "@" in parts.netloc:
-        raise ConfigurationError("the endpoint contains a user or password; set the variables for those instead")
+        raise ConfigurationError("the endpoint contains a user or password; set these separately instead")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200")
     if parts.hostname.endswith(".aoss.amazonaws.com"):
@@ -1193,7 +1194,7 @@ class Connection:
         self.host: str = settings.run_host or HOST  # tasks of this host are ours
         self.opaque_id = f"{SUITE}/{self.host}/{uuid.uuid4().hex[:12]}"
         self._session = self._open_session(settings.ca_bundle or settings.verify_ssl)
-        self._answered = False  # at least once: the endpoint is right
+        self._has_responded = False  # true after the first response: the endpoint is right
         self._version: tuple[int, int] | None = None
 
     def _open_session(self, verify: bool | str) -> requests.Session:
@@ -1244,7 +1245,7 @@ class Connection:
         idempotent: bool = True,
         retry: bool = True,
         accept: Sequence[int] = (),
-        busy: Callable[[float], None] | None = None,
+        on_throttled: Callable[[float], None] | None = None,
     ) -> Response:
         """Send a request (bytes as NDJSON, anything else as JSON) and return the response.
 
@@ -1252,7 +1253,7 @@ class Connection:
         (after 10 s if the cluster has never responded; after a signal, when clean-up must end). A request with
         `idempotent=False` is sent again only if it cannot have taken effect; otherwise OutcomeUnknown is raised. With
         `retry=False`, it is never sent again. A response whose status is in `accept` is returned; any other failure
-        raises RequestFailed. At each 429, `busy` is called with the time when the attempt was sent.
+        raises RequestFailed. At each 429, `on_throttled` is called with the time when the attempt was sent.
         """
         attempts, resent = Retry(self._retry_seconds()), False
         while True:
@@ -1261,11 +1262,11 @@ class Connection:
                 response = self._attempt(method, path, body, params, accept, attempts)
                 return Response(response.status_code, response.content, resent, attempts.attempt == 0, sent)
             except RequestFailed as failure:
-                if not (failure.is_transient() and retry and (idempotent or failure.never_sent)):
+                if not (failure.is_transient() and retry and (idempotent or failure.without_effect)):
                     raise
-                resent = resent or not failure.never_sent
-                if busy and failure.status == 429:
-                    busy(sent)
+                resent = resent or not failure.without_effect
+                if on_throttled and failure.status == 429:
+                    on_throttled(sent)
                 attempts.limit_s = self._retry_seconds()
                 if not attempts.wait(f"{failure}; trying again", failure.retry_after):
                     failure.args = (f"{failure}{self._after_giving_up(attempts.began)}",)
@@ -1295,7 +1296,7 @@ class Connection:
         )  # fmt: skip
 
     def _retry_seconds(self) -> float:
-        return float(self.settings.retry_seconds if self._answered else FIRST_CONTACT_S)
+        return float(self.settings.retry_seconds if self._has_responded else FIRST_CONTACT_S)
 
     def _attempt(
         self, method: str, path: str, body: Any, params: Mapping[str, Any] | None, accept: Sequence[int],
@@ -1303,18 +1304,18 @@ class Connection:
     ) -> requests.Response:  # fmt: skip
         """Send a request once. Raises RequestFailed, or OutcomeUnknown if there was no response."""
         what, began = f"{method} {path}", time.monotonic()
-        hurried = interrupted.is_set() or not self._answered
+        hurried = interrupted.is_set() or not self._has_responded
         if interrupted.is_set() and attempts.seconds_left() <= 0:
-            raise RequestFailed(f"{what} was not sent: the time for clean-up is over; run again", never_sent=True)
+            raise RequestFailed(f"{what} was not sent: the time for clean-up is over; run again", without_effect=True)
         try:
             limit_s = max(1, attempts.seconds_left()) if hurried else READ_TIMEOUT_S
             response = self._send(method, path, body, limit_s, params)
         except requests.RequestException as error:
             raise self._no_response(what, error) from None
         if what_answers := other_server(response):
-            raise RequestFailed(f"{what}: {what_answers} answers at {self.credentials.endpoint}; give the endpoint of "
-                                "the cluster itself")  # fmt: skip
-        self._answered = True
+            raise RequestFailed(f"{what}: {self.credentials.endpoint} is {what_answers}, not the cluster; give the "
+                                "endpoint of the cluster itself")  # fmt: skip
+        self._has_responded = True
         if response.status_code >= 300 and response.status_code not in accept:
             raise self.failure(what, response.status_code, response.content, response.headers.get("Retry-After"))
         log.debug("%s: %s in %.2f s", what, response.status_code, time.monotonic() - began)
@@ -1327,18 +1328,18 @@ class Connection:
         reason = getattr(error.args[0] if error.args else None, "reason", None)
         refused = isinstance(reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
         text = f"{what} at {self.credentials.endpoint}: {innermost(error)}"
-        return OutcomeUnknown(text, never_sent=refused)
+        return OutcomeUnknown(text, without_effect=refused)
 
     def failure(self, what: str, status: int, body: bytes, retry_after: str | None = None) -> RequestFailed:
         kind, reason = error_of(body)
         text = f"{what}: {status} {kind and kind + ': '}{reason}{self._advice(status, kind, reason)}"
         unknown = status in (502, 503, 504)  # a load balancer timed out, or the cluster is not ready
         kind_of_failure = OutcomeUnknown if unknown else RequestFailed
-        return kind_of_failure(text, status, kind, reason, never_sent=status == 429, retry_after=retry_after)
+        return kind_of_failure(text, status, kind, reason, without_effect=status == 429, retry_after=retry_after)
 
     def _after_giving_up(self, began: float) -> str:
         look = "check GET _cluster/health and run again"
-        what_to_do = look if self._answered else "check the endpoint and that the cluster is up"
+        what_to_do = look if self._has_responded else "check the endpoint and that the cluster is up"
         return f"; gave up after {seconds_since(began):.0f} s: {what_to_do}"
 
     @property
@@ -1368,15 +1369,15 @@ class Connection:
 class OpenSearchBaseManager(Connection):
     """One cluster, and the operations that at least two scripts need.
 
-    Use it as a context manager: the exit cancels running tasks of this run (after a failure), releases the locks and
-    closes the connections. Scripts and `TargetIndex` may call methods with an underscore.
+    Use it as a context manager: on exit, it cancels running tasks of this run (after a failure), releases the locks
+    and closes the connections. Scripts and `TargetIndex` may call methods with an underscore.
     """
 
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(settings)
         self.dry_run: bool = settings.dry_run
         self.names: list[str] = []  # indices and aliases that the script works on
-        self.probes: list[Probe] = []  # for the permissions that it needs with these settings
+        self.probes: list[Probe] = []  # for the permissions that the script needs with these settings
         self._locks: list[int] = []
         self._task_started = False
         cluster = self.credentials
@@ -1416,13 +1417,13 @@ class OpenSearchBaseManager(Connection):
         return self._read(index, accept).get(index)
 
     def name_exists(self, name: str) -> bool:
-        """Say whether there is an index or an alias of this name."""
+        """Return whether there is an index or an alias of this name."""
         return bool(self._read(name, [404]))
 
     def _verify_index_exists(self, index: str) -> dict[str, Any]:
         """Return the same as `read_index`. Raises OperationFailed if there is no such index."""
         if not (found := self._read(index, [404])):
-            raise OperationFailed(f'index {index} does not exist; create it first (README, "Setting up"), or, if a run '
+            raise OperationFailed(f'index {index} does not exist; create it first (README, "Setting up"). If a run '
                                   "with COPY_METHOD=clone was stopped, run again with COPY_METHOD=clone")  # fmt: skip
         if index not in found:
             raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the name of an index")
@@ -1433,7 +1434,7 @@ class OpenSearchBaseManager(Connection):
         return str(self._verify_index_exists(index)["settings"]["index.uuid"])
 
     def verify_same_index(self, index: str, uuid: str) -> None:
-        """Raise OperationFailed if the index is not the one that had this UUID."""
+        """Raise OperationFailed if the index no longer has this UUID."""
         if self.index_uuid(index) != uuid:
             raise OperationFailed(
                 f"another client deleted and recreated index {index} during this run; check its mapping and run again"
@@ -1474,7 +1475,7 @@ class OpenSearchBaseManager(Connection):
     # --- locks ---
 
     def lock(self, index: str, *, shared: bool = False) -> None:
-        """Hold the lock of an index on this host until the end. Raises Locked if another run holds it."""
+        """Lock an index on this host until the manager exits. Raises Locked if another run holds the lock."""
         path = self.settings.lock_dir / f"{index}.lock"
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1512,9 +1513,9 @@ class OpenSearchBaseManager(Connection):
     def await_tasks(self, index: str, *, exclusive: bool = True) -> bool:
         """Wait until no task of the suite reads or writes the index; return whether there was one.
 
-        Tasks that a crashed run of this host has left are canceled first: the caller holds the lock, and if that is
-        exclusive, no run of this host can be using them. Raises Refused if a task of another client is using the
-        index, or if a task of another host does not end within WAIT_SECONDS.
+        With an exclusive lock, tasks of this host can only be orphans of a crashed run: they are canceled. A dry run
+        warns instead, and does not wait. Raises Refused if a task of another client is using the index, or if a task
+        of the suite does not end within WAIT_SECONDS.
         """
         began, awaited = time.monotonic(), ""
         while named := self._tasks_naming(index):
@@ -1595,7 +1596,7 @@ class OpenSearchBaseManager(Connection):
             what = f"{label}: {len(failures)} failure(s), the first"
         if error:
             kind, reason = root_cause(error)
-            failure = TooMuchAtOnce if MEMORY_ERRORS.search(str(error.get("type"))) else OperationFailed
+            failure = BatchTooLarge if MEMORY_ERRORS.search(str(error.get("type"))) else OperationFailed
             raise failure(f"{what}: {kind}: {reason}{self._advice(0, kind, reason) or '; run it again'}")
         if response.get("canceled"):
             raise OperationFailed(f"{label}: canceled ({response['canceled']}); run it again")
@@ -1604,7 +1605,7 @@ class OpenSearchBaseManager(Connection):
         return dict(document["response"])
 
     def _cancel_own_tasks(self) -> None:
-        """Cancel the tasks of this run and wait until they have ended, for the clean-up time at most."""
+        """Cancel the tasks of this run and wait until they have ended, for at most CLEANUP_S."""
         retry = Retry(CLEANUP_S)
         while (own := self._own_tasks()) and retry.seconds_left() > 0:
             for task in own:
@@ -1624,9 +1625,9 @@ class Probe(NamedTuple):
     body: Any = None
 
 
-# If the permission is there, the server rejects these for another reason: no such task, setting, scroll or document.
+# With the permission, the server rejects a probe for another reason: no such task, setting, scroll or document.
 UNKNOWN_SETTING = {"index.permission_probe": 1}
-NOT_THERE = {"_id": "permission-probe", "if_seq_no": 2**53, "if_primary_term": 1}  # whatever id a pipeline sets
+NOT_THERE = {"_id": "permission-probe", "if_seq_no": 2**53, "if_primary_term": 1}  # fails even if a pipeline sets an id
 
 
 def reading_probes(*indices: str) -> list[Probe]:
@@ -1668,7 +1669,7 @@ def creating_probes(index: str) -> list[Probe]:
     return [Probe("PUT", f"/{index}", {"settings": UNKNOWN_SETTING}), Probe("GET", f"/{index}")]
 
 
-def denied(method: str, status: int, body: bytes) -> list[str]:
+def denied_permissions(method: str, status: int, body: bytes) -> list[str]:
     """Return the missing permissions that a response reports: lines of a role, or IAM actions (`es:...`).
 
     Raises Refused if it reports that the cluster is read-only.
@@ -1685,24 +1686,24 @@ def denied(method: str, status: int, body: bytes) -> list[str]:
         return []  # a block, or a request that managed domains do not allow
     verb = re.search(r"es:\w+", text)
     if not verb and re.search("security token|[Ss]ignature", text):
-        return []  # the next request reports these credentials
+        return []  # the credentials are invalid: the next request reports that
     return [verb[0] if verb else f"es:ESHttp{method.capitalize()}"]
 
 
 def role_line(action: str) -> str:
-    """Return an action as a role names it, with the actions that the server derives from it for each shard."""
+    """Return an action as a role lists it; an asterisk covers the per-shard actions that the server derives from it."""
     return re.sub(r"^(indices:(data/read/scroll|admin/(refresh|flush)|data/write/bulk(?=\[))).*", r"\1*", action)
 
 
 def missing_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> list[str]:
     """Send all probes, eight at a time; return the denied permissions without duplicates."""
-    found = in_parallel(lambda probe: denied(probe.method, *manager.probe(*probe)), probes, PROBES_AT_ONCE)
+    found = in_parallel(lambda probe: denied_permissions(probe.method, *manager.probe(*probe)), probes, PROBES_AT_ONCE)
     return sorted({line for lines in found for line in lines})
 
 
 def require_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe]) -> None:
     """Raise OperationFailed that names all missing permissions, as lines of a role."""
-    if not manager._answered:  # or a wrong endpoint would fail eight times, and unnoticed
+    if not manager._has_responded:  # or a wrong endpoint would fail eight times, and unnoticed
         manager.request("GET", "/", accept=[403])
     if not (missing := missing_permissions(manager, probes)):
         return
@@ -1716,7 +1717,7 @@ def require_permissions(manager: OpenSearchBaseManager, probes: Sequence[Probe])
     if role:
         advice.append(f"add to the role of {manager.who}: {json.dumps(role)}")
     if verbs:
-        advice.append(f"allow {manager.who} {', '.join(verbs)} in IAM and in the access policy of the domain")
+        advice.append(f"grant {', '.join(verbs)} to {manager.who} in IAM and in the access policy of the domain")
     raise OperationFailed(f"permissions are missing; nothing was changed; {'; '.join(advice)}")
 
 
@@ -1733,7 +1734,7 @@ REMEDIES = {  # where removing the setting does not help
 
 
 def recovered_settings(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an index as they are after the load has restored them."""
+    """Return the settings of an index as they will be when the changes in its marker have been undone."""
     settings, marker = found["settings"], found["mappings"].get("_meta", {}).get(SUITE) or {"found": {}, "set": {}}
     changed = {name: value for name, value in marker["found"].items() if settings.get(name) == marker["set"].get(name)}
     return {**settings, **changed}
@@ -1753,7 +1754,7 @@ def refuse_unusable(index: str, found: Mapping[str, Any], obstacles: Sequence[st
 def await_primaries(
     manager: OpenSearchBaseManager, index: str, limit_s: float, failure: type[OperationFailed] = Refused
 ) -> bool:
-    """Wait until the index is not red; say whether that took any time. Raises `failure` after `limit_s`."""
+    """Wait until the index is not red; return whether it was red at first. Raises `failure` after `limit_s`."""
     retry, path = Retry(limit_s), f"/_cluster/health/{index}"
     while True:
         if manager.request("GET", path).data["status"] != "red":
@@ -1764,18 +1765,18 @@ def await_primaries(
                           "_cluster/allocation/explain, and run again when it is yellow or green")  # fmt: skip
 
 
-def fields_in(definition: Mapping[str, Any]) -> int:
+def count_fields(definition: Mapping[str, Any]) -> int:
     """Count a field as the server does: with its multi-fields and the hidden fields of a text field."""
     hidden = ("index_prefixes" in definition) + bool(definition.get("index_phrases"))
-    return 1 + hidden + sum(map(fields_in, definition.get("fields", {}).values()))
+    return 1 + hidden + sum(map(count_fields, definition.get("fields", {}).values()))
 
 
 def refuse_too_many_fields(index: str, found: Mapping[str, Any], added: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise Refused if adding these fields, by their full names, would exceed the limit of the mapping."""
+    """Raise Refused if adding these fields (definitions by full name) would exceed the field limit of the mapping."""
     held, name = dict(field_definitions(found["mappings"])), "index.mapping.total_fields.limit"
     objects = {parent for field in added for parent in parents_of(field)} - {*held, *added}
     derived = found["mappings"].get("derived", {})
-    needed = len(objects) + len(derived) + sum(map(fields_in, [*held.values(), *added.values()]))
+    needed = len(objects) + len(derived) + sum(map(count_fields, [*held.values(), *added.values()]))
     if added and needed > (limit := int(found["settings"].get(name, 1000))):
         raise Refused(
             f"index {index} would have {needed:,} fields with the new ones ({', '.join(added)[:200]}), and {name} is "
@@ -1832,15 +1833,15 @@ def await_replicas(manager: OpenSearchBaseManager, index: str) -> None:
         progress.update(len(shards) - behind)
         time.sleep(1)
         shards = manager.shard_stats(index)
-    log.warning("index %s uses segment replication, and this version cannot report its progress: replicas may lag",
+    log.warning("index %s uses segment replication, whose progress this server version cannot report: replicas may lag",
                 index)  # fmt: skip
 
 
 def lagging_shards(shards: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
     """Return the number of shards with an active copy that lags behind its primary; None if that is not reported.
 
-    Two values are needed: bytes behind are reported by the primary in some versions, in others by each replica and
-    against the last checkpoint that it received; and the translog may hold documents that no search sees yet.
+    Two values are needed. `max_bytes_behind` comes from the primary or, in some versions, from each replica, relative
+    to the last checkpoint that it received. `max_seq_no` includes documents that no search finds yet (translog).
     """
     lagging = 0
     for copies in shards.values():
@@ -1860,8 +1861,8 @@ class Marker:
     """The marker in `_meta` of an index's mapping means that the index is unfinished: `{started, host, found, set}`.
 
     `set` holds the settings that were changed for the load, `found` their previous values (None: the default). `own` is
-    the marker of this run while it is in the index. While an index is cloned, its marker also holds `source`, the UUID
-    of the index: the clone, which inherits the marker, is unfinished; the source is not.
+    the marker of this run while it is in the index. While an index is being cloned, its marker also holds `source`, its
+    own UUID: an index with another UUID is the clone, which has inherited the marker and is unfinished.
     """
 
     def __init__(self, manager: OpenSearchBaseManager, index: str) -> None:
@@ -1886,7 +1887,7 @@ class Marker:
 
     def write(self, found: Mapping[str, Any], wanted: Mapping[str, str], **more: Any) -> bool:
         """Write the marker of this run; return False and log a warning if the cluster rejects it."""
-        self.own = {  # before the request: a signal may arrive in between
+        self.own = {  # set before the request: a signal may arrive during it
             "started": utc(time.time()), "host": self.manager.host,
             "found": {name: found["settings"].get(name) for name in wanted}, "set": dict(wanted), **more,
         }  # fmt: skip
@@ -1896,8 +1897,8 @@ class Marker:
         except OutcomeUnknown:
             raise
         except RequestFailed as error:
-            log.warning("index %s: the marker cannot be written, so nothing shows that the index is unfinished, and "
-                        "the settings stay unchanged: %s", self.index, error)  # fmt: skip
+            log.warning("index %s: the marker cannot be written to _meta, so if this run crashes, nothing shows that "
+                        "the index is unfinished; its settings stay unchanged: %s", self.index, error)  # fmt: skip
             self.own = None
             return False
 
@@ -1917,7 +1918,7 @@ class Marker:
         self._put(meta, former)
 
     def recover(self, found: Mapping[str, Any] | None = None) -> None:
-        """Undo the changes of a run that did not succeed; its marker stays on an index that is unfinished."""
+        """Restore the settings that a failed run changed (dry run: only warn); an unfinished index keeps its marker."""
         if not (marker := self.read(found)):
             return
         cloned = self.is_of_clone_source(marker)
@@ -1950,7 +1951,7 @@ class Marker:
         return meta
 
     def _put(self, meta: Mapping[str, Any], marker: Mapping[str, Any] | None) -> None:
-        """Write `_meta` with this marker or without one; an update replaces all entries, so others are included."""
+        """Write `_meta` with this marker or without one; other entries are sent, too, or the server drops them."""
         others = {key: value for key, value in meta.items() if key != SUITE}
         self.manager.request(
             "PUT", f"/{self.index}/_mapping", {"_meta": {**others, SUITE: marker} if marker else others}
@@ -1984,7 +1985,7 @@ class TargetIndex:
         settings changed          marker, refresh interval -1 (and 0 replicas, if requested)
         new fields                the same, and the fields, which stay
         deletion, documents       the same, and some of the documents; a server-side task may be running: claim()
-                                  cancels tasks of this host, waits for those of another host, refuses other clients'
+                                  cancels tasks of this host, waits for those of other hosts
         settings restored         marker; the documents are not counted
         marker removed            nothing to recover
 
@@ -1997,14 +1998,14 @@ class TargetIndex:
         self.marker = Marker(manager, name)
         self.uuid = ""
         self.found: dict[str, Any] = {}  # aliases, mappings and settings at the claim
-        self.emptied = False  # at least partly
+        self.emptied = False  # true as soon as a deletion may have begun
         self.obstacles: Sequence[str] = TO_FILL
 
     def claim(self, *, may_be_live: bool = False, may_be_missing: bool = False, alias: str = "") -> None:
         """Lock the index and recover it; a dry run changes nothing.
 
-        Readers of `alias` will have left the index before it is emptied; any other alias keeps it live. Raises Locked,
-        Refused (it is live, or a task of another client is using it) or OperationFailed (it is missing).
+        With `may_be_live` and `alias`, only this alias may point at the index: it will be moved before the load. Raises
+        Locked, Refused (such as: it is live, or another client's task is using it) or OperationFailed (it is missing).
         """
         self.manager.lock(self.name, shared=self.shared)
         found = self.manager.read_index(self.name, accept=[403, 404])
@@ -2033,7 +2034,7 @@ class TargetIndex:
         self.marker.recover(found)
 
     def read(self, found: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Remember the state of the index (`found`, or read now) and return it; the first UUID seen is kept."""
+        """Store the state of the index (`found`, or read now) and return it; `uuid` keeps the first value read."""
         self.found = found or self.manager._verify_index_exists(self.name)
         self.uuid = self.uuid or self.found["settings"]["index.uuid"]
         return self.found
@@ -2047,7 +2048,7 @@ class TargetIndex:
         return await_primaries(self.manager, self.name, self.manager.settings.retry_seconds)
 
     def recover_index(self, found: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Recover a missing index, and return its state; here there is nothing to recover it from."""
+        """Recover a missing index and return its state; a hook, since only ClearableIndex has a backup."""
         return found
 
     def refuse_live(self, found: Mapping[str, Any] | None = None) -> None:
@@ -2055,7 +2056,7 @@ class TargetIndex:
         if aliases := sorted((found or self.manager._verify_index_exists(self.name))["aliases"]):
             raise Refused(
                 f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give "
-                "the name of the other index, or first move readers there (switch_alias.py)"
+                "the name of the other index, or move readers to the other index first (switch_alias.py)"
             )
 
     def verify_same(self) -> None:
@@ -2066,8 +2067,8 @@ class TargetIndex:
         """Mark the index as unfinished until the body has succeeded.
 
         With `loading`, the refresh interval is -1 (and replicas 0, if requested) unless the marker cannot be written;
-        the body calls `restore_settings` before it counts. If the body fails, the settings are restored here and the
-        marker stays; if that fails too, or the process is killed, `claim` of the next run restores them.
+        the body calls `restore_settings` before it counts. If the body fails, the settings are restored here (if that
+        fails, by `claim` of the next run), and the marker stays, unless the body raised Refused before any deletion.
         """
         found = self.manager._verify_index_exists(self.name)
         self.refuse_live(found)
@@ -2100,7 +2101,7 @@ class TargetIndex:
                 self.manager.request("PUT", f"/{self.name}/_settings", {name: value})
             except OutcomeUnknown:
                 raise
-            except RequestFailed as error:  # Multi-AZ with Standby fixes replicas, some domains a minimum interval
+            except RequestFailed as error:  # Multi-AZ with Standby enforces replicas, some domains an interval
                 log.warning("index %s: continuing without %s=%s: %s", self.name, name, value, error)
 
 

@@ -2,7 +2,7 @@
 
 Example:    python reindex.py --source my_index_primary --target my_index_secondary
 Exit codes: 0 copied and verified; 1 failed; 2 usage; 4 refused (target live, fields defined differently); 75 locked;
-            129, 130, 143 signals. After a failure the target is partly filled and marked as unfinished; run it again.
+            129, 130, 143 signals. After a failure the target may be unfinished (marked) or missing (clone): run again.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 from index_cleanup import CannotReplace, ClearableIndex
 from opensearch_base_manager import (
     TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused,
-    RequestFailed, Response, TooMuchAtOnce, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
+    RequestFailed, Response, BatchTooLarge, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
     field_definitions, index_name, log, mapping_probe, missing_permissions, per_second, reading_probes,
     refuse_too_many_fields, refuse_unusable, result_window, run_cli, run_to_completion, seconds_since, settings_probe,
     verify_sees_everything,
 )  # fmt: skip
 
-LATE_REQUEST_S = 1  # after a signal, a request that was sent before it arrives within this time, as a rule
+LATE_REQUEST_S = 1  # a request sent just before a signal normally reaches the cluster within this time
 WRITE_BLOCK = {"index.blocks.write": "true"}
 EXPANSION = "index.auto_expand_replicas"
-REPLICATION_TYPE = "index.replication.type"  # of all settings, a clone alone does not take over this one
+REPLICATION_TYPE = "index.replication.type"  # the only setting that a clone does not inherit
 BATCH_SIZE = 5000  # documents per scroll batch; copies 8 to 15 % faster than the server's default of 1000
-BATCH_BYTES = 32 * 1024 * 1024  # of all slices, in the store; a node accepts 10 % of its heap, uncompressed
+BATCH_BYTES = 32 * 1024 * 1024  # stored size, total of all slices; a node accepts 10 % of its heap, uncompressed
 SAMPLE_SIZE, SAMPLE_BYTES = 50, 8 * 1024 * 1024  # compared after a copy: documents per shard, and bytes of all shards
 SAMPLE_WINDOW = 2000  # sequence numbers; searching it takes milliseconds, however large the index is
 MAX_SLICES = 20  # the server's limit for slices=auto, which starts one per shard
@@ -42,17 +42,17 @@ def compare_fields(source: Mapping[str, Any], target: Mapping[str, Any]) -> tupl
 
 
 class Clone:
-    """A copy with `_clone`: the target is deleted, and the source's files get a second name (hard links).
+    """A copy with `_clone`: the target is deleted, and the new one shares the source's files (hard links).
 
     Meanwhile the source has a write block, which readers do not notice. The table shows the state after a kill, by the
     last request that was sent. The marker is in the source, and its entry `source` is the source's UUID; the clone
-    inherits the marker. The next run, on any host, removes block and marker from the source and clones again.
+    inherits the marker. The next run, on any host, restores the source and copies or clones it again.
 
         marker written            marker; the target is as it was
         write block set           marker, block
-        target deleted            the same, but no target: the marker has its number of replicas
+        target deleted            the same, but no target: the marker has its replica settings
         clone created             marker and block; the clone has the marker as soon as its primaries are active, and is
-                                  unfinished: its UUID is not the marker's
+                                  unfinished: its UUID differs from `source`
         block removed             marker in both; the clone is verified
         clone's marker removed    marker in the source; the clone is finished
         source's marker removed   nothing to recover
@@ -63,11 +63,11 @@ class Clone:
         self.marker = Marker(manager, self.source)
 
     def obstacle(self) -> str:
-        """Return why the source cannot be cloned, or "": send requests that the cluster must reject."""
+        """Return why the source cannot be cloned, "" if it can; find out with requests that the cluster must reject."""
         if missing := missing_permissions(self.manager, [settings_probe(self.source), mapping_probe(self.source)]):
             return f"the role of {self.manager.who} lacks {', '.join(missing)} on {self.source}"
         try:
-            self._send({"index.permission_probe": 1})
+            self._request_clone({"index.permission_probe": 1})
         except OutcomeUnknown:
             raise
         except RequestFailed as error:
@@ -94,9 +94,9 @@ class Clone:
             self.target.refuse_live()
             self.target.verify_same()
             self.target.delete_index()
-        # the clone would keep a null in its settings, so unwanted settings are removed afterwards
+        # the clone would store null as a value, so these settings are created as "false" and removed afterwards
         given = {name: found["settings"][name] for name in (REPLICATION_TYPE,) if name in found["settings"]}
-        unblocked = dict.fromkeys(WRITE_BLOCK, "false")  # or it would have a block that no marker describes
+        unblocked = dict.fromkeys(WRITE_BLOCK, "false")  # or the clone inherits a block that no marker describes
         self._create({**replicas, **given, **unblocked, EXPANSION: replicas[EXPANSION] or "false"}, source_uuid)
         await_primaries(self.manager, self.target.name, max(30, self.manager.settings.wait_seconds), OperationFailed)
         left = {**dict.fromkeys(WRITE_BLOCK), EXPANSION: replicas[EXPANSION]}
@@ -118,9 +118,9 @@ class Clone:
         self.marker.replace()
 
     def remove_block(self) -> None:
-        """Remove the block even if it is not there yet: the request that sets it may still be on its way.
+        """Remove the block, and once more after a second: the request that sets it may still be in flight.
 
-        The marker stays: if that request, or the deletion of the target, takes even longer, the next run knows.
+        The marker stays: if that request, or the deletion of the target, arrives even later, the next run recovers.
         """
         if self.marker.own and (found := self.marker.own["found"]):
             self.manager.request("PUT", f"/{self.source}/_settings", found)
@@ -128,16 +128,16 @@ class Clone:
             self.marker.restore_settings(self.marker.own)
 
     def abandon(self) -> None:
-        """Remove block and marker from the source: the cluster has rejected a request, and none is on its way."""
+        """Remove block and marker from the source after the cluster has rejected a request; none is in flight."""
         if self.marker.own:
             self.marker.restore_settings(self.marker.own)
             if self.marker.read():  # otherwise a signal interrupted this after the marker was removed
                 self.marker.replace()
 
     def _replicas_of_target(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the target's replica settings; if a crashed run deleted the target, those kept in its marker.
+        """Return the target's replica settings; if it is missing, those in a crashed run's marker, or the source's.
 
-        Without either, return those of the source. None stands for no auto_expand_replicas.
+        None means that auto_expand_replicas is not set.
         """
         if self.target.uuid:
             found = self.manager._verify_index_exists(self.target.name)["settings"]
@@ -150,10 +150,10 @@ class Clone:
     def _create(self, settings: Mapping[str, Any], source_uuid: str) -> None:
         """Create the clone and remember its UUID.
 
-        A rejected request is no failure if the clone exists: it repeated one whose response was lost. Raises
+        A rejection is ignored if the clone exists: an earlier attempt, whose response was lost, created it. Raises
         OperationFailed if there is no clone, or if another client has created the index.
         """
-        response = self._send(settings)
+        response = self._request_clone(settings)
         made = self.manager.read_index(self.target.name)
         if not made:
             failure = self.manager.failure(f"_clone of {self.source}", response.status, response.body)
@@ -163,14 +163,14 @@ class Clone:
             raise OperationFailed(f"another client has created index {self.target.name}; delete it and run again")
         self.target.uuid = made["settings"]["index.uuid"]
 
-    def _send(self, settings: Mapping[str, Any]) -> Response:
-        """Ask for a clone; return the response, also if the cluster rejects the request (400)."""
+    def _request_clone(self, settings: Mapping[str, Any]) -> Response:
+        """Send a clone request; return the response, even if the cluster rejects the request (400)."""
         path, params = f"/{self.source}/_clone/{self.target.name}", {"wait_for_active_shards": "1", "timeout": "60s"}
         return self.manager.request("POST", path, {"settings": settings}, params=params, accept=[400])
 
 
 def differing_fields(original: Mapping[str, Any], copied: Mapping[str, Any] | None) -> list[str]:
-    """Return the fields whose values differ as JSON, where 1, 1.0 and true are three values."""
+    """Return the fields whose values differ as JSON (as 1, 1.0 and true do); `_id` if the copy is missing."""
     if copied is None:
         return ["_id"]
     texts = [{name: json.dumps(value, sort_keys=True) for name, value in document.items()}
@@ -207,8 +207,8 @@ class Reindex(OpenSearchBaseManager):
 
     def _check(self) -> str:
         """Claim the target, and check that the source is complete and can be copied; return the source's UUID."""
-        self._continue_clone()
-        self.lock(self.source, shared=not self.clone)  # so that a task on it is known to be running
+        self._resume_crashed_clone()
+        self.lock(self.source, shared=not self.clone)  # or another run could cancel the copy as orphaned
         self.target.claim(may_be_missing=self.clone is not None)
         found = self._verify_index_exists(self.source)
         refuse_unusable(self.source, found, TO_READ)
@@ -216,27 +216,27 @@ class Reindex(OpenSearchBaseManager):
             found = self._verify_index_exists(self.source)
         verify_sees_everything(self, self.source, found)
         marker = Marker(self, self.source)
-        # if another client has moved readers to it, only the target may be complete
+        # if another client has moved readers to an unfinished source, perhaps only the target is complete
         marker.refuse(f"load it again, or move readers to {self.target.name}, before it is copied", found)
         if self.clone and (obstacle := self.clone.obstacle()):
-            self._copy_instead(obstacle)
+            self._fall_back_to_copy(obstacle)
         if not self.clone:
             marker.recover(found)
             self.target.verify_sees_everything()
             self._compare_fields(found)
         return str(found["settings"]["index.uuid"])
 
-    def _continue_clone(self) -> None:
-        """Clone whatever COPY_METHOD is, if a crashed run has deleted the target: its replicas are in the marker."""
+    def _resume_crashed_clone(self) -> None:
+        """If a crashed clone deleted the target, clone even with COPY_METHOD=reindex: the marker has its replicas."""
         if self.clone or self.read_index(self.target.name, accept=[403, 404]):
             return
         found, marker = self.read_index(self.source, accept=[403, 404]), Marker(self, self.source)
         if found and (crashed := marker.read(found)) and marker.is_of_clone_source(crashed):
-            log.warning("index %s is missing: a run crashed while it cloned %s, so it is cloned again",
+            log.warning("index %s is missing: a run crashed while cloning %s; cloning it again",
                         self.target.name, self.source)  # fmt: skip
             self.clone = Clone(self)
 
-    def _copy_instead(self, obstacle: str) -> None:
+    def _fall_back_to_copy(self, obstacle: str) -> None:
         log.warning("index %s cannot be cloned, so its documents are copied instead: %s", self.source, obstacle)
         self.clone = None
         self.target.read()
@@ -267,7 +267,7 @@ class Reindex(OpenSearchBaseManager):
     # --- copy ---
 
     def _clone(self, source_uuid: str) -> dict[str, Any]:
-        """Clone the source and verify the clone; return {} if that is impossible, with everything as it was."""
+        """Clone the source and verify the clone; return {}, with nothing changed, if that is unwanted or impossible."""
         if not self.clone:
             return {}
         try:
@@ -277,7 +277,7 @@ class Reindex(OpenSearchBaseManager):
             self.clone.finish()
         except CannotReplace as error:
             run_to_completion(self.clone.abandon)
-            self._copy_instead(str(error))
+            self._fall_back_to_copy(str(error))
             self._compare_fields(self._verify_index_exists(self.source))
             return {}
         except BaseException:
@@ -293,7 +293,7 @@ class Reindex(OpenSearchBaseManager):
         with self.target.fill(without_replicas=self.settings.load_without_replicas):
             self._add_missing_fields()
             self.target.empty()
-            total = self._get_index_count(self.source)  # refreshes: a copy sees only what a search would
+            total = self._get_index_count(self.source)  # refreshes, since a copy sees only searchable documents
             await_replicas(self, self.source)
             response = self._copy(total)
             self.target.restore_settings()
@@ -301,13 +301,13 @@ class Reindex(OpenSearchBaseManager):
         return response
 
     def _add_missing_fields(self) -> None:
-        """Define new fields as in the source; otherwise the copy would make the server guess their types (dates!)."""
+        """Define missing fields as in the source; otherwise the server would guess their types (dates!)."""
         source, target = (self._verify_index_exists(index)["mappings"] for index in (self.source, self.target.name))
         if compare_fields(source, target)[0]:
             self.request("PUT", f"/{self.target.name}/_mapping", {"properties": source["properties"]})
 
     def _copy(self, total: int) -> dict[str, Any]:
-        """Copy in batches that fit into the cluster's memory; a second attempt overwrites the documents by id."""
+        """Copy in batches that fit into the cluster's memory; retries with smaller ones overwrite documents by id."""
         log.info("copying %s documents from %s to %s", f"{total:,}", self.source, self.target.name)
         # the default pipeline has already processed these documents
         dest = {"index": self.target.name, "pipeline": "_none"}
@@ -317,7 +317,7 @@ class Reindex(OpenSearchBaseManager):
             try:
                 response = self.run_task("/_reindex", {"source": source, "dest": dest}, label=label, total=total)
                 break
-            except TooMuchAtOnce as refusal:
+            except BatchTooLarge as refusal:
                 if size == 1:
                     raise
                 size //= 2
@@ -343,7 +343,7 @@ class Reindex(OpenSearchBaseManager):
         return float(stats["store"]["size_in_bytes"] / max(stats["docs"]["count"], 1))
 
     def _verify_copy(self, total: int, source_uuid: str) -> None:
-        """Raise OperationFailed unless both indices hold what was copied, and the source is the same index."""
+        """Raise OperationFailed unless counts and a sample agree and neither index has been recreated meanwhile."""
         source, target = self._get_index_count(self.source), self._get_index_count(self.target.name)
         if source != total:
             raise OperationFailed(
@@ -362,8 +362,8 @@ class Reindex(OpenSearchBaseManager):
     def _verify_sample(self) -> None:
         """Compare documents from a random place in each shard with their copies.
 
-        Pipelines, masked fields and derived sources make them differ. Raises OperationFailed, which names fields, not
-        values.
+        Raises OperationFailed if they differ; it names fields, not values. Possible causes are pipelines, masked
+        fields and derived sources.
         """
         shards = self.shard_stats(self.source)
         settings = [self._verify_index_exists(index)["settings"] for index in (self.source, self.target.name)]
@@ -388,7 +388,7 @@ class Reindex(OpenSearchBaseManager):
         log.info("compared %s documents of %s with their copies", compared, self.source)
 
     def _sample(self, shard: str, last: int, size: int) -> dict[tuple[str, str], Any]:
-        """Return some documents of a shard by id and routing: from one of two random places, or else its first ones."""
+        """Return documents of a shard by id and routing: from one of two random places, or else from anywhere in it."""
         primary = self.on_primaries().get("preference", "")
         for start, width in ((random.randint(0, last), SAMPLE_WINDOW), (random.randint(0, last), SAMPLE_WINDOW),
                              (0, last + 1)):  # fmt: skip

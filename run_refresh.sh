@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Replace the data behind an alias: copy the index, switch readers to the copy, load, switch readers back (copy-back);
-# or load the index that is not live, and switch readers to it (alternate).
+# Replace the data behind an alias: copy its index, switch readers to the copy, load the index, switch readers back
+# (copy-back); or load the index that is not live and switch readers to it (alternate).
 #
 # Usage: run_refresh.sh [--dry-run] [--verbose]
 #        run_refresh.sh --hold WHY | --release | --status [--max-age HOURS] | --help
 #        --dry-run:   run all checks (step 0), change nothing
 #        --verbose:   send the steps' log lines to stderr too, as on a terminal; for containers, journals and CI
-#        --hold WHY:  refuse every refresh from now on (4), readers stay where they are; --release ends this
-#        --status:    print how the last run ended, where readers are, HOLD and lock, without asking the cluster;
-#                     exit 1 if the last successful run ended more than HOURS ago
+#        --hold WHY:  refuse every refresh (exit code 4) until --release; readers stay where they are
+#        --status:    print the last run's outcome, the readers' index, hold and lock, without contacting the cluster;
+#                     with --max-age, exit 1 unless a run has succeeded in the last HOURS hours
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
 #        S3_BUCKET (your-bucket)  S3_PREFIX (your/prefix/; '*' is the whole bucket)  BATCH_SIZE (1000)
 #        STEP_DELAY_SECONDS (5)  REFRESH_STRATEGY (copy-back, or alternate)
-#        READER_QUERIES (unset: searches that run before each switch, and on the live index in step 0)
+#        READER_QUERIES (unset; a file of searches to run before each switch, and on the live index in step 0)
 #        SKIP_UNCHANGED (false; true: exit with 0 immediately if the live index provably holds the data in S3)
 #        PYTHON (.venv/bin/python next to this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
-# Files: LOCK_DIR/HOLD-<alias> is the hold, its first line says why and since when; LOG_DIR/last-<alias>.json tells a
-#        monitor how the last run ended, and when one last succeeded
-# Exit:  0 readers are on the fresh data; otherwise the code of the step that failed (see README), 2 usage, 75 locked
+# Files: LOCK_DIR/HOLD-<alias>: while it exists, refreshes are refused; its first line holds the reason and the time
+#        LOG_DIR/last-<alias>.json: outcome of the last run and time of the last success, for monitors
+# Exit:  0 succeeded; otherwise the code of the step that failed (all codes: README), 2 usage, 4 held, 75 locked
 set -euo pipefail
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
 cd "$(dirname "$SELF")"
@@ -27,11 +27,11 @@ readonly KEEP_DAYS=30
 began=$(date +%s) log_file=/dev/null result="" # result: the file with the stdout of the last step
 step="preparing" message="" journal=()          # for last-<alias>.json and the closing table
 last_line=""                                    # the last line that a step logged
-command="" why="" max_age=""                    # hold (why), release or status (max_age); otherwise a refresh
-dry_run="" verbose=""                           # not local to main: `set -e` removes those before the trap runs
+command="" why="" max_age=""                    # hold (with why), release, status (with max_age), or "": refresh
+dry_run="" verbose=""                           # global: `set -e` discards local variables before the trap runs
 declare -A setting
 
-say() { # say TEXT: on the terminal and in the log; without `date`, during whose exit bash would ignore a Ctrl-C
+say() { # say TEXT: to stderr and to the log; not with `date`: bash could lose a Ctrl-C while it waits for `date`
   printf '%s\n' "$1" >&2 || true # the terminal or pipe may be closed, see main
   TZ=UTC printf '%(%Y-%m-%dT%H:%M:%SZ)T run_refresh: %s\n' -1 "$1" >>"$log_file"
 }
@@ -90,11 +90,11 @@ read_settings() { # from the environment or .env, with the table of settings tha
   values=$("$PYTHON" -c 'import opensearch_base_manager as base; base.print_settings("run_refresh")') || exit 2
   while IFS= read -r line; do setting[${line%%=*}]=${line#*=}; done <<<"$values"
   PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
-  export INDEX_ALIAS=$ALIAS # tells the load which alias will have left the index
+  export INDEX_ALIAS=$ALIAS # the load's dry run accepts only this alias on the index: step 2 will have moved it
   [[ $ALIAS != */* ]] || die "INDEX_ALIAS: $ALIAS contains a slash; give the name of an alias" 2
   LOG_DIR=${setting[LOG_DIR]} LOCK_DIR=${setting[LOCK_DIR]}
-  hold="$LOCK_DIR/HOLD-$ALIAS" lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: no index has that name
-  [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index" 2
+  hold="$LOCK_DIR/HOLD-$ALIAS" lock="$LOCK_DIR/REFRESH-$ALIAS.lock" # upper case: never the lock of an index
+  [[ $PRIMARY != "$SECONDARY" ]] || die "PRIMARY_INDEX and SECONDARY_INDEX are the same index; set two different ones" 2
 }
 
 open_log() {
@@ -104,10 +104,10 @@ open_log() {
     -delete || true
   log_file="$LOG_DIR/refresh-$ALIAS-$(date -u +%Y%m%dT%H%M%SZ)-$$.log"
   result=$(mktemp "$LOG_DIR/.result-XXXXXX") || die "cannot write to LOG_DIR ($LOG_DIR); set it to another folder" 1
-  : >>"$log_file" || die "cannot write $log_file" 1
+  : >>"$log_file" || die "cannot write $log_file; free disk space, or set LOG_DIR to another folder" 1
 }
 
-open_step_log() { # descriptor 8 is the steps' stderr: the log file, or the runner's own stderr where it is shown
+open_step_log() { # descriptor 8, the steps' stderr: the runner's own on a terminal or with --verbose, or the log file
   unset REFRESH_LOG_FILE
   if [[ -t 2 || -n $verbose ]]; then
     exec 8>&2
@@ -121,7 +121,7 @@ write_hold() { # every refresh is refused from now on
   mkdir -p "$LOCK_DIR" || die "cannot create LOCK_DIR ($LOCK_DIR); set it to another folder" 1
   printf '%s (since %s)\n' "${why//[[:cntrl:]]/ }" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" >"$hold" \
     || die "cannot write $hold" 1
-  echo "refreshes of $ALIAS are refused from now on; one that is running continues. --release deletes $hold"
+  echo "refreshes of $ALIAS are refused until --release, which deletes $hold; a running refresh continues"
 }
 
 delete_hold() {
@@ -131,12 +131,12 @@ delete_hold() {
   echo "$ALIAS $was"
 }
 
-print_status() { # fails if the last success is older than max_age
+print_status() { # with max_age, fails unless a run has succeeded in that time
   "$PYTHON" -c 'import sys, opensearch_base_manager as base; base.print_status(*sys.argv[1:])' \
     "$LOG_DIR/last-$ALIAS.json" "$hold" "$lock" "$max_age"
 }
 
-refuse_hold() { # an operator wants readers to stay on their index
+refuse_if_held() { # an operator has stopped refreshes with --hold
   local reason=""
   [[ -e $hold || -L $hold ]] || return 0
   reason=$("$PYTHON" -c 'import sys, opensearch_base_manager as base
@@ -149,14 +149,14 @@ take_lock() { # the steps inherit the lock: no other refresh starts while one of
   : >>"$lock" || die "cannot write to LOCK_DIR ($LOCK_DIR); set it to another folder" 1
   exec 9>>"$lock"
   "$PYTHON" -ISc 'import fcntl, sys, time
-for wait_s in 0.2, 0: # a second attempt: --status holds it for a moment
+for wait_s in 0.2, 0: # one retry: --status holds the lock for a moment
   try: sys.exit(fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB))
   except BlockingIOError: time.sleep(wait_s)
-sys.exit(75)' 2>&8 || rc=$? # not with flock, which small images do not have
+sys.exit(75)' 2>&8 || rc=$? # not with flock(1): slim images lack it
   case $rc in
     0) ;;
     75) die "another refresh of $ALIAS is running on this host; wait for it to finish (see --status)" 75 ;;
-    *) die "cannot lock $lock; see $log_file for the reason, or set LOCK_DIR to a folder on a local disk" 1 ;;
+    *) die "cannot lock $lock (reason: above, or in $log_file); set LOCK_DIR to a folder on a local disk" 1 ;;
   esac
 }
 
@@ -194,18 +194,18 @@ explain() { # explain CODE: say why the step failed, unless its own message is o
   say "$message"
 }
 
-value_of() { # value_of NAME: this value in the JSON result of the last step; nothing if it is not there
-  grep -qF "\"$1\"" "$result" || return 0 # most checks: saves starting Python
+value_of() { # value_of NAME: print this value from the JSON result of the last step; nothing if it is missing
+  grep -qF "\"$1\"" "$result" || return 0 # most checks have no such value: do not start Python
   "$PYTHON" -ISc 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1" <"$result" 2>/dev/null || true
 }
 
 # shellcheck disable=SC2329  # called by a trap
-on_signal() { # on_signal NAME CODE: forward it immediately, and wait until the step has restored settings
+on_signal() { # on_signal NAME CODE: forward the signal; wait while the step restores settings and cancels its tasks
   local child
   trap '' HUP INT TERM
   for child in $(jobs -p); do
     kill -s "$1" "$child" 2>/dev/null || true
-    [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # a process just started with `&` still ignores INT
+    [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # bash's `&` ignores INT; a step resets that
     wait "$child" || true
   done
   message="stopped by SIG$1"
@@ -231,7 +231,7 @@ report() { # report CODE: write last-<alias>.json; print the closing table, or a
   local summary="" last="$LOG_DIR/last-$ALIAS.json"
   summary=$(printf '%s\n' "$1"$'\t'"$step"$'\t'"$message" ${journal[@]+"${journal[@]}"} \
     | "$PYTHON" -c 'import sys, opensearch_base_manager as base; base.report_run(*sys.argv[1:])' \
-      "$last" "$ALIAS" "$began" 2>&8) || say "cannot write $last; --status still shows the run before"
+      "$last" "$ALIAS" "$began" 2>&8) || say "cannot write $last; --status still shows the previous run"
   if [[ -z $summary ]]; then
     return
   elif (($1 != 0)); then
@@ -245,25 +245,25 @@ report() { # report CODE: write last-<alias>.json; print the closing table, or a
 pause() {
   local delay=${setting[STEP_DELAY_SECONDS]}
   [[ $delay != 0 ]] || return 0
-  sleep "$delay" 8>&- 9>&- & # without the lock, which it would keep if the runner is killed
+  sleep "$delay" 8>&- 9>&- & # closes the lock: if the runner is killed, sleep must not hold it any longer
   wait $!
 }
 
 check() { # step 0: everything that can be checked before readers are moved
   local to_load=$PRIMARY pair=(--source "$PRIMARY" --target "$SECONDARY") keep=()
-  [[ ${setting[SKIP_UNCHANGED]} != true ]] || pair=() # checked below, unless there is nothing to do
+  [[ ${setting[SKIP_UNCHANGED]} != true ]] || pair=() # the pair is checked below, unless nothing has changed
   run_step "check where readers are" switch_alias.py --alias "$ALIAS" --show ${pair[@]+"${pair[@]}"}
   live=$(<"$result")
-  [[ -n $live ]] || die "cannot save in LOG_DIR ($LOG_DIR) where readers are; nothing was changed: ${last_line#* }" 1
+  [[ -n $live ]] || die "cannot write to LOG_DIR ($LOG_DIR): ${last_line#* }; nothing was changed; free disk space" 1
   case "$live" in
     "$PRIMARY") idle=$SECONDARY ;;
     "$SECONDARY") idle=$PRIMARY ;;
-    *) die "alias $ALIAS is on $live, not on $PRIMARY or $SECONDARY; nothing was changed; move it there first" 4 ;;
+    *) die "alias $ALIAS is on $live, not on $PRIMARY or $SECONDARY; nothing was changed; move it to one of them" 4 ;;
   esac
   both=(--source "$live" --target "$idle")
   [[ ${setting[REFRESH_STRATEGY]} != alternate ]] || to_load=$idle
   if [[ ${setting[SKIP_UNCHANGED]} == true ]]; then
-    [[ $to_load == "$live" ]] || keep=(--no-cleanup) # this run will not empty it
+    [[ $to_load == "$live" ]] || keep=(--no-cleanup) # this run will not empty the live index
     run_step "check what has changed" bulkupdate.py "${load[@]}" --index "$live" --dry-run ${keep[@]+"${keep[@]}"}
     if [[ $(value_of unchanged) == True ]]; then
       say "nothing has changed since $live was loaded: nothing to do"
@@ -272,7 +272,7 @@ check() { # step 0: everything that can be checked before readers are moved
     run_step "check the switch" switch_alias.py --alias "$ALIAS" --show --source "$PRIMARY" --target "$SECONDARY"
   fi
   load+=(--index "$to_load")
-  if [[ ${setting[SKIP_UNCHANGED]} != true || $to_load != "$live" ]]; then # otherwise it has just run
+  if [[ ${setting[SKIP_UNCHANGED]} != true || $to_load != "$live" ]]; then # otherwise this check has just run
     run_step "check the load" bulkupdate.py "${load[@]}" --dry-run
   fi
   [[ ${setting[REFRESH_STRATEGY]} == copy-back ]] || return 0
@@ -280,7 +280,7 @@ check() { # step 0: everything that can be checked before readers are moved
     run_step "check the copy" reindex.py "${both[@]}" --dry-run
   else
     say "readers are on $SECONDARY already: an earlier run stopped after step 2, or the alias was moved by hand."
-    say "Continuing with step 3; to keep readers on $SECONDARY, hold the next refresh (--hold)."
+    say "The refresh continues with step 3 and moves readers to $PRIMARY; to prevent that, stop it and use --hold."
   fi
 }
 
@@ -288,14 +288,14 @@ copy_back() {
   if [[ $live == "$PRIMARY" ]]; then
     run_step "1 copy $PRIMARY to $SECONDARY" reindex.py "${both[@]}"
     pause
-    # the copy was verified to be equal, and readers use these data already: their quality is not checked
+    # reindex.py has verified the copy, and readers already use these data: do not compare counts and fields
     run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" \
       --threshold 0 --field-threshold 0 --min-documents 0
     pause
   fi
   run_step "3 load $PRIMARY from S3" bulkupdate.py "${load[@]}"
   pause
-  # readers return to their usual index, whose settings they have accepted
+  # readers return to the index that they normally use: its settings need no check
   run_step "4 switch readers to $PRIMARY" switch_alias.py --alias "$ALIAS" --source "$SECONDARY" --target "$PRIMARY" \
     --accept-settings '*'
 }
@@ -317,7 +317,7 @@ refresh() {
   trap 'on_signal HUP 129' HUP
   trap 'on_signal INT 130' INT
   trap 'on_signal TERM 143' TERM
-  refuse_hold
+  refuse_if_held
   take_lock
   check
   if [[ -n $dry_run ]]; then
@@ -338,7 +338,7 @@ main() {
     status) print_status ;;
     *) refresh ;;
   esac
-  exit 0 # here: what follows would be read from the file only now, and that may have been replaced in the meantime
+  exit 0 # before bash reads on: an update may have changed this file since the start
 }
 
 main "$@"

@@ -28,19 +28,19 @@ from opensearch_base_manager import (
 CARRIED_OVER = ("filter", "index_routing", "search_routing", "is_write_index", "is_hidden")  # `add` would drop them
 NUMBER_TYPES = set("long integer short byte double float half_float scaled_float unsigned_long".split())
 TEXT_TYPES = set("text match_only_text annotated_text search_as_you_type".split())
-NOT_FOR_READERS = set(  # parameters of a field that concern only how it is stored
+NOT_FOR_READERS = set(  # parameters of a field that readers do not notice, or that are compared separately
     "type path properties fields meta eager_global_ordinals coerce ignore_malformed ignore_above dynamic".split()
 )
-PARAMETERS: dict[str, Any] = {  # the server's defaults for the others
+PARAMETERS: dict[str, Any] = {  # the server's defaults for parameters that readers notice
     "index": True, "store": False, "boost": 1.0, "analyzer": "standard", "term_vector": "no", "fielddata": False,
     "similarity": "BM25", "position_increment_gap": 100, "index_phrases": False,
     "split_queries_on_whitespace": False, "include_in_parent": False, "include_in_root": False, "enabled": True,
     "format": "strict_date_optional_time||epoch_millis", "ignore_z_value": True,
 }  # fmt: skip
 # index settings that readers notice: when the value falls, when it is no longer true, when it changes at all
-AT_LEAST = re.compile(r"index\.(max_(?!ngram|shingle|refresh).*|highlight\.max_.*|analyze\.max_.*|query\.max_.*)")
-TRUE_IS_MORE = re.compile(r"index\.(knn|query_string\.lenient|query\.(parse|derived_field)\..*)")
-EQUAL = re.compile(r"index\.(search\.default_pipeline|query\.default_field|knn\..*)")
+MUST_NOT_FALL = re.compile(r"index\.(max_(?!ngram|shingle|refresh).*|highlight\.max_.*|analyze\.max_.*|query\.max_.*)")
+MUST_STAY_TRUE = re.compile(r"index\.(knn|query_string\.lenient|query\.(parse|derived_field)\..*)")
+MUST_NOT_CHANGE = re.compile(r"index\.(search\.default_pipeline|query\.default_field|knn\..*)")
 NOT_COMPARED = re.compile(  # set by the server or by a load, or compared by `analysis_of`
     r"index\.(uuid|creation_date|provided_name|version\.|resize\.|routing\.|number_of_|auto_expand_|refresh_interval|"
     r"analysis\.|similarity\.)"
@@ -51,14 +51,14 @@ IMPLICIT_ANALYSIS: dict[str, dict[str, Any]] = {
     "index.similarity.default": {"type": ["BM25"]}, "index.analysis.analyzer.default": {"type": ["standard"]},
     "index.analysis.analyzer.default_search": {}, "index.analysis.analyzer.default_search_quoted": {},
 }  # fmt: skip
-EXPLICIT_DEFAULTS = {  # in analyzers, their components, and similarities
+EXPLICIT_DEFAULTS = {  # (key, value) pairs that state a default, in analyzers, their components, and similarities
     ("type", "custom"), ("k1", "1.2"), ("b", "0.75"), ("ignore_case", "false"), ("stopwords", "_none_"),
 }  # fmt: skip
 FIELDS_AT_ONCE = 8  # counts in flight; each takes a millisecond, however many documents there are
 NAMED = 10  # fields or queries in a message; the printed command has all of them
 NOTICED_SHARE = Fraction(1, 100)  # rarer fields may come and go
 GB = 1e9
-# times the size of the live index, with room for deleted documents; a clone shares the files of its source
+# free disk space needed, in sizes of the live index, with room for deleted documents; a clone itself needs none
 DISK_TO_COPY, DISK_TO_LOAD = 2.5, 1.5
 QUERY_TIMEOUT_S = 30  # the server's limit for a reader's query; without a response, READ_TIMEOUT_S applies
 TOO_SLOW = f"not within {QUERY_TIMEOUT_S} s, tried twice"
@@ -70,16 +70,16 @@ class Field(NamedTuple):
     """A field that readers may use."""
 
     definition: Mapping[str, Any]
-    nested: str  # the innermost nested object around it
-    parent: str  # the field that it is a multi-field of
+    nested: str  # path of the innermost nested object that contains it, or ""
+    parent: str  # path of the field whose multi-field it is, or ""
 
     @property
     def type(self) -> str:
         return str(self.definition.get("type", "object"))
 
     def is_countable(self) -> bool:
-        """Say whether `exists` finds the documents that have this field."""
-        if self.type in TEXT_TYPES:  # the server answers 500 for a text that is only stored
+        """Return whether an `exists` query finds the documents that have this field."""
+        if self.type in TEXT_TYPES:  # the server responds with 500 for a text field that is only stored
             return bool(self.definition.get("index", True))
         defaults = {"index": self.type != "binary", "doc_values": self.type != "binary", "store": False}
         return any(self.definition.get(name, default) for name, default in defaults.items())
@@ -87,7 +87,7 @@ class Field(NamedTuple):
     def parameters(self, own_defaults: bool) -> dict[str, Any]:
         """Return the effective parameters: explicit ones, and the server's defaults.
 
-        With `own_defaults`, the settings of an index define analyzer or similarity of fields without one.
+        With `own_defaults`, index settings define the default analyzer or similarity, so the server's do not apply.
         """
         is_text = self.type in TEXT_TYPES
         implied = {"analyzer": "default", "similarity": "default"} if own_defaults else {}
@@ -133,9 +133,9 @@ def lost_parameters(old: Field, new: Field, own_defaults: bool) -> str:
 
 
 def lost_definitions(old: Mapping[str, Any], new: Mapping[str, Any], *, own_defaults: bool) -> dict[str, str]:
-    """Return, for each field, what readers would lose with the new mapping.
+    """Return what readers would lose with the new mapping, by field (or `_source`).
 
-    Fields that the new mapping lacks are not reported: the shares of documents show them.
+    Fields that the new mapping lacks are not reported here: the comparison of shares finds them.
     """
     known = fields_of(new)
     lost = {name: lost_parameters(field, known[name], own_defaults) for name, field in fields_of(old).items()
@@ -172,14 +172,14 @@ def analysis_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def listed_value(value: Any) -> list[str]:
-    """Return the value of a setting as a list: "x,y" and ["x", "y"] are the same."""
+    """Return the value of a setting as a list: "x,y" and ["x", "y"] are equivalent."""
     return [str(item) for item in value] if isinstance(value, list) else str(value).split(",")
 
 
 def compare_settings(live: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Return the differing settings that readers would notice, with both values, and the names of the other ones.
+    """Return the differences that readers would notice (both values, by setting), and the names of other differences.
 
-    Both arguments are responses with `include_defaults`; a setting must be explicit in one of them.
+    Both arguments are responses with `include_defaults`; settings that are explicit in neither are not compared.
     """
     old, new = ({**found["defaults"], **found["settings"]} for found in (live, target))
     lost: dict[str, str] = {}
@@ -188,8 +188,8 @@ def compare_settings(live: Mapping[str, Any], target: Mapping[str, Any]) -> tupl
         had, has = old.get(name), new.get(name)
         if listed_value(had) == listed_value(has) or NOT_COMPARED.match(name):
             continue
-        less = AT_LEAST.fullmatch(name) and int(has or 0) < int(had or 0)
-        if less or (TRUE_IS_MORE.fullmatch(name) and had == "true") or EQUAL.fullmatch(name):
+        less = MUST_NOT_FALL.fullmatch(name) and int(has or 0) < int(had or 0)
+        if less or (MUST_STAY_TRUE.fullmatch(name) and had == "true") or MUST_NOT_CHANGE.fullmatch(name):
             lost[name] = f"{had} -> {has}"
         else:
             others.append(name)
@@ -201,7 +201,7 @@ def compare_settings(live: Mapping[str, Any], target: Mapping[str, Any]) -> tupl
 
 
 def refuse_unsupported(index: str, settings: Mapping[str, Any], routing: Mapping[str, str]) -> None:
-    """Raise Refused if readers of an index could not be served completely."""
+    """Raise Refused for search replicas, and for a search routing that would hide documents from readers."""
     if int(settings.get("index.number_of_search_replicas", 0)):
         raise Refused(f"index {index} has search replicas, which are not supported; set "
                       f"index.number_of_search_replicas to 0. {AGAIN}")  # fmt: skip
@@ -215,7 +215,7 @@ def refuse_unsupported(index: str, settings: Mapping[str, Any], routing: Mapping
 
 
 def has_fallen(old: Fraction, new: Fraction, threshold: Decimal) -> bool:
-    """Say whether a field's share of the documents has fallen by more than the threshold, or by more than half."""
+    """Return whether a share has fallen by more than the threshold, or, from 1 % or more, by more than half."""
     return (old - new) * 100 > Fraction(threshold) or (old >= NOTICED_SHARE and new * 2 < old)
 
 
@@ -293,9 +293,9 @@ class ReadersView:
         return documents, self.manager._get_index_count(self.index, self.filter, self.routing)
 
     def hits(self, body: Mapping[str, Any]) -> int | str:
-        """Search the primary copies, and return the number of hits, or status and type of the error."""
+        """Search the primaries; return the number of hits, or, as text, why the query failed."""
         try:
-            for _ in range(2):  # the first attempt may have met a cold index, and has warmed it
+            for _ in range(2):  # the first attempt may time out on a cold index, which it warms
                 answer = self._search(body, self.manager.on_primaries())
                 if not answer["timed_out"]:
                     break
@@ -308,7 +308,7 @@ class ReadersView:
         return TOO_SLOW if answer["timed_out"] else int(answer["hits"]["total"]["value"])
 
     def warm(self, place: str, body: Mapping[str, Any]) -> None:
-        """Search any copy, so that no reader meets a cold one; a failure does not matter."""
+        """Search any copy, to warm its caches before readers arrive; a failure is only logged."""
         try:
             self._search(body, {}, retry=False)
         except RequestFailed as error:
@@ -330,13 +330,13 @@ class ReadersView:
 class Audit:
     """The comparison of source and target before a switch: is the target fit for readers?
 
-    Each reason to refuse is one check here, and one row of SETTINGS if a setting accepts it: the command in the message
-    repeats the options of this run and adds those that accept the problem. Documents are counted, and queries run, as
-    readers see them; the shares of fields are those of all documents, because these counts are free.
+    Each reason to refuse is one check here. If a setting can override it (a row of SETTINGS), the message has a command
+    with the options of this run and that setting. Documents are counted, and queries run, as readers see them; the
+    shares of fields are those of all documents, because these counts take hardly any time.
     """
 
     def __init__(self, switch: SwitchAlias, indices: Mapping[str, Mapping[str, Any]]) -> None:
-        """`indices` are those behind the alias, with its definitions; the target gets the definition of the source."""
+        """`indices` has the alias's definition by index; an index without one is viewed with that of another."""
         self.switch, self.settings = switch, switch.settings
         self.source, self.target = switch.source, switch.target
         # "" (from a trailing comma) would match the parent of every field that is not a multi-field
@@ -345,7 +345,7 @@ class Audit:
         self.views = {index: ReadersView(switch, index, indices.get(index, of_source))
                       for index in (self.source, self.target)}  # fmt: skip
         self.documents = 0  # in the target
-        self.visible = 0  # those of them that readers of the alias will see
+        self.visible = 0  # documents in the target that readers of the alias will see
         self.fields: dict[str, Any] = {"fields_checked": 0}  # for the result
 
     @cached_property
@@ -370,10 +370,10 @@ class Audit:
             self._compare_fields(before, after)
         self._compare_hits()
 
-    def check_beforehand(self) -> None:
-        """Make the checks that need no data in the target: settings, definitions of fields, and rejected queries.
+    def check_without_data(self) -> None:
+        """Check what does not depend on the target's data: settings, definitions of fields, and rejected queries.
 
-        A clone will have the settings and fields of the source.
+        If the target will be a clone, settings and fields are not compared: they will be those of the source.
         """
         self._refuse_unsupported()
         if copy_method(self.settings, self.source) != "clone":
@@ -381,13 +381,13 @@ class Audit:
             if self.settings.field_threshold < 100 and (redefined := self._read_fields()[2]):
                 self._refuse_fields(redefined)
         for place, body in self.switch.queries:
-            if isinstance(self.views[self.source].hits(body), str):  # only then: the target may be red
+            if isinstance(self.views[self.source].hits(body), str):  # otherwise skip the target: it may be red
                 had, has = self._hits(place, body)
-                log.warning("%s: %s answers %s, %s %s; a switch back to %s may be refused", place, self.source, had,
-                            self.target, has, self.source)  # fmt: skip
+                log.warning("%s: hits in %s: %s, in %s: %s; a switch back to %s may be refused", place, self.source,
+                            had, self.target, has, self.source)  # fmt: skip
 
     def warm(self, copies: int) -> None:
-        """Send the queries once for each copy of the target's shards."""
+        """Send each query as often as a shard of the target has copies; a single copy is warm already."""
         for place, body in self.switch.queries * (copies if copies > 1 else 0):
             self.views[self.target].warm(place, body)
 
@@ -411,20 +411,20 @@ class Audit:
             refuse_unsupported(index, self.found[index]["settings"], view.routing)
 
     def _compare_settings(self) -> None:
-        """Raise Refused if readers would notice the target's settings."""
+        """Raise Refused if readers would notice differences in settings, unless these are accepted."""
         lost, others = compare_settings(self.found[self.source], self.found[self.target])
         accepted: list[str] = self.settings.accept_settings or []
         passed = {name: values for name, values in lost.items() if {name, "*"} & {*accepted}}
         lost = {name: values for name, values in lost.items() if name not in passed}
         if others:
-            log.info("settings of %s that differ, but not for readers: %s", self.target, listed(others))
+            log.info("settings of %s that differ without affecting readers: %s", self.target, listed(others))
         if passed:
             log.warning("settings that differ and are accepted: %s", with_values(passed))
         if lost:
             command = self.switch.command(self.source, self.target, accept_settings=[*accepted, *lost])
             raise Refused(
                 f"readers of {self.source} would notice these settings of {self.target}: {with_values(lost)}. {AGAIN} "
-                f"Change {self.target}, or, if this is intended, run {command}"
+                f"Change these settings, or, if they are intended, run {command}"
             )
 
     def _refuse_empty(self, before: int, after: int, where: str = "") -> None:
@@ -433,13 +433,13 @@ class Audit:
                           "to an empty index; load it first")  # fmt: skip
 
     def _compare_counts(self) -> tuple[int, int]:
-        """Return both counts. Raises Refused if the target has no documents, too few, or too many more or less."""
+        """Return the counts of all documents. Raises Refused if readers' count is 0, too low, or differs too much."""
         (before, source), (self.documents, self.visible) = (view.count() for view in self.views.values())
         target = self.visible
-        if self.views[self.source].filter:  # it may contain `now`: allow what has left or entered it in the meantime
+        if self.views[self.source].filter:  # it may contain `now`: accept any count between those before and after
             source = sorted([source, target, self.views[self.source].count()[1]])[1]
         as_readers = any(view.filter or view.routing for view in self.views.values())
-        where = f" for readers of {self.switch.alias}, which has a filter or routing" if as_readers else ""
+        where = f", as seen through {self.switch.alias} (filter or routing)" if as_readers else ""
         self._refuse_empty(source, target, where)
         change = Decimal(target - source) * 100 / source if source else Decimal(0)
         counts = f"{self.source} holds {source:,} documents, {self.target} {target:,}{where}"
@@ -465,7 +465,7 @@ class Audit:
     # --- fields ---
 
     def _compare_fields(self, before: int, after: int) -> None:
-        """Raise Refused if fields are defined differently, or if too large a share of the documents has lost one."""
+        """Raise Refused if fields are defined differently, or if the share of documents that have one fell too much."""
         old, new, redefined = self._read_fields()
         if self.accepted:
             unknown = listed([name for name in self.accepted if name not in old])
@@ -490,7 +490,7 @@ class Audit:
     def _read_fields(self) -> tuple[dict[str, Field], dict[str, Field], dict[str, str]]:
         """Return the fields of both indices, and what readers would lose with the target's definitions.
 
-        The losses omit accepted fields and their multi-fields, and the multi-fields of a field that is itself a loss.
+        These losses do not include accepted fields, nor multi-fields of a field that is accepted or itself included.
         """
         mappings = [self.found[index]["mappings"] for index in self.views]
         old, new = (fields_of(mapping) for mapping in mappings)
@@ -544,10 +544,10 @@ class Audit:
     # --- readers' queries ---
 
     def _compare_hits(self) -> None:
-        """Raise Refused if the target does not answer one of the readers' queries as the source does.
+        """Raise Refused if a query fails in the target, or finds nothing there but something in the source.
 
-        If both thresholds and MIN_DOCUMENTS are 0, as in step 2 of the runner, the target is a verified copy, which
-        may lack hits and be slow the first time.
+        If both thresholds and MIN_DOCUMENTS are 0, as in step 2 of the runner, the target is a verified copy: then a
+        query may find nothing or time out.
         """
         settings = self.settings
         is_copy = settings.document_count_threshold == settings.field_threshold == settings.min_documents == 0
@@ -577,10 +577,10 @@ class Audit:
 
 
 def copy_method(settings: argparse.Namespace, live: str) -> str:
-    """Return how the refresh that a check is for will copy the live index; "" if it will not copy it.
+    """Return how the refresh about to start will copy the live index; "" if it will not.
 
-    Only copy-back copies, and only while readers are on primary, which the runner gives as --source. If they are on
-    secondary, primary is loaded, and readers return to it.
+    Only copy-back copies, and only while readers are on primary, which the runner passes as --source. If they are on
+    secondary, the refresh loads primary and moves readers back to it.
     """
     copies = settings.refresh_strategy == "copy-back" and live == settings.source
     return str(settings.copy_method) if copies else ""
@@ -605,8 +605,8 @@ def check_disk(manager: OpenSearchBaseManager, index: str, factor: float) -> Non
     shown = ", ".join(f"{name} {size / GB:,.1f}" for name, size in free.items())
     if sum(free.values()) < needed:
         raise Refused(
-            f"a refresh of {index} needs {needed / GB:,.1f} GB of disk, and the data nodes have less free ({shown}); "
-            "nothing was changed. Add disk space, or turn this check off: DISK_CHECK=false"
+            f"a refresh of {index} needs {needed / GB:,.1f} GB of disk, and the data nodes have less free (GB: {shown})"
+            "; nothing was changed. Add disk space, or turn this check off: DISK_CHECK=false"
         )
     if any(size < needed / len(free) for size in free.values()):
         log.warning("a refresh of %s needs %.1f GB of disk, and one of the data nodes may run short; free GB: %s",
@@ -634,7 +634,7 @@ class SwitchAlias(OpenSearchBaseManager):
             ]  # fmt: skip
 
     def failure(self, what: str, status: int, body: bytes, retry_after: str | None = None) -> RequestFailed:
-        """Leave out the server's reason why a search failed: it quotes values of the query."""
+        """Omit the server's reason for a failed search: it may quote values of the query."""
         kind = error_of(body)[0]
         denied = status in (401, 403) and (not kind or "security" in kind)
         if what.endswith("/_search") and not denied:
@@ -650,7 +650,7 @@ class SwitchAlias(OpenSearchBaseManager):
         indices = self._expected_indices()
         if set(indices) == {self.target}:
             result = self._result(self._get_index_count(self.target), {"fields_checked": 0}, changed=False)
-            log.info("done: alias %s is on %s alone already, nothing to do", self.alias, self.target)
+            log.info("done: alias %s already points only at %s, nothing to do", self.alias, self.target)
             return result
         for index in sorted(uuids):
             self.lock(index)
@@ -710,8 +710,8 @@ class SwitchAlias(OpenSearchBaseManager):
         return live
 
     def _check_pair(self, indices: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raise Refused for whatever would prevent the switch, independent of the data that the target will hold."""
-        # a crashed run may have deleted the target: the step that fills it restores it, or reports that it is missing
+        """Raise Refused if the switch would fail whatever data the target will hold."""
+        # a crashed run may have deleted the target: the next copy or load restores it, or reports that it is missing
         there = [self.source, self.target] if self.name_exists(self.target) else [self.source]
         found = {index: self._verify_index_exists(index) for index in there}
         for index, state in found.items():
@@ -727,12 +727,12 @@ class SwitchAlias(OpenSearchBaseManager):
         if self.target in found:
             if self.settings.refresh_strategy == "copy-back" and not method:
                 self.settings.accept_settings = ["*"]  # readers return to the index that they normally use
-            Audit(self, indices).check_beforehand()
+            Audit(self, indices).check_without_data()
 
     # --- the indices behind the alias ---
 
     def _indices_behind(self) -> dict[str, dict[str, Any]]:
-        """Return the alias's definition by index, from the one path that a role limited to named indices may read."""
+        """Return the alias's definition by index; a role limited to named indices may read no other path than this."""
         answer = self.request("GET", f"/{self.alias}/_alias/{self.alias}", accept=[404])
         if answer.status != 404:
             return {index: entry["aliases"][self.alias] for index, entry in answer.data.items()}
@@ -744,7 +744,7 @@ class SwitchAlias(OpenSearchBaseManager):
         )
 
     def _expected_indices(self) -> dict[str, dict[str, Any]]:
-        """Return source, both, or target alone. Raises Refused if the alias points at a third index."""
+        """Return the indices behind the alias: source, target, or both. Raises Refused if there is a third one."""
         indices = self._indices_behind()
         if set(indices) - {self.source, self.target}:
             state = ", ".join(sorted(indices))
@@ -763,9 +763,9 @@ class SwitchAlias(OpenSearchBaseManager):
     # --- the shard copies ---
 
     def _await_copies(self) -> int:
-        """Wait until each shard of the target has the copies it needs, and return the largest number of copies.
+        """Wait until each shard of the target has enough active copies; return the largest number of copies.
 
-        Raises Refused after WAIT_SECONDS. An undo needs one copy, and reports missing ones.
+        Raises Refused after WAIT_SECONDS. For an undo, one copy per shard is enough; a lack of others is only logged.
         """
         began, wait_seconds = time.monotonic(), self.settings.wait_seconds
         progress = Progress(f"waiting for the copies of {self.target}", 0, "shards")
@@ -811,7 +811,7 @@ class SwitchAlias(OpenSearchBaseManager):
                 continue
             if response.data["acknowledged"] is not True:
                 raise OperationFailed(
-                    f"alias {self.alias}: not every node acknowledged the switch, some may still serve readers from "
+                    f"alias {self.alias}: not every node acknowledged the switch: some may still serve readers from "
                     f"{self.source}; run again, but first check where the alias is: {self._show_command()}"
                 )
             break
@@ -831,10 +831,10 @@ class SwitchAlias(OpenSearchBaseManager):
         return self.command(self.target, self.source, undo=True)
 
     def command(self, source: str, target: str, *, undo: bool = False, **other: Any) -> str:
-        """Return the switch_alias.py command with the options of this run; `other` replaces values of settings by name.
+        """Return the switch_alias.py command with the options of this run; `other` overrides settings by name.
 
-        An undo repeats only --wait-seconds. With --show and `other`, return the command of the runner instead, with
-        the other values as variables: the check was step 0 of a refresh.
+        An undo repeats only --wait-seconds. With --show and `other`, return a runner command instead, with `other` as
+        variables: the check was step 0 of a refresh.
         """
         settings = SETTINGS["switch_alias"]
         if self.settings.show and other:
@@ -846,12 +846,12 @@ class SwitchAlias(OpenSearchBaseManager):
             if not setting.flag or setting.parse is boolean or (undo and setting.flag != "--wait-seconds"):
                 continue
             text = option_text(other.get(setting.name, getattr(self.settings, setting.name)))
-            if not (setting.given() or "") == text == setting.default:  # the variable may differ tomorrow
+            if not (setting.given() or "") == text == setting.default:  # the variable may have changed by then
                 words += [setting.flag, text]
         return script_command("switch_alias.py", *words, *["--undo"] * undo)
 
     def _runner_command(self, *words: str, **variables: str) -> str:
-        """Return a command of the runner for this alias, whatever .env or the environment say when it is pasted."""
+        """Return a runner command that sets the alias and LOCK_DIR, since .env may differ where it is pasted."""
         variables = {"INDEX_ALIAS": self.alias, "LOCK_DIR": str(self.settings.lock_dir), **variables}
         return shell_command(str(HERE / "run_refresh.sh"), *words, **variables)
 

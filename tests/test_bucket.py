@@ -349,7 +349,7 @@ def test_a_bucket_that_is_not_what_its_manifest_says_is_refused(change, says, dr
     outcome = load(prefix, index, *READY, *dry, code=4)
     assert f"{prefix}{says}" in outcome.last
     assert "manifest (READY_OBJECT)" in outcome.last
-    assert "nothing was changed" in outcome.last
+    assert "Nothing was changed" in outcome.last
     assert count(admin, index) == 4
 
 

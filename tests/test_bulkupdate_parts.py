@@ -523,7 +523,7 @@ def test_a_time_without_requests_is_not_measured(monkeypatch):
     monkeypatch.setattr(bulkupdate, "time", clock)
     limit.completed(clock.now - 0.01)
     clock.now += 60
-    limit.interrupt()
+    limit.discard_window()
     limit.completed(clock.now - 0.01)
     assert limit.number == 64
     workers = BulkWorkers(lambda batch: None, limit)

@@ -234,7 +234,7 @@ def test_after_a_crash_behind_the_deletion_a_run_with_another_method_clones_as_w
     for more in (["--dry-run"], []):
         outcome = run(reindex, "--source", pair[0], "--target", pair[1], *more)
         assert outcome.code == 0, outcome.err
-        assert f"a run crashed while it cloned {pair[0]}, so it is cloned again" in outcome.err
+        assert f"a run crashed while cloning {pair[0]}; cloning it again" in outcome.err
     assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
 
 

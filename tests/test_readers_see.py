@@ -558,4 +558,4 @@ STAYED, UNCHANGED = {**SWITCHED, "changed": False}, {"unchanged": True, "documen
     ],
 )  # fmt: skip
 def test_the_age_of_the_data_is_that_of_a_load_that_readers_were_moved_to(results, age):
-    assert base.live_index([base.StepResult("step", 1, 0, "", result) for result in results])[2] == age
+    assert base.live_state([base.StepResult("step", 1, 0, "", result) for result in results])[2] == age

@@ -488,7 +488,7 @@ def test_a_backup_that_may_not_be_read_is_not_treated_as_missing(method, deleted
     outcome = recreate(index, "--method", method)
     assert outcome.code == 1, outcome.err
     assert f"index {index} does not exist; create it first" in outcome.last
-    assert f"unless {index}-recreate holds its definition; that index cannot be read" in outcome.last
+    assert f"{index}-recreate holds its definition, but it cannot be read" in outcome.last
     assert "lacks indices:admin/get" in outcome.last
     may_recreate(*sandbox.RECREATE_PERMISSIONS)
     assert recreate(index).code == 0

@@ -61,8 +61,9 @@ def test_no_reader_notices_a_whole_refresh(box, make_pair, refresh, put_csv, adm
     assert behind_alias() == [primary]
     assert (count(admin, secondary), count(admin, primary)) == (totals(old)[0], totals(new)[0])
     table = [line.split() for line in out.splitlines()]
-    assert [row[0] for row in table] == ["step", "1", "2", "3", "4", "total"]
+    assert [row[0] for row in table] == ["step", "1", "2", "3", "4", "checks", "total"]
     assert [row[-1] for row in table[1:5]] == [str(totals(old)[0])] * 2 + [str(totals(new)[0])] * 2
+    assert sum(int(row[-2]) for row in table[1:5]) + int(table[5][-1]) == int(table[6][-1])
 
 
 @pytest.mark.parametrize("method", ["delete", "recreate"])
@@ -83,7 +84,7 @@ def test_alternate_loads_the_idle_index_and_moves_readers_there(
         assert behind_alias() == [index]
         assert [document["n"] for document in sources(admin, index)] == list(rows)
         assert state_of(admin, left)[left]["docs"] == before
-        assert [line.split()[0] for line in out.splitlines()] == ["step", "1", "2", "total"]
+        assert [line.split()[0] for line in out.splitlines()] == ["step", "1", "2", "checks", "total"]
         seen.append((3, float(sum(rows))))
     time.sleep(0.5)
     assert (reader.finish(), reader.errors) == (seen, [])
@@ -137,7 +138,7 @@ def test_a_load_that_ends_with_3_stops_before_the_switch_and_the_next_run_goes_o
     code, out, err = finish(refresh(prefix))
     assert code == 0, err
     assert f"readers are on {secondary} already" in err
-    assert [line.split()[0] for line in out.splitlines()] == ["step", "3", "4", "total"]
+    assert [line.split()[0] for line in out.splitlines()] == ["step", "3", "4", "checks", "total"]
     assert behind_alias() == [primary]
     assert sources(admin, primary) == [{"n": 1}, {"n": 2}, {"n": 3}]
 
@@ -330,7 +331,7 @@ def test_it_works_under_crons_bare_environment_from_another_directory(
     assert len(logs) == 1
     assert logs[0].stat().st_mode & 0o777 == 0o600
     assert sandbox.PASSWORD not in logs[0].read_text() + done.stderr + done.stdout
-    stamped = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ |\$ |> |step|total|\d ")
+    stamped = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ |\$ |> |step|checks|total|\d ")
     assert all(stamped.match(line) for line in logs[0].read_text().splitlines())
 
 
@@ -511,7 +512,7 @@ def test_each_run_leaves_how_it_ended_for_a_monitor(make_pair, refresh, put_csv,
     assert (failed["exit_code"], failed["live_index"], failed["documents"]) == (3, secondary, 1)
     assert failed["step"] == f"3 load {primary} from S3"
     assert "1 rows were rejected" in failed["message"]
-    assert f"readers are on {secondary}, 1 documents, data 0.0 hours old, complete: this can wait" in err
+    assert f"are on {secondary}, 1 documents, data 0.0 hours old; that index is complete, so this can wait" in err
     assert failed["last_success"] == first["last_success"]
 
     hold = tmp_path / "locks" / f"HOLD-{alias}"
@@ -548,7 +549,7 @@ def test_the_live_index_is_unknown_after_a_switch_that_broke_off(make_pair, refr
     code, _, err = finish(refresh(prefix, **by_proxy))
     assert (code, last()["step"]) == (1, f"2 switch readers to {secondary}"), err
     assert (last()["live_index"], last()["documents"]) == (None, None)
-    assert "readers are on one of the two indices; to find out, run" in err
+    assert "readers are on one of the two indices; to find out which, run" in err
     process = refresh(prefix, STEP_DELAY_SECONDS="30")
     wait_until(lambda: "<== 1 copy" in process.stderr.readline())
     process.terminate()

@@ -541,14 +541,14 @@ def test_a_line_break_in_aws_credentials_is_named_without_its_value(name, run, m
     "The request signature we calculated does not match the signature you provided.",
 ])  # fmt: skip
 def test_wrong_aws_credentials_are_not_reported_as_missing_permissions(text):
-    assert base.denied("GET", 403, json.dumps({"message": text}).encode()) == []
+    assert base.denied_permissions("GET", 403, json.dumps({"message": text}).encode()) == []
 
 
 def test_a_cluster_that_is_read_only_is_refused():
     reason = "blocked by: [FORBIDDEN/6/cluster read-only (api)];"
     body = json.dumps({"error": {"type": "cluster_block_exception", "reason": reason}, "status": 403}).encode()
     with pytest.raises(base.Refused, match="the cluster is read-only"):
-        base.denied("PUT", 403, body)
+        base.denied_permissions("PUT", 403, body)
 
 
 @pytest.mark.parametrize("setting", ["default_pipeline", "final_pipeline"])

@@ -201,7 +201,7 @@ def test_neither_key_nor_cell_forges_a_line_of_the_log(world):
 
 HEADERS = {
     "doubled": (["n", EVIL, EVIL], [4], "duplicate column names: x"),
-    "no field": (["n", f".{EVIL}"], [4], "cannot be fields"),
+    "no field": (["n", f".{EVIL}"], [4], "invalid field names"),
     "no column known": ([EVIL], [4], "defines none of the columns x"),
     "new": (["n", EVIL], [0, 1, 3], ""),  # whether it is a name is for the server to say
 }
