@@ -65,7 +65,8 @@ MAX_BYTES_IN_FLIGHT = 24 * MIB  # bodies in memory here and on the node, which a
 MAX_BYTES_OF_FIXED = 40 * MIB  # the same limit with --workers
 QUEUE_S = 0.1  # of queued work in the cluster; less slows loads with a high latency, more delays other clients' writes
 JITTER = 0.25  # or this share of the fastest response time; without it, the limit fell to 4 at times of 1 s +- 0.5 s
-WINDOW_S, WINDOW_RESPONSES = 0.25, 1.2  # minimum length of a measurement: in seconds, in fastest response times
+# minimum length of a measurement, in seconds and in fastest response times; during the first one, requests may pile up
+WINDOW_S, WINDOW_RESPONSES = 0.1, 1.2
 REFRESH_EVERY_DOCUMENTS = 100_000  # 2 to 4 % faster than one refresh at the end
 CACHED_CELLS = 4000  # converted values kept per column
 CACHED_CELL_CHARS = 32  # longer cells are not kept
