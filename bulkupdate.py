@@ -350,8 +350,8 @@ def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
         if (known or len(heads) > 1) and lacks_header(head.columns, common):
             value = next(name for name in head.columns if name not in common and VALUE.fullmatch(name))
             raise Refused(
-                f"{head.key}: this part has no header: most of its column names are unknown, and {value!r} looks like "
-                "a value; nothing was changed; add the column names to each part, or to the mapping"
+                f"{head.key}: this part has no header: most names in its first row are unknown, and {value!r} looks "
+                "like a value; nothing was changed; add a header, or, if this row is one, add its names to the mapping"
             )
         check_names(head)
     if partial_columns := [f"{name} ({found} of {len(heads)})" for name, found in parts.items() if found < len(heads)]:
@@ -699,7 +699,7 @@ def all_have(width: int, rows: Sequence[Any]) -> bool:
 
 
 def blank_out(block: Block, header: Sequence[str]) -> Block:
-    """Replace rows of empty cells, and rows that repeat the header of two columns or more, by blank lines."""
+    """Replace rows of empty cells, and repeated headers (if they have at least two columns), with blank lines."""
     rows, last = block.rows, header[-1] if len(header) > 1 else None
     if all_have(len(header), rows) and "" not in map(itemgetter(0), rows) and last not in map(itemgetter(-1), rows):
         return block  # most blocks, without Python code for each row
@@ -1752,7 +1752,7 @@ class BulkUpdate(OpenSearchBaseManager):
         }  # fmt: skip
 
     def _report(self, objects: list[S3Object], began: float) -> dict[str, Any]:
-        """Return the result. Raises TooManyRejects if more rows were rejected than accepted."""
+        """Return the result. Raises TooManyRejects if more rows were rejected than MAX_REJECTS allows."""
         result: dict[str, Any] = {
             **self._result(objects), **self._counts(), "requests_under_way": self.workers.peak,
             "documents": self._get_index_count(self.target.name), "seconds": seconds_since(began),

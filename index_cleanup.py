@@ -105,10 +105,10 @@ class ClearableIndex(TargetIndex):
     def _continue_without_backup(self, forbidden: RequestFailed, found: Mapping[str, Any] | None) -> None:
         """Without recreate this permission is not needed; report its absence only if a backup may matter."""
         if not found and not self.manager._read(self.name, [404]):
-            raise OperationFailed(
-                f'index {self.name} does not exist; create it first (README, "Setting up"). If a recreate was '
-                f"interrupted, {self.backup.name} holds its definition, but it cannot be read: {forbidden}"
-            )
+            raise OperationFailed(f'index {self.name} does not exist; create it first (README, "Setting up"). If a '
+                                  f"recreate was interrupted, {self.backup.name} holds its definition, but it cannot "
+                                  f"be read: {forbidden}; do not create it then, but grant that permission and run "
+                                  "again")  # fmt: skip
         if self.method == "recreate":
             log.warning("index %s cannot be recreated, so its documents are deleted instead: %s", self.name, forbidden)
             self.method = "delete"
@@ -370,7 +370,7 @@ def create_index(manager: OpenSearchBaseManager, index: str, definition: Mapping
     manager.request("DELETE", f"/{index}", idempotent=False, retry=False, accept=[404])  # no retry: see delete_index
     brought = f"the alias {', '.join(aliases)}" if aliases else "other settings or fields"
     raise OperationFailed(
-        f"an index template (or another run) gave the new index {index} {brought}, so it was deleted again; change "
+        f"an index template (or another run) gave the new index {index} {brought}, so this index was deleted; change "
         "the template"
     )
 

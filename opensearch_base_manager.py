@@ -1027,7 +1027,7 @@ class SignedAuth(AuthBase):
 
 @contextlib.contextmanager
 def aws_errors(what: str, permission: str) -> Iterator[None]:
-    """Turn botocore exceptions into ConfigurationError or OperationFailed; `what` needs the IAM action `permission`."""
+    """Turn botocore exceptions into ConfigurationError or OperationFailed; `permission`: the IAM action for `what`."""
     from botocore.exceptions import (
         BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound,
     )  # fmt: skip
@@ -1101,8 +1101,8 @@ def read_parameters(aws: Aws, prefix: str, *parameters: str) -> list[str]:
         raise ConfigurationError(f"OPENSEARCH_PARAMETER_PREFIX: {prefix!r} does not begin with a slash; give /{prefix}")
     with aws_errors(f"Parameter Store, {prefix}/*", "ssm:GetParameters (and kms:Decrypt for a customer managed key)"):
         found = aws.client("ssm").get_parameters(Names=names, WithDecryption=True)
-    if missing := found["InvalidParameters"]:
-        raise OperationFailed(f"Parameter Store lacks {', '.join(missing)} in this region; create what is missing")
+    if unset := ", ".join(found["InvalidParameters"]):
+        raise OperationFailed(f"Parameter Store lacks {unset} in this region; create what is missing or fix AWS_REGION")
     values = {parameter["Name"]: re.sub(r"\r?\n\Z", "", parameter["Value"]) for parameter in found["Parameters"]}
     return [values[name] for name in names]
 
@@ -1840,8 +1840,8 @@ def await_replicas(manager: OpenSearchBaseManager, index: str) -> None:
 def lagging_shards(shards: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
     """Return the number of shards with an active copy that lags behind its primary; None if that is not reported.
 
-    Two values are needed. `max_bytes_behind` comes from the primary or, in some versions, from each replica, relative
-    to the last checkpoint that it received. `max_seq_no` includes documents that no search finds yet (translog).
+    Neither value suffices. `max_bytes_behind` is reported by the primary or, in some versions, by each replica, which
+    ignores checkpoints that it has not received. `max_seq_no` includes documents that no search finds yet (translog).
     """
     lagging = 0
     for copies in shards.values():
