@@ -1383,7 +1383,7 @@ class Rejects:
 
 
 class Delivery:
-    """The objects under the prefix, compared with READY_OBJECT, its manifest, and the settings."""
+    """The objects under the prefix, checked against READY_OBJECT (which may be a manifest) and MAX_AGE_HOURS."""
 
     def __init__(self, settings: argparse.Namespace, bucket: Bucket) -> None:
         self.settings, self.bucket = settings, bucket

@@ -850,7 +850,7 @@ def report_run(file: str, alias: str, began: str) -> None:
     end = end_of_run(int(exit_code), last_step, message, steps, previous)
     report = {"alias": alias, "began": utc(int(began)), **end}
     if exit_code == "0" and (done := [step for step in steps if not step.name.startswith("check")]):
-        print_closing_table(done, round(time.time()) - int(began))
+        print_closing_table(done, int(time.time()) - int(began))
     elif exit_code not in ("0", "75"):
         print(readers_after_failure(report))
     replace_file(path, json.dumps(report) + "\n")

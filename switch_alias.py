@@ -387,7 +387,7 @@ class Audit:
                             had, self.target, has, self.source)  # fmt: skip
 
     def warm(self, copies: int) -> None:
-        """Send each query as often as a shard of the target has copies; a single copy is warm already."""
+        """Send each query to the target `copies` times, once per shard copy; a single copy is warm already."""
         for place, body in self.switch.queries * (copies if copies > 1 else 0):
             self.views[self.target].warm(place, body)
 
@@ -756,8 +756,8 @@ class SwitchAlias(OpenSearchBaseManager):
     def _verify_indices(self, indices: Mapping[str, Any], allowed: set[str]) -> None:
         if not set(indices) <= allowed:
             raise OperationFailed(
-                f"alias {self.alias} is on {', '.join(sorted(indices))} now: another client moved it, or the switch "
-                f"had no effect; run again, but first check where the alias is: {self._show_command()}"
+                f"alias {self.alias} is on {', '.join(sorted(indices))} now, but should be on {self.target}: another "
+                f"client moved it, or the switch had no effect. Before you run again, check it: {self._show_command()}"
             )
 
     # --- the shard copies ---
