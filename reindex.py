@@ -16,8 +16,8 @@ from typing import Any
 
 from index_cleanup import CannotReplace, ClearableIndex
 from opensearch_base_manager import (
-    TO_READ, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused,
-    RequestFailed, Response, BatchTooLarge, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
+    TO_READ, BatchTooLarge, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe,
+    Refused, RequestFailed, Response, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
     field_definitions, index_name, log, mapping_probe, missing_permissions, per_second, reading_probes,
     refuse_too_many_fields, refuse_unusable, result_window, run_cli, run_to_completion, seconds_since, settings_probe,
     verify_sees_everything,

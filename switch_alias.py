@@ -439,7 +439,7 @@ class Audit:
         if self.views[self.source].filter:  # it may contain `now`: accept any count between those before and after
             source = sorted([source, target, self.views[self.source].count()[1]])[1]
         as_readers = any(view.filter or view.routing for view in self.views.values())
-        where = f", as seen through {self.switch.alias} (filter or routing)" if as_readers else ""
+        where = f", as seen through the filter or routing of {self.switch.alias}" if as_readers else ""
         self._refuse_empty(source, target, where)
         change = Decimal(target - source) * 100 / source if source else Decimal(0)
         counts = f"{self.source} holds {source:,} documents, {self.target} {target:,}{where}"

@@ -11,7 +11,7 @@ import pytest
 import reindex
 import sandbox
 from conftest import NUMBER, count, fill, marker_of, secured, sources, wait_until
-from fault_proxy import answer, lost_answer
+from fault_proxy import after, answer, lost_answer
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -107,7 +107,8 @@ def test_a_deletion_that_is_refused_leads_to_a_copy(pair, clone, look, may_recre
 @secured
 def test_a_signal_at_the_end_of_a_fall_back_leaves_nothing_behind(pair, clone, look, proxy, may_recreate):
     may_recreate(RESIZE)
-    proxy.on("PUT", f"{pair[0]}/_mapping", stops_the_script, skip=1)  # the removal of the marker
+    stop = after(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    proxy.on("PUT", f"{pair[0]}/_mapping", stop, skip=1)  # the removal of the marker
     assert clone(*pair).code == 143
     assert (look(pair[0]), look(pair[1])) == (CLEAN, (None, None, "2", [99]))
 
@@ -187,14 +188,6 @@ def test_an_alias_in_the_place_of_the_target_is_refused_before_anything_changes(
         assert outcome.code == 1, outcome.err
         assert f"{name('alias')} is an alias of {pair[1]}" in outcome.last
     assert look(pair[0]) == CLEAN
-
-
-def stops_the_script(exchange):
-    """Carry out a request, and stop the script before it has the response."""
-    exchange.forward()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.2)
-    exchange.drop()
 
 
 def arrives_late(seconds):
