@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -25,7 +24,6 @@ from typing import Any
 
 import pytest
 import urllib3
-from botocore.loaders import JSONFileLoader
 from xdist.scheduler import LoadGroupScheduling
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
@@ -37,9 +35,6 @@ import sandbox
 import switch_alias
 from fault_proxy import FaultProxy
 
-# botocore parses the same model files for each client; once per process is enough, and saves a tenth of a second a run
-_parsed = functools.cache(functools.partial(JSONFileLoader.load_file, JSONFileLoader()))
-JSONFileLoader.load_file = lambda self, path: _parsed(path)  # type: ignore[method-assign]
 _create_client, _clients = base.Aws.client, dict[Any, Any]()
 
 
