@@ -196,8 +196,8 @@ def plural(number: int, word: str) -> str:
 class Bucket:
     """The objects of one bucket. Final failures are raised as OperationFailed, which names the object.
 
-    `list_objects` and S3Body retry, so the client itself makes a single attempt. `retry_seconds` limits the retries of
-    a read without progress, and of the listing after a load.
+    `list_objects` and S3Body retry, so the client itself makes a single attempt. Reads, and the listing after a load,
+    are retried for up to `retry_seconds` without progress.
     """
 
     def __init__(self, name: str, aws: Aws, retry_seconds: float) -> None:
@@ -300,7 +300,7 @@ def read_heads(
 def inspect_head(
     item: S3Object, data: bytes, delimiter: str, new: NewColumns, check: FirstRows | None = None
 ) -> Head:
-    """Read the head of an object. Raises Refused if it is not a CSV file that can be loaded."""
+    """Read the head of an object. Raises Refused if it is not CSV with a header, OperationFailed for broken gzip."""
     data, complete = head_lines(item, data)
     columns, blocks = read_csv(io.BytesIO(data), item.key, delimiter, complete=False)
     if data and not columns:
@@ -418,7 +418,7 @@ def new_fields(index: str, mapping: Mapping[str, Any], new: Mapping[str, set[str
 
 
 def kind_of(cell: str) -> str:
-    """Return the kind of a value: long, double, boolean or text; "" if the cell is no evidence."""
+    """Return the kind of a value: long, double, boolean or text; "" if it counts as empty, which fits any kind."""
     if cell.strip() in EMPTY:
         return ""
     if re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", cell):
@@ -454,12 +454,12 @@ def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
 
 
 def is_dynamic(mapping: Mapping[str, Any], name: str) -> bool:
-    """Return whether a new field of this name could be added to the mapping, with a type."""
+    """Return whether `dynamic` allows a new field of this name in the mapping, at least from a template."""
     return dynamic_of(mapping, name) not in ("false", "strict")
 
 
 def dynamic_property(mapping: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """Return the definition in `dynamic_properties` for a column; the server refuses to add such a field."""
+    """Return the `dynamic_properties` definition of a column, if any; the server rejects an explicit mapping for it."""
     rules: dict[str, dict[str, Any]] = mapping.get("dynamic_properties", {}) if is_dynamic(mapping, name) else {}
     return next((rule for pattern, rule in rules.items() if matches(pattern, name)), None)
 
@@ -1302,7 +1302,7 @@ class BulkStore:
             self._count(stored=1, replaced=not again, unsure=again)
         else:
             self._reject_document(document, f"{reason}: an earlier load ran on a host whose clock was ahead, or "
-                                            "another client writes to the index")  # fmt: skip
+                                            "another client is writing to the index")  # fmt: skip
 
     def _reject_document(self, document: Batch, reason: str) -> None:
         named = re.search(r'field(?: \[|=")([^\]"]+)', reason)
@@ -1418,7 +1418,7 @@ class Delivery:
         return objects
 
     def _refuse_untimely(self, objects: list[S3Object], ready: S3Object | None) -> None:
-        """Raise Refused if the producer of the files is still writing, or has not written for too long."""
+        """Raise Refused if the producer is still writing, or if the newest object is older than MAX_AGE_HOURS."""
         newest, oldest = (pick(objects, key=lambda item: item.modified) for pick in (max, min))
         now, limit = datetime.now(timezone.utc), self.settings.max_age_hours
         log.info("the newest object is %s, %.1f h old, the oldest %s, %.1f h", newest, newest.age_h(now), oldest,
@@ -1740,8 +1740,8 @@ class BulkUpdate(OpenSearchBaseManager):
         count, most = self._get_index_count(self.target.name), store.stored - store.replaced
         if not most - store.unsure <= count <= most:
             raise OperationFailed(
-                f"{self.target.name} holds {count:,} documents, but {most:,} were stored: another client writes to it, "
-                "or an ingest pipeline changes ids; stop that client, or change the pipeline, and run again"
+                f"{self.target.name} holds {count:,} documents, but {most:,} were stored: another client is writing "
+                "to it, or an ingest pipeline changes ids; stop that client, or change the pipeline, and run again"
             )
         store.replaced = store.stored - count
 

@@ -839,7 +839,7 @@ def report_run(file: str, alias: str, began: str) -> None:
     """Write the report of a refresh for monitors, and print its summary.
 
     stdin is tab-separated: exit code, last step and message in the first line, then one line per finished step.
-    The summary is the closing table of a successful refresh, or where readers are after a failure.
+    After a success, the summary is the closing table; after a failure, it says where readers are.
     """
     ending, *lines = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n").split("\n")
     exit_code, last_step, message = ending.split("\t", 2)
@@ -1123,7 +1123,7 @@ def endpoint_url(text: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ConfigurationError("the endpoint is not a URL such as https://host:9200")
     if parts.hostname.endswith(".aoss.amazonaws.com"):
-        raise ConfigurationError("OpenSearch Serverless does not support _reindex, _refresh and _tasks; give the "
+        raise ConfigurationError("OpenSearch Serverless does not support _reindex, _refresh or _tasks; give the "
                                  "endpoint of an OpenSearch Service domain")  # fmt: skip
     return parts.geturl()
 
@@ -1691,7 +1691,7 @@ def denied_permissions(method: str, status: int, body: bytes) -> list[str]:
 
 
 def role_line(action: str) -> str:
-    """Return an action as a role lists it; an asterisk covers the per-shard actions that the server derives from it."""
+    """Return an action as a role lists it; an asterisk covers its sub-actions, such as `bulk[s]` or `scroll/clear`."""
     return re.sub(r"^(indices:(data/read/scroll|admin/(refresh|flush)|data/write/bulk(?=\[))).*", r"\1*", action)
 
 
@@ -1741,7 +1741,7 @@ def recovered_settings(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unusable(index: str, found: Mapping[str, Any], obstacles: Sequence[str]) -> None:
-    """Raise Refused if the index is closed, or if one of the settings named in `obstacles` is true."""
+    """Raise Refused if the index is closed or a setting in `obstacles` is true (unless a failed run left it)."""
     settings = recovered_settings(found)
     if settings.get("index.verified_before_close") == "true":
         raise Refused(f"index {index} is closed; nothing was changed. Open it (POST /{index}/_open) and run again")

@@ -157,8 +157,9 @@ class Clone:
         made = self.manager.read_index(self.target.name)
         if not made:
             failure = self.manager.failure(f"_clone of {self.source}", response.status, response.body)
-            raise OperationFailed(f"{failure}; index {self.target.name} is missing until a run with COPY_METHOD=clone "
-                                  "succeeds: fix the cause and run again")  # fmt: skip
+            raise OperationFailed(
+                f"{failure}; index {self.target.name} is missing until a run succeeds: fix the cause and run again"
+            )
         if made["settings"].get("index.resize.source.uuid") != source_uuid:
             raise OperationFailed(f"another client has created index {self.target.name}; delete it and run again")
         self.target.uuid = made["settings"]["index.uuid"]

@@ -227,7 +227,7 @@ on_exit() {
 }
 
 # shellcheck disable=SC2329  # called by a trap
-report() { # report CODE: write last-<alias>.json; print the closing table, or after a failure where readers are
+report() { # report CODE: write last-<alias>.json; print the closing table or, after a failure, where readers are
   local summary="" last="$LOG_DIR/last-$ALIAS.json"
   summary=$(printf '%s\n' "$1"$'\t'"$step"$'\t'"$message" ${journal[@]+"${journal[@]}"} \
     | "$PYTHON" -c 'import sys, opensearch_base_manager as base; base.report_run(*sys.argv[1:])' \
@@ -288,7 +288,7 @@ copy_back() {
   if [[ $live == "$PRIMARY" ]]; then
     run_step "1 copy $PRIMARY to $SECONDARY" reindex.py "${both[@]}"
     pause
-    # reindex.py has verified the copy, and readers already use these data: do not compare counts and fields
+    # the copy must be equal to its source; readers already use these data, so MIN_DOCUMENTS does not apply
     run_step "2 switch readers to $SECONDARY" switch_alias.py --alias "$ALIAS" "${both[@]}" \
       --threshold 0 --field-threshold 0 --min-documents 0
     pause

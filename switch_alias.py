@@ -469,7 +469,7 @@ class Audit:
         old, new, redefined = self._read_fields()
         if self.accepted:
             unknown = listed([name for name in self.accepted if name not in old])
-            log.warning("fields not checked: %s; not fields of %s: %s", listed(self.accepted), self.source, unknown)
+            log.warning("fields not checked: %s; no such field in %s: %s", listed(self.accepted), self.source, unknown)
         skipped = {*self.accepted, *redefined}
         countable = {name: field for name, field in old.items()
                      if field.is_countable() and not {name, field.parent} & skipped}  # fmt: skip
@@ -481,7 +481,7 @@ class Audit:
         falling = {name for name in worst_first if has_fallen(*change[name], threshold)}
         fallen = [name for name in worst_first if name in falling and old[name].parent not in falling]
         self.fields = {"fields_checked": len(counts) + len(redefined)}
-        log.info("%s fields compared (threshold: %s percentage points); share has grown: %s; new: %s",
+        log.info("%s fields compared; share up by more than %s percentage points, or doubled: %s; new: %s",
                  self.fields["fields_checked"], threshold, with_values({name: shares(*change[name]) for name in grown}),
                  listed([name for name in new if name not in old]))  # fmt: skip
         if redefined or fallen:
@@ -605,8 +605,8 @@ def check_disk(manager: OpenSearchBaseManager, index: str, factor: float) -> Non
     shown = ", ".join(f"{name} {size / GB:,.1f}" for name, size in free.items())
     if sum(free.values()) < needed:
         raise Refused(
-            f"a refresh of {index} needs {needed / GB:,.1f} GB of disk, and the data nodes have less free (GB: {shown})"
-            "; nothing was changed. Add disk space, or turn this check off: DISK_CHECK=false"
+            f"a refresh of {index} needs {needed / GB:,.1f} GB of free disk space, more than the data nodes have (GB: "
+            f"{shown}); nothing was changed. Add disk space, or turn this check off: DISK_CHECK=false"
         )
     if any(size < needed / len(free) for size in free.values()):
         log.warning("a refresh of %s needs %.1f GB of disk, and one of the data nodes may run short; free GB: %s",

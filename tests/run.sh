@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks and tests; makes .venv and the sandbox by itself.
+# The linters and most tests; makes .venv and the sandbox by itself.
 #
 # Usage: tests/run.sh [PYTEST ARGUMENT...]    --nodes: with the tests that start clusters of several nodes
 #                                             --faults: with those and the long form of the fault tests (an hour)

@@ -187,7 +187,7 @@ def test_each_command_that_can_run_does_one_after_the_other(tmp_path):
     """In a sandbox of its own, in which the names of the README stand for real indices, alias and objects."""
     (tmp_path / "aws").write_text(FAKE_AWS)
     (tmp_path / "aws").chmod(0o755)
-    with sandbox.running() as own:
+    with sandbox.running([*sandbox.JAVA, sandbox.BRIEF]) as own:
         variables = sandbox.command_environment(own)
         variables |= {
             "LOG_DIR": str(tmp_path / "logs"), "LOCK_DIR": str(tmp_path / "locks"),

@@ -97,7 +97,7 @@ def test_the_same_contents_are_never_refused(profile, audited):
         shuffled = values.sample(docs, len(docs))
         outcome = audited(properties_of(fields), docs, shuffled, "--threshold", "0", "--field-threshold", threshold)
         assert outcome.code == 0, outcome.err
-        assert "grown: none; new: none" in outcome.err
+        assert "doubled: none; new: none" in outcome.err
 
     check()
 
