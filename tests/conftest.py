@@ -153,9 +153,9 @@ def environment(box: sandbox.Sandbox, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def own_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let nothing of the caller's environment, no stray .env and no working directory decide what a test sees."""
-    mine = "ACCEPT|AWS|OPENSEARCH|LOG|LOCK|LOAD|MAX|MIN|FIELD|DOCUMENT|READER|READY|EXPECTED|VERIFY|CA|RUN|REFRESH"
-    own = re.compile(rf"({mine}|REQUESTS|SKIP)_|DELIMITER|ID_COLUMN|(https?|no|all)_proxy", re.I)
-    for name in [name for name in os.environ if own.match(name)]:
+    settings = {setting.variable for rows in base.SETTINGS.values() for setting in rows}
+    other = re.compile(r"(AWS|OPENSEARCH|REFRESH)_|(https?|no|all)_proxy$", re.I)
+    for name in [name for name in os.environ if name in settings or other.match(name)]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
