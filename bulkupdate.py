@@ -2,7 +2,7 @@
 
 Example:    python bulkupdate.py --bucket your-bucket --prefix your/prefix/ --index my_index_primary --batch-size 1000
 Exit codes: 0 loaded, and verified by count; 1 failed; 2 usage; 3 finished, but more rows were rejected than
-            MAX_REJECTS; 4 refused before any change; 75 locked; 129, 130, 143 signals.
+            MAX_REJECTS; 4 refused, as a rule before any change; 75 locked; 129, 130, 143 signals.
 
 The file follows the data from top to bottom: list, inspect, read, parse, convert, render, batch, send. `Renderer` turns
 CSV records into bulk text without a cluster, `BulkStore` sends bulk text without CSV, and `BulkUpdate`, at the end,
@@ -47,7 +47,7 @@ from opensearch_base_manager import (
 )  # fmt: skip
 
 MIB = 1024 * 1024
-HEAD_BYTES = 64 * 1024  # of each object, read before the load: its header and some hundred rows
+HEAD_BYTES = 64 * 1024  # of each object, read before the load: its header and a few hundred rows
 MAX_MANIFEST_BYTES = 16 * MIB  # about 100,000 objects
 KEPT_BYTES = 16 * MIB  # total of small objects kept in memory from the checks; others are read again for the load
 READS_AT_ONCE = 32  # S3 needs 50 to 200 ms for a first byte, and serves thousands of requests in parallel
@@ -64,13 +64,13 @@ MIN_REQUESTS = 3  # in flight; fewer would leave two cores idle between requests
 MAX_BYTES_IN_FLIGHT = 24 * MIB  # bodies in memory here and on the node, which allows 10 % of its heap (107 MB of 1 GB)
 MAX_BYTES_OF_FIXED = 40 * MIB  # the same limit with --workers
 QUEUE_S = 0.1  # of queued work in the cluster; less slows loads with a high latency, more delays other clients' writes
-JITTER = 0.25  # or this share of the fastest response time; without it, the limit fell to 4 at times of 1 s +- 0.5 s
+JITTER = 0.25  # or this share of the fastest response time; without it, responses in 1 s +- 0.5 s cut the limit to 4
 # minimum length of a measurement, in seconds and in fastest response times; during the first one, requests may pile up
 WINDOW_S, WINDOW_RESPONSES = 0.1, 1.2
 REFRESH_EVERY_DOCUMENTS = 100_000  # 2 to 4 % faster than one refresh at the end
 CACHED_CELLS = 4000  # converted values kept per column
 CACHED_CELL_CHARS = 32  # longer cells are not kept
-REJECTS_TOLERATED = 10_000  # a load with more stops, since files and index do not fit; MAX_REJECTS can raise this
+REJECTS_TOLERATED = 10_000  # with more, a load stops: files and mapping do not match; MAX_REJECTS can raise this
 REJECTS_SHOWN = 5
 REASONS_SHOWN = 10
 REASON_END = re.compile(r""": ['"]| in document with id | \(""")  # the rest of a reason concerns a single row
@@ -171,7 +171,7 @@ class Manifest:
 
 
 def parse_manifest(data: bytes, bucket: str, prefix: str) -> Manifest | None:
-    """Parse a manifest of Redshift's `UNLOAD ... MANIFEST VERBOSE`, or `{"rows": N}`; return None for anything else.
+    """Parse a manifest of Redshift's `UNLOAD ... MANIFEST [VERBOSE]`, or `{"rows": N}`; return None for anything else.
 
     A manifest without any object under the prefix does not count: it may have been copied with the data.
     """
@@ -229,8 +229,8 @@ class Bucket:
     def get(self, item: S3Object, first: int, last: int) -> Any:
         """Return a stream of the bytes `first` to `last`, inclusive, of the listed version of an object.
 
-        Raises OperationFailed if it was replaced or deleted since, or access is denied. A transient failure (5xx,
-        connection error) is raised unchanged.
+        Raises OperationFailed if it was replaced or deleted since, or if S3 rejects the request for another lasting
+        reason (no access, archived). A transient failure (5xx, connection error) is raised unchanged.
         """
         from botocore.exceptions import ClientError
 
@@ -304,7 +304,7 @@ def inspect_head(
     data, complete = head_lines(item, data)
     columns, blocks = read_csv(io.BytesIO(data), item.key, delimiter, complete=False)
     if data and not columns:
-        raise no_header(item.key)
+        raise Refused(f"{item.key}: a quote in the header is not closed; fix the file")
     if check and columns:
         check.render(item.key, *read_csv(io.BytesIO(data), item.key, delimiter, complete=False))
     undecided, has_rows = new.undecided(columns), bool(columns) and not complete
@@ -361,8 +361,8 @@ def check_headers(heads: Sequence[Head], known: Container[str]) -> None:
 def lacks_header(columns: Sequence[str], known: Container[str]) -> bool:
     """Return whether a first row is data instead of column names.
 
-    It is data if fewer than half of its cells are known names and at least one cell looks like a value. There is one
-    exception: if each unknown cell looks like a value and some cells are known, all of them are names, as in
+    It is data if fewer than half of its cells are known names and at least one of the others looks like a value. There
+    is one exception: if each unknown cell looks like a value and some cells are known, all of them are names, as in
     `country,1960,1961`.
     """
     new = [name for name in columns if name not in known]
@@ -676,7 +676,7 @@ def mark_unreadable(block: Block) -> None:
             block.rows[place] = Defect(reason, row)
 
 
-def no_header(place: str, row: Any = None) -> Refused:
+def no_header(place: str, row: Any) -> Refused:
     advice = "add the column names"
     if isinstance(row, Defect):
         spaced = re.search(r'"[ \t]', str(row.row))
@@ -685,7 +685,7 @@ def no_header(place: str, row: Any = None) -> Refused:
 
 
 def header_of(place: str, row: Any) -> list[str]:
-    """Return the column names in the first record. Raises Refused if it is not CSV."""
+    """Return the column names in the first record. Raises Refused if it is not a header."""
     if not row or isinstance(row, Defect):
         raise no_header(place, row)
     if re.fullmatch("sep=.?", row[0]):
@@ -709,7 +709,7 @@ def blank_out(block: Block, header: Sequence[str]) -> Block:
         if not any(row):
             block.empty += bool(row)
             rows[place] = []
-        elif row[-1] == last and [row[0].removeprefix("\ufeff").strip('"'), *row[1:]] == header:  # each file has a BOM
+        elif row[-1] == last and [row[0].removeprefix("\ufeff").strip('"'), *row[1:]] == header:  # BOMs of joined files
             block.repeated.append(block.lines[place])
             rows[place] = []
     return block
@@ -734,7 +734,7 @@ def read_csv(
 
 def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) -> Iterator[Block]:
     """Yield the records of one object in blocks, beginning with the header."""
-    text, line, suspect, unfinished = "", 1, False, 0  # of the unfinished record; the last one is its length
+    text, line, suspect, unfinished = "", 1, False, 0  # the unfinished record: text, first line, suspect?, length
     try:
         for piece, is_suspect in itertools.chain(read_lines(stream), [("", False)]):
             text += piece if text or line > 1 else piece.removeprefix("\ufeff")
@@ -787,10 +787,10 @@ def render_float(cell: str) -> str:
 
 
 def render_integer(cell: str, *, low: int, high: int) -> str:
-    """Return an integer with every digit. Raises ValueError for a fraction, which the server would cut, or overflow."""
+    """Return an integer with every digit. Raises ValueError for overflow or a fraction (the server truncates it)."""
     if (cell := cell.strip()) in EMPTY:
         return ""
-    if len(number(cell)[4] or "") > 4:  # more than Decimal can hold
+    if len(number(cell)[4] or "") > 4:  # Decimal cannot hold much longer exponents
         raise ValueError("out of range")
     value = Decimal(cell)
     if value != value.to_integral_value():
@@ -979,7 +979,7 @@ class Renderer:
         if isinstance(row, Defect):
             return row
         if len(row) != len(source.columns):
-            return Defect(f"{len(row)} cells under {len(source.columns)} column names", row)
+            return Defect(f"{plural(len(row), 'cell')} under {plural(len(source.columns), 'column name')}", row)
         for column, cell in zip(source.columns, row):
             try:
                 column.render(cell)
@@ -1004,7 +1004,7 @@ class FirstRows:
         self._rejected, self._reasons = 0, list[str]()
 
     def render(self, key: str, columns: Sequence[str], blocks: Iterable[Block]) -> None:
-        for name in columns:  # the type of a new column will fit all cells of the heads
+        for name in columns:  # a new column's type will fit the cells of the heads (unless a dynamic rule sets it)
             self._renderer.columns.setdefault(name, Column(name, "text"))
         records = (record for block in blocks for record in zip(block.lines, block.rows))
         first = list(itertools.islice(records, ROWS_CHECKED))
@@ -1093,8 +1093,8 @@ class ConcurrencyLimit:
     The limit is the number of requests that the cluster completes within its fastest response time plus an allowance: a
     tenth of a second or a quarter of that time, whichever is longer. More requests would only wait in the cluster's
     queue and delay other clients' writes. The rate is measured in windows that begin and end with a completion. After a
-    429, the limit is half the number in flight, and it rises by at most one per window. A fixed limit changes only
-    after a 429. Batches should be of similar size: one small batch would set the fastest response time for all.
+    429, or a 5xx for a document, the limit is half the number in flight, then rises by at most one per window; a fixed
+    limit changes in no other case. Batches should be of similar size: a small one would set the fastest response time.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -1125,12 +1125,12 @@ class ConcurrencyLimit:
             self._window_began, self._completed = now, 0
 
     def halve(self, sent: float) -> None:
-        """Halve the number in flight after a 429 to a request sent at this time, at most once per round trip."""
+        """Halve the number in flight after a 429 (or 5xx items) to a request sent at this time, once per round trip."""
         with self._lock:
             if sent > self._halved:
                 self._halved, self._window_began = time.monotonic(), 0.0
                 self.number = self._ceiling = max(1, min(self.number, self.in_flight) // 2)
-                log.warning("the cluster is busy (429): at most %s requests in flight from now on", self.number)
+                log.warning("the cluster is busy (429 or 5xx): at most %s requests in flight for now", self.number)
 
     def discard_window(self) -> None:
         """Discard the current window: without requests in flight, its rate is not the cluster's."""
@@ -1249,10 +1249,10 @@ class BulkStore:
                 self._limit.completed(response.sent)
             if batch.count() < count:
                 retry.restart()
-            if refusal and not retry.wait(f"the cluster rejected {batch.count():,} documents: {refusal}; trying again"):
+            if refusal and not retry.wait(f"{plural(batch.count(), 'document')} unconfirmed: {refusal}; trying again"):
                 raise OperationFailed(
                     f"{self.index}: the cluster kept rejecting {batch.count():,} documents for "
-                    f"{self._retry_seconds:g} s; last error: {refusal}; check the cluster's load and run again"
+                    f"{self._retry_seconds:g} s; last error: {refusal}; check the cluster (health, load) and run again"
                 )
             resent = True
 
@@ -1364,7 +1364,7 @@ class Rejects:
                 )
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return the number of rejected rows per reason and column, most frequent first."""
+        """Return the ten most frequent pairs of reason and column, with their numbers of rejected rows."""
         return [{"rows": rows, "column": column, "reason": reason}
                 for (column, reason), rows in self._reasons.most_common(REASONS_SHOWN)]  # fmt: skip
 
@@ -1390,7 +1390,7 @@ class Delivery:
         self.place, self.manifest = f"s3://{settings.bucket}/{settings.prefix}", Manifest()
 
     def objects(self) -> list[S3Object]:
-        """Return the objects to load. Raises Refused if there are none, or the producer has not finished."""
+        """Return the objects to load. Raises Refused if there are none, or they are too old or incomplete."""
         found, ready = self._listed(S3_FIRST_CONTACT_S)
         if ready:
             self.manifest = self._read_manifest(ready)
@@ -1399,11 +1399,11 @@ class Delivery:
         ignored = [item for item in found if item not in data]
         log_ignored(objects, ignored)
         if not objects:
-            advice = "check bucket and prefix"
-            if others := [item.key for item in ignored if not item.is_csv()]:
-                advice = f"{others[0]} is not named *.csv or *.csv.gz; rename it or list it in a READY_OBJECT manifest"
+            advice = "run again when the producer has finished, or check bucket and prefix"
+            if other := [item.key for item in ignored if item.size and not is_leftover(item.key, self.settings.prefix)]:
+                advice = f"{other[0]} is not named *.csv or *.csv.gz; rename it or list it in a READY_OBJECT manifest"
             raise Refused(f"{self.place}: no .csv or .csv.gz object; nothing was changed; {advice}")
-        log.info("%s: %s objects, %s bytes, from %s to %s", self.place, len(objects),
+        log.info("%s: %s, %s bytes, from %s to %s", self.place, plural(len(objects), "object"),
                  f"{sum(item.size for item in objects):,}", objects[0].key, objects[-1].key)  # fmt: skip
         if len(folders := folders_of(self.settings.prefix, objects)) > 1:
             log.warning("the prefix %s does not end with a slash, so all folders that it matches are loaded: %s",
@@ -1461,7 +1461,7 @@ class Delivery:
         data = S3Body(self.bucket, ready).read_all() if 0 < ready.size <= MAX_MANIFEST_BYTES else b""
         manifest = parse_manifest(data, self.bucket.name, self.settings.prefix)
         if not manifest:
-            log.info("%s (READY_OBJECT) is not a manifest: objects and rows are not compared", ready.key)
+            log.info("%s (READY_OBJECT) is not a usable manifest: objects and rows are not compared", ready.key)
             return Manifest()
         rows = "an unknown number of rows" if manifest.rows is None else plural(manifest.rows, "row")
         log.info("%s (READY_OBJECT) is a manifest: %s, %s", ready.key, plural(len(manifest.sizes), "object"), rows)
@@ -1492,7 +1492,7 @@ class LoadRecord:
         self._writes_before = self._writes()
 
     def write(self, stored: int) -> None:
-        """Write the record, unless another client wrote to the index during the load."""
+        """Write the record if each stored row was one write; otherwise another client may have written, too."""
         found = self._manager._verify_index_exists(self._target.name)
         record, mapping = self._current(found), found["mappings"]
         before, after = (sum(last for _, last in writes.values()) for writes in (self._writes_before, record["writes"]))
@@ -1713,7 +1713,7 @@ class BulkUpdate(OpenSearchBaseManager):
     # --- verify and report ---
 
     def _verify_all_loaded(self, objects: list[S3Object]) -> None:
-        """Raise OperationFailed unless S3 and the index are unchanged and every row is accounted for."""
+        """Raise OperationFailed unless S3 is unchanged, the index is the same one, and the row counts are right."""
         self.delivery.verify_unchanged(objects)
         self.target.verify_same()
         read, stored, dropped = self.renderer.read, self.store.stored, self.store.dropped
@@ -1725,7 +1725,7 @@ class BulkUpdate(OpenSearchBaseManager):
                 raise OperationFailed(f"{pipelines} dropped all {dropped:,} rows; change it and run again")
             log.warning("%s dropped %s rows", pipelines, f"{dropped:,}")
         rows, expected = read - self.renderer.skipped, self.delivery.expected_rows()
-        if expected is not None and not rows <= expected <= rows + self.renderer.empty:  # some count empty rows
+        if expected is not None and not rows <= expected <= rows + self.renderer.empty:  # some producers count them
             raise OperationFailed(
                 f"{self.place}: {rows:,} rows were read, {expected:,} are expected; run again when the producer has "
                 "finished, or with EXPECTED_ROWS=0 if the files are right"
@@ -1734,7 +1734,7 @@ class BulkUpdate(OpenSearchBaseManager):
     def _verify_count(self) -> None:
         """Raise OperationFailed unless the number of documents in the index agrees with what was stored.
 
-        Rows that may have been replaced (`store.unsure`) may be missing; corrects `store.replaced` by the count.
+        Rows that may have been replaced (`store.unsure`) may be missing. The count then sets `store.replaced`.
         """
         store = self.store
         count, most = self._get_index_count(self.target.name), store.stored - store.replaced
@@ -1764,8 +1764,8 @@ class BulkUpdate(OpenSearchBaseManager):
             result |= {"rejects_file": str(self.rejects.path), "reject_reasons": self.rejects.summary()}
         if rejected > accepted:
             raise TooManyRejects(
-                f"finished, but {rejected:,} rows were rejected; MAX_REJECTS allows {accepted:,}; see "
-                f"{self.rejects.path}: {text}", result
+                f"finished, but {rejected:,} rows were rejected; MAX_REJECTS allows {accepted:,}. Fix the rows "
+                f"listed in {self.rejects.path}, or raise MAX_REJECTS, and run again: {text}", result
             )  # fmt: skip
         log.info("done: %s", text)
         return result
@@ -1781,7 +1781,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bucket", required=True, type=bucket_name, help="the S3 bucket")
     parser.add_argument("--prefix", required=True, help="the prefix of the keys; .csv and .csv.gz objects are loaded")
-    parser.add_argument("--index", required=True, type=index_name, help="the index to fill; no alias may point at it")
+    parser.add_argument("--index", required=True, type=index_name, help="index to fill (live only with --no-cleanup)")
     return add_settings(parser)
 
 

@@ -105,10 +105,9 @@ class ClearableIndex(TargetIndex):
     def _continue_without_backup(self, forbidden: RequestFailed, found: Mapping[str, Any] | None) -> None:
         """Without recreate this permission is not needed; report its absence only if a backup may matter."""
         if not found and not self.manager._read(self.name, [404]):
-            raise OperationFailed(f'index {self.name} does not exist; create it first (README, "Setting up"). If a '
-                                  f"recreate was interrupted, {self.backup.name} holds its definition, but it cannot "
-                                  f"be read: {forbidden}; do not create it then, but grant that permission and run "
-                                  "again")  # fmt: skip
+            raise OperationFailed(f'index {self.name} does not exist; create it first (README, "Setting up"), unless a '
+                                  f"recreate was interrupted: then {self.backup.name} holds its definition, but it "
+                                  f"cannot be read: {forbidden}; grant that permission and run again")  # fmt: skip
         if self.method == "recreate":
             log.warning("index %s cannot be recreated, so its documents are deleted instead: %s", self.name, forbidden)
             self.method = "delete"
@@ -150,7 +149,7 @@ class ClearableIndex(TargetIndex):
             verify_sees_everything(self.manager, self.name, self.found)
 
     def _delete_documents(self, found: int) -> None:
-        """Delete all documents. Raises OperationFailed if some remain after three rounds."""
+        """Delete all documents. Raises OperationFailed if some remain after 3 rounds, Refused if an alias was added."""
         began, left = time.monotonic(), found
         window = result_window(self.found["settings"])
         size = self.manager.settings.requests_per_second.batch_size(min(SCROLL_SIZE, window))
@@ -168,9 +167,9 @@ class ClearableIndex(TargetIndex):
             # a run on another host may have finished in the meantime and moved readers here
             if aliases := self.manager._check_index_aliases(self.name):
                 raise Refused(
-                    f"index {self.name} is live: alias {', '.join(aliases)} points at it, and {found:,} of its "
-                    f"documents have been deleted; readers see the {left:,} that remain. Move readers to the other "
-                    "index, then load this one again"
+                    f"index {self.name} is live: alias {', '.join(aliases)} points at it, but this run has deleted "
+                    f"documents from it; readers see the {left:,} that remain. Move readers to the other index, then "
+                    "load this one again"
                 )
         raise OperationFailed(
             f"index {self.name}: {left:,} documents remain after {MAX_ROUNDS} rounds: another client is writing to "
@@ -249,8 +248,8 @@ class ClearableIndex(TargetIndex):
             log.error("index %s is not restored yet; the next run restores it: %s", self.name, error)
             self.marker.own = None  # `fill` has nothing to restore; the backup holds the marker, too
             failure.args = (
-                f"{failure}; index {self.name} is deleted, and {self.backup.name} holds its definition. Fix the cause "
-                "and run again: the next run creates the index from it",
+                f"{failure}; index {self.name} may be deleted, and {self.backup.name} holds its definition. Fix the "
+                "cause and run again: if the index is missing, the next run creates it from that definition",
             )
 
 
@@ -423,7 +422,7 @@ class IndexCleanup(OpenSearchBaseManager):
             merged = self.request("POST", f"/{index}/_forcemerge", params=params, idempotent=False).data
             self.verify_all_shards(merged, f"_forcemerge of {index}")
         except OutcomeUnknown as error:
-            log.warning("%s; the merge continues in the background and frees the disk space when it ends", error)
+            log.warning("%s; the merge may still be running; if so, it frees the disk space when it ends", error)
         self.request("POST", f"/{index}/_refresh")  # an idle index keeps the old files open
         time.sleep(STATS_AGE_S)
 

@@ -10,7 +10,7 @@ Each script subclasses `OpenSearchBaseManager` once and passes that class to `ru
     +-- RequestFailed (1)        the cluster rejected a request: status, error type and reason
     |   +-- OutcomeUnknown (1)   no response: the request may or may not have taken effect
     +-- BatchTooLarge (1)        the cluster has too little memory for the batches of a task
-    +-- ConfigurationError (2)   a flag or variable is wrong; nothing was sent
+    +-- ConfigurationError (2)   a flag, a variable or the AWS setup is wrong; nothing was changed
     +-- TooManyRejects (3)       finished, but more documents were rejected than MAX_REJECTS allows
     +-- Refused (4)              a safety check failed, as a rule before anything was changed
     +-- Locked (75)              another run holds the lock
@@ -316,10 +316,10 @@ class Setting:
         parser.add_argument(self.flag, dest=self.name, default=argparse.SUPPRESS, help=text, **kind)
 
 
-# Each setting is one row here and one in the README (and .env.example). Two kinds are not here: credentials, since
-# these values may be logged, and required arguments such as --index, which each script defines itself.
+# Each setting has a row here, and an entry in the README and (variables) in .env.example. Not here: credentials, since
+# these values may be logged; --index and the like, which each script defines; PYTHON and the runner's own flags.
 # columns: variable, flag, default, parser, help
-WAIT_SECONDS = Setting("WAIT_SECONDS", "", "900", non_negative, "seconds to wait for the shard copies of the target")
+WAIT_SECONDS = Setting("WAIT_SECONDS", "", "900", non_negative, "seconds to wait for shard copies and running tasks")
 CLEANUP_METHOD = Setting("CLEANUP_METHOD", "", "delete", either("delete", "recreate"),
                          "delete the documents, or recreate the index (faster, frees the disk space at once)")
 COPY_METHOD = Setting("COPY_METHOD", "--copy-method", "reindex", either("reindex", "clone"),
@@ -355,7 +355,7 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting("DOCUMENT_COUNT_THRESHOLD", "--threshold", "10", percent,
                 "maximum difference between the document counts, in percent of the source"),
         Setting("FIELD_THRESHOLD", "--field-threshold", "10", percent,
-                "maximum drop, in percentage points, of the share of documents that have a field; 100 disables it"),
+                "maximum drop, in percentage points, of the share of documents that have a field; 100: check none"),
         Setting("MIN_DOCUMENTS", "--min-documents", "", whole_number, "never switch to an index with fewer documents"),
         Setting("ACCEPT_FIELDS", "--accept-fields", "", field_names,
                 'comma-separated fields not to check (with their multi-fields), quoted as in CSV: a,"b,c"'),
@@ -385,7 +385,7 @@ SETTINGS: dict[str, list[Setting]] = {
     "index_cleanup": [
         *ALL_SCRIPTS, WAIT_SECONDS, replace(CLEANUP_METHOD, flag="--method"), REQUESTS_PER_SECOND,
         Setting("", "--no-force-merge", "false", boolean,
-                "do not free the disk space (takes half a minute); for an index that will be filled right away"),
+                "do not free the disk space (saves half a minute); for an index that will be filled right away"),
     ],
     "run_refresh": [
         LOG_DIR, LOCK_DIR, READER_QUERIES, SKIP_UNCHANGED,
@@ -416,7 +416,7 @@ def load_env_file() -> list[str]:
         return []
     except (OSError, ValueError) as error:
         reason = type(error).__name__
-        raise ConfigurationError(f"cannot read {ENV_FILE}: {reason}; give this user access; save it as UTF-8") from None
+        raise ConfigurationError(f"cannot read {ENV_FILE}: {reason}; grant access to it, or save it as UTF-8") from None
     known = {*CREDENTIALS, *(setting.variable for rows in SETTINGS.values() for setting in rows)}
     unknown = [name for name, value in values.items() if value and ENV_NAME.fullmatch(name) and name not in known]
     return [*unknown, *(f"line {line.original.line}" for line in parse_stream(io.StringIO(text)) if line.error)]
@@ -464,7 +464,7 @@ def print_settings(script: str) -> None:
 
 
 class LogFormatter(logging.Formatter):
-    """One line per message, in UTC; control characters are escaped, so that no cell or header can forge a line."""
+    """One line per message, in UTC; control characters are escaped (not in tracebacks): no cell can forge a line."""
 
     converter = staticmethod(time.gmtime)
     CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -609,7 +609,7 @@ def in_background(call: Callable[[], Result]) -> Future[Result]:
 
 
 def in_parallel(call: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> list[Result]:
-    """Apply `call` to the items, `at_once` at a time; return the results in order. Signals do not wait for calls."""
+    """Apply `call` to the items, `at_once` at a time; return the results in order. A signal ends the wait at once."""
     waiting, results = iter([*enumerate(items)]), dict[int, Result]()
 
     def work() -> None:
@@ -620,7 +620,7 @@ def in_parallel(call: Callable[[Item], Result], items: Iterable[Item], at_once: 
         for worker in [in_background(work) for _ in range(at_once)]:
             worker.result()
     finally:
-        list(waiting)  # after a failure or a signal, threads get no further items
+        list(waiting)  # once a failure or a signal has ended the wait, threads get no further items
     return [results[number] for number in sorted(results)]
 
 
@@ -641,7 +641,7 @@ def signals_as_exceptions() -> Iterator[None]:
 
 
 def backoff_s(attempt: int, retry_after: str | None = None) -> float:
-    """Return the seconds until the next attempt: exponential with jitter, or `Retry-After`; both are capped."""
+    """Return the seconds until the next attempt: exponential with jitter, or a longer `Retry-After`; both capped."""
     delay: float = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(attempt, 10)) * random.uniform(0.5, 1)
     if retry_after:
         with contextlib.suppress(urllib3.exceptions.InvalidHeader):
@@ -1088,7 +1088,7 @@ class Credentials:
             given, source = read_parameters(aws, prefix, "endpoint", "username", "password"), "Parameter Store"
         elif not all(given):
             unset = " and ".join(name for name, value in zip(CREDENTIALS, given) if not value)
-            raise ConfigurationError(f"{unset} not set; set endpoint, user and password, or none for Parameter Store")
+            raise ConfigurationError(f"{unset} not set; set all three, or none of them to use Parameter Store")
         if ":" in given[1]:
             raise ConfigurationError("Basic authentication does not allow a user name with a colon; give another user")
         return cls(endpoint_url(given[0]), given[1], given[2], source)
@@ -1199,7 +1199,7 @@ class Connection:
 
     def _open_session(self, verify: bool | str) -> requests.Session:
         session = requests.Session()
-        session.trust_env = False  # or ~/.netrc and proxy variables could send the credentials elsewhere
+        session.trust_env = False  # or ~/.netrc could replace the credentials, and a proxy receive them
         session.verify = verify
         if self.credentials.username:
             session.headers.update(self._create_auth_header())
@@ -1253,7 +1253,7 @@ class Connection:
         (after 10 s if the cluster has never responded; after a signal, when clean-up must end). A request with
         `idempotent=False` is sent again only if it cannot have taken effect; otherwise OutcomeUnknown is raised. With
         `retry=False`, it is never sent again. A response whose status is in `accept` is returned; any other failure
-        raises RequestFailed. At each 429, `on_throttled` is called with the time when the attempt was sent.
+        raises RequestFailed. At a 429 that may be retried, `on_throttled` is called with the time of the attempt.
         """
         attempts, resent = Retry(self._retry_seconds()), False
         while True:
@@ -1302,7 +1302,7 @@ class Connection:
         self, method: str, path: str, body: Any, params: Mapping[str, Any] | None, accept: Sequence[int],
         attempts: Retry,
     ) -> requests.Response:  # fmt: skip
-        """Send a request once. Raises RequestFailed, or OutcomeUnknown if there was no response."""
+        """Send a request once. Raises RequestFailed, or OutcomeUnknown if there was no response, or 502 to 504."""
         what, began = f"{method} {path}", time.monotonic()
         hurried = interrupted.is_set() or not self._has_responded
         if interrupted.is_set() and attempts.seconds_left() <= 0:
@@ -1355,7 +1355,7 @@ class Connection:
         if status == 403 and "security" in kind:
             missing = re.search(r"no permissions for \[(.*?)\](?=\s|$)", reason)
             return f"; the role of {user} lacks {missing[1] if missing else 'a permission'}"
-        if "block" in kind:
+        if "block" in kind and "SERVICE_UNAVAILABLE" not in reason:  # a cluster that is starting, not a setting
             disk = "flood" in reason
             return f"; {'free disk space on the data nodes' if disk else 'remove the block (index.blocks.*)'} first"
         if 300 <= status < 400:
@@ -1370,7 +1370,7 @@ class OpenSearchBaseManager(Connection):
     """One cluster, and the operations that at least two scripts need.
 
     Use it as a context manager: on exit, it cancels running tasks of this run (after a failure), releases the locks
-    and closes the connections. Scripts and `TargetIndex` may call methods with an underscore.
+    and closes the connections. The rest of the suite may call methods with an underscore.
     """
 
     def __init__(self, settings: argparse.Namespace) -> None:
@@ -1424,7 +1424,8 @@ class OpenSearchBaseManager(Connection):
         """Return the same as `read_index`. Raises OperationFailed if there is no such index."""
         if not (found := self._read(index, [404])):
             raise OperationFailed(f'index {index} does not exist; create it first (README, "Setting up"). If a run '
-                                  "with COPY_METHOD=clone was stopped, run again with COPY_METHOD=clone")  # fmt: skip
+                                  "with COPY_METHOD=clone or CLEANUP_METHOD=recreate was stopped, repeat that run "
+                                  "instead")  # fmt: skip
         if index not in found:
             raise OperationFailed(f"{index} is an alias of {', '.join(sorted(found))}; give the name of an index")
         return dict(found[index])
@@ -1625,7 +1626,7 @@ class Probe(NamedTuple):
     body: Any = None
 
 
-# With the permission, the server rejects a probe for another reason: no such task, setting, scroll or document.
+# Values that make a probe harmless: with the permission, it is rejected because there is no such setting or document.
 UNKNOWN_SETTING = {"index.permission_probe": 1}
 NOT_THERE = {"_id": "permission-probe", "if_seq_no": 2**53, "if_primary_term": 1}  # fails even if a pipeline sets an id
 
@@ -1678,8 +1679,8 @@ def denied_permissions(method: str, status: int, body: bytes) -> list[str]:
         return []
     text = body.decode(errors="replace")
     if "cluster read-only" in text:
-        raise Refused("the cluster is read-only; nothing was changed. Find out why, then remove the block: PUT "
-                      '/_cluster/settings {"persistent": {"cluster.blocks.read_only": null}}')  # fmt: skip
+        raise Refused("the cluster is read-only; nothing was changed. Find out why, then send PUT /_cluster/settings "
+                      '{"persistent": {"cluster.blocks.read_only": null}} (or read_only_allow_delete)')  # fmt: skip
     if found := re.findall(r"no permissions for \[((?:[^][]|\[\w+\])+)\]", text):
         return [role_line(action) for actions in found for action in actions.split(", ")]
     if status != 403 or error_of(body)[0] or re.search("request: .* is not allowed", text):
@@ -1881,8 +1882,8 @@ class Marker:
         """Raise Refused if the index is unfinished."""
         if (marker := self.read(found)) and not self.is_of_clone_source(marker):
             raise Refused(
-                f"index {self.index} is unfinished: a load on {marker.get('host')}, started at "
-                f"{marker.get('started')}, did not succeed; {what_to_do}"
+                f"index {self.index} is unfinished: a run on {marker.get('host')}, started at "
+                f"{marker.get('started')}, has not succeeded; {what_to_do}"
             )
 
     def write(self, found: Mapping[str, Any], wanted: Mapping[str, str], **more: Any) -> bool:
@@ -1905,15 +1906,15 @@ class Marker:
     def replace(self, former: Mapping[str, Any] | None = None) -> None:
         """Remove the marker of this run, or put the former one in its place.
 
-        Raises OperationFailed if the index now has the marker of another run; that one stays.
+        Raises OperationFailed if the index now has no marker, or that of another run, which stays.
         """
         if self.own is None:
             return
         meta = self._meta()
         if (there := meta.get(SUITE)) != self.own:
             raise OperationFailed(
-                f"index {self.index}: another run has started to fill it in the meantime (its marker: {there}). Make "
-                "sure that one of the two runs succeeded, or run again"
+                f"index {self.index}: another run has started to fill it in the meantime, or a client has replaced "
+                f"_meta (marker now: {there}). When no run is using the index, run again"
             )
         self._put(meta, former)
 
@@ -1923,7 +1924,7 @@ class Marker:
             return
         cloned = self.is_of_clone_source(marker)
         state = "was being cloned" if cloned else "is unfinished"
-        log.warning("index %s %s: a run on %s, started at %s, did not succeed", self.index, state, marker.get("host"),
+        log.warning("index %s %s: a run on %s, started at %s, has not succeeded", self.index, state, marker.get("host"),
                     marker.get("started"))  # fmt: skip
         if self.manager.dry_run:
             return
@@ -2041,7 +2042,7 @@ class TargetIndex:
 
     def require_permissions(self, exists: bool) -> None:
         """Raise OperationFailed if the user lacks a permission that the script needs."""
-        probes = [probe for probe in self.manager.probes if exists or "_bulk" not in probe.path]  # it would create it
+        probes = [probe for probe in self.manager.probes if exists or "_bulk" not in probe.path]  # see bulk_probe
         require_permissions(self.manager, probes)
 
     def await_primaries(self) -> bool:
@@ -2055,8 +2056,8 @@ class TargetIndex:
         """Raise Refused if an alias points at the index now, or did when `found` was read."""
         if aliases := sorted((found or self.manager._verify_index_exists(self.name))["aliases"]):
             raise Refused(
-                f"index {self.name} is live: alias {', '.join(aliases)} points at it; nothing was changed. Give "
-                "the name of the other index, or move readers to the other index first (switch_alias.py)"
+                f"index {self.name} is live: alias {', '.join(aliases)} points at it; its documents are unchanged. "
+                "Give the name of the other index, or move readers to the other index first (switch_alias.py)"
             )
 
     def verify_same(self) -> None:
@@ -2084,7 +2085,7 @@ class TargetIndex:
                 if isinstance(failure, Refused) and not self.emptied:
                     self.marker.replace(former)
             except OperationFailed as error:
-                log.error("index %s: its settings are not restored yet; the next run restores them: %s",
+                log.error("index %s: its settings or its marker are not restored yet; the next run restores them: %s",
                           self.name, error)  # fmt: skip
             raise
         self.verify_same()

@@ -2,7 +2,7 @@
 
 Example:    python reindex.py --source my_index_primary --target my_index_secondary
 Exit codes: 0 copied and verified; 1 failed; 2 usage; 4 refused (target live, fields defined differently); 75 locked;
-            129, 130, 143 signals. After a failure the target may be unfinished (marked) or missing (clone): run again.
+            129, 130, 143 signals. A failure may leave the target unfinished or missing (clone, recreate): run again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WRITE_BLOCK = {"index.blocks.write": "true"}
 EXPANSION = "index.auto_expand_replicas"
 REPLICATION_TYPE = "index.replication.type"  # the only setting that a clone does not inherit
 BATCH_SIZE = 5000  # documents per scroll batch; copies 8 to 15 % faster than the server's default of 1000
-BATCH_BYTES = 32 * 1024 * 1024  # stored size, total of all slices; a node accepts 10 % of its heap, uncompressed
+BATCH_BYTES = 32 * 1024 * 1024  # stored size, all slices; a node's limit is 10 % of its heap, uncompressed
 SAMPLE_SIZE, SAMPLE_BYTES = 50, 8 * 1024 * 1024  # compared after a copy: documents per shard, and bytes of all shards
 SAMPLE_WINDOW = 2000  # sequence numbers; searching it takes milliseconds, however large the index is
 MAX_SLICES = 20  # the server's limit for slices=auto, which starts one per shard
@@ -381,9 +381,9 @@ class Reindex(OpenSearchBaseManager):
             for key, original in originals.items():
                 if fields := differing_fields(original, copied.get(key)):
                     raise OperationFailed(
-                        f"{self.target.name} differs from {self.source}: in a sample of documents, these fields have "
-                        f"different values: {', '.join(fields[:10])}; check whether a pipeline changes documents, or "
-                        f"whether {self.who} sees masked values"
+                        f"{self.target.name} differs from {self.source}: in a sample of documents, these fields differ "
+                        f"(_id: no copy found): {', '.join(fields[:10])}; check whether a pipeline changes or drops "
+                        f"documents, or whether {self.who} sees masked values"
                     )
             compared += len(originals)
         log.info("compared %s documents of %s with their copies", compared, self.source)

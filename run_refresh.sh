@@ -6,7 +6,7 @@
 #        run_refresh.sh --hold WHY | --release | --status [--max-age HOURS] | --help
 #        --dry-run:   run all checks (step 0), change nothing
 #        --verbose:   send the steps' log lines to stderr too, as on a terminal; for containers, journals and CI
-#        --hold WHY:  refuse every refresh (exit code 4) until --release; readers stay where they are
+#        --hold WHY:  refuse every new refresh (exit code 4) until --release; a running one continues
 #        --status:    print the last run's outcome, the readers' index, hold and lock, without contacting the cluster;
 #                     with --max-age, exit 1 unless a run has succeeded in the last HOURS hours
 # Env:   PRIMARY_INDEX (my_index_primary)  SECONDARY_INDEX (my_index_secondary)  INDEX_ALIAS (my_index_alias)
@@ -205,7 +205,7 @@ on_signal() { # on_signal NAME CODE: forward the signal; wait while the step res
   trap '' HUP INT TERM
   for child in $(jobs -p); do
     kill -s "$1" "$child" 2>/dev/null || true
-    [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # bash's `&` ignores INT; a step resets that
+    [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # `&` makes a child ignore INT, a step only at first
     wait "$child" || true
   done
   message="stopped by SIG$1"
@@ -279,8 +279,8 @@ check() { # step 0: everything that can be checked before readers are moved
   if [[ $live == "$PRIMARY" ]]; then
     run_step "check the copy" reindex.py "${both[@]}" --dry-run
   else
-    say "readers are on $SECONDARY already: an earlier run stopped after step 2, or the alias was moved by hand."
-    say "The refresh continues with step 3 and moves readers to $PRIMARY; to prevent that, stop it and use --hold."
+    say "readers are on $SECONDARY already, for example before the first load, or after a failed run or manual switch."
+    say "A refresh then starts with step 3 and moves readers to $PRIMARY; to prevent that, stop it and use --hold."
   fi
 }
 

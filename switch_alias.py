@@ -1,8 +1,8 @@
 """Move an alias from one index to another with one atomic request, after an audit of the target.
 
 Example:    python switch_alias.py --alias my_index_alias --source my_index_primary --target my_index_secondary
-Exit codes: 0 the alias is on the target alone (read back); 1 failed; 2 usage; 4 refused, the alias was not moved;
-            75 locked; 129, 130, 143 signals.
+Exit codes: 0 the alias is on the target alone (read back), or --show or a dry run found no problem; 1 failed;
+            2 usage; 4 refused, the alias was not moved; 75 locked; 129, 130, 143 signals.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PARAMETERS: dict[str, Any] = {  # the server's defaults for parameters that read
 MUST_NOT_FALL = re.compile(r"index\.(max_(?!ngram|shingle|refresh).*|highlight\.max_.*|analyze\.max_.*|query\.max_.*)")
 MUST_STAY_TRUE = re.compile(r"index\.(knn|query_string\.lenient|query\.(parse|derived_field)\..*)")
 MUST_NOT_CHANGE = re.compile(r"index\.(search\.default_pipeline|query\.default_field|knn\..*)")
-NOT_COMPARED = re.compile(  # set by the server or by a load, or compared by `analysis_of`
+NOT_COMPARED = re.compile(  # set by the server or a load, about shards, or compared through `analysis_of`
     r"index\.(uuid|creation_date|provided_name|version\.|resize\.|routing\.|number_of_|auto_expand_|refresh_interval|"
     r"analysis\.|similarity\.)"
 )
@@ -55,10 +55,10 @@ EXPLICIT_DEFAULTS = {  # (key, value) pairs that state a default, in analyzers, 
     ("type", "custom"), ("k1", "1.2"), ("b", "0.75"), ("ignore_case", "false"), ("stopwords", "_none_"),
 }  # fmt: skip
 FIELDS_AT_ONCE = 8  # counts in flight; each takes a millisecond, however many documents there are
-NAMED = 10  # fields or queries in a message; the printed command has all of them
+NAMED = 10  # fields, settings or queries in a message; a printed command has all fields or settings
 NOTICED_SHARE = Fraction(1, 100)  # rarer fields may come and go
 GB = 1e9
-# free disk space needed, in sizes of the live index, with room for deleted documents; a clone itself needs none
+# free disk space needed, as a multiple of the live index, with room for deleted documents; a clone needs none
 DISK_TO_COPY, DISK_TO_LOAD = 2.5, 1.5
 QUERY_TIMEOUT_S = 30  # the server's limit for a reader's query; without a response, READ_TIMEOUT_S applies
 TOO_SLOW = f"not within {QUERY_TIMEOUT_S} s, tried twice"
@@ -135,7 +135,7 @@ def lost_parameters(old: Field, new: Field, own_defaults: bool) -> str:
 def lost_definitions(old: Mapping[str, Any], new: Mapping[str, Any], *, own_defaults: bool) -> dict[str, str]:
     """Return what readers would lose with the new mapping, by field (or `_source`).
 
-    Fields that the new mapping lacks are not reported here: the comparison of shares finds them.
+    Missing fields, except derived ones, are not reported here: the comparison of shares finds them.
     """
     known = fields_of(new)
     lost = {name: lost_parameters(field, known[name], own_defaults) for name, field in fields_of(old).items()
@@ -156,7 +156,7 @@ def alias_paths(mapping: Mapping[str, Any]) -> dict[str, str]:
 
 
 def analysis_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return each analyzer, normalizer and similarity by the name of its settings, with the components that it uses."""
+    """Return each analyzer, normalizer and similarity by the prefix of its settings, with the components it uses."""
     parts: dict[str, dict[str, Any]] = {**IMPLICIT_ANALYSIS}
     for key, value in settings.items():
         if match := re.fullmatch(r"(index\.(?:analysis\.\w+|similarity)\.[^.]+)\.(.+)", key):
@@ -177,7 +177,7 @@ def listed_value(value: Any) -> list[str]:
 
 
 def compare_settings(live: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Return the differences that readers would notice (both values, by setting), and the names of other differences.
+    """Return the differences that readers would notice (a text, by setting), and the names of other differences.
 
     Both arguments are responses with `include_defaults`; settings that are explicit in neither are not compared.
     """
@@ -505,7 +505,7 @@ class Audit:
     def _refuse_fields(self, differing: Mapping[str, str]) -> None:
         self.fields["fields_fallen"] = differing
         command = self.switch.command(self.source, self.target, accept_fields=[*self.accepted, *differing])
-        remedy = f"Load {self.target} again from complete data, or, if the differences are intended, run {command}"
+        remedy = f"Fix files or mapping and load {self.target} again; if the differences are intended, run {command}"
         if self.settings.show and copy_method(self.settings, self.source):  # reindex.py refuses other definitions
             remedy = f"Recreate {self.target} with the mapping of {self.source}"
         raise Refused(
@@ -559,7 +559,7 @@ class Audit:
                 problems.append(f"{place}: hits in {self.source}: {had}, in {self.target}: {has}")
         if problems:
             command = self.switch.command(self.source, self.target, reader_queries="")
-            raise Refused(f"{listed(problems)}. {AGAIN} Change the query, or, to switch without queries, run {command}")
+            raise Refused(f"{listed(problems)}. {AGAIN} Fix the data or the query; to skip all queries, run {command}")
 
     def _hits(self, place: str, body: Mapping[str, Any]) -> tuple[int | str, int | str]:
         """Return the hits in both indices, or why they are unknown.
@@ -588,7 +588,7 @@ def copy_method(settings: argparse.Namespace, live: str) -> str:
 
 def warn_about_moving_shards(manager: OpenSearchBaseManager) -> None:
     if moving := manager.request("GET", "/_cluster/health").data["relocating_shards"]:
-        log.warning("%s shards are relocating: if a node is about to leave, or the domain is being changed, a task "
+        log.warning("relocating shards: %s; if a node is about to leave, or the domain is being changed, a task "
                     "that copies or deletes documents may be lost with its node", moving)  # fmt: skip
 
 
@@ -609,7 +609,7 @@ def check_disk(manager: OpenSearchBaseManager, index: str, factor: float) -> Non
             f"{shown}); nothing was changed. Add disk space, or turn this check off: DISK_CHECK=false"
         )
     if any(size < needed / len(free) for size in free.values()):
-        log.warning("a refresh of %s needs %.1f GB of disk, and one of the data nodes may run short; free GB: %s",
+        log.warning("a refresh of %s needs %.1f GB of disk space, and one of the data nodes may run short; free GB: %s",
                     index, needed / GB, shown)  # fmt: skip
 
 
@@ -672,7 +672,7 @@ class SwitchAlias(OpenSearchBaseManager):
 
     def _verify(self, audit: Audit) -> dict[str, Any]:
         """Report the switch and its undo before anything that may still fail, then read the alias back."""
-        log.info("alias %s: %s -> %s, acknowledged", self.alias, self.source, self.target)
+        log.info("alias %s: %s -> %s; verifying", self.alias, self.source, self.target)
         log.info("undo: %s", self.undo_command())
         log.info("after an undo, the next refresh moves readers again; to prevent that, run %s",
                  self._runner_command("--hold", "why, since when"))  # fmt: skip
@@ -749,8 +749,8 @@ class SwitchAlias(OpenSearchBaseManager):
         if set(indices) - {self.source, self.target}:
             state = ", ".join(sorted(indices))
             remedy = f"run {self.command(state, self.target)}" if len(indices) == 1 else "remove it from all but one"
-            raise Refused(f"alias {self.alias} points at {state}, not at {self.source}; it was not moved. To fix this, "
-                          f"{remedy}")  # fmt: skip
+            raise Refused(f"alias {self.alias} points at {state}, but should point only at {self.source}; it was not "
+                          f"moved. To fix this, {remedy}")  # fmt: skip
         return indices
 
     def _verify_indices(self, indices: Mapping[str, Any], allowed: set[str]) -> None:
@@ -777,7 +777,7 @@ class SwitchAlias(OpenSearchBaseManager):
             short = sum(copies < needed for copies in active)
             if not short:
                 break
-            problem = f"index {self.target}: {short} of {len(active)} shards have fewer than {needed} active copies"
+            problem = f"index {self.target}: fewer than {needed} active copies in {short} of {len(active)} shards"
             advice = "see GET _cluster/allocation/explain"
             if self.settings.undo and min(active):
                 log.warning("%s; %s", problem, advice)

@@ -85,14 +85,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--nodes", action="store_true", help="the tests that start clusters of several nodes too")
+    parser.addoption("--slow", action="store_true", help="the slow tests too: clusters of several nodes, killed refreshes")
     parser.addoption("--faults", action="store_true", help="everything: the long form of the fault bench too (an hour)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--faults"):
         return
-    unwanted = ["long"] if config.getoption("--nodes") else ["long", "nodes"]
+    unwanted = ["long"] if config.getoption("--slow") else ["long", "slow", "nodes"]
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unwanted)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

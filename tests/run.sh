@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The linters and most tests; makes .venv and the sandbox by itself.
 #
-# Usage: tests/run.sh [PYTEST ARGUMENT...]    --nodes: with the tests that start clusters of several nodes
+# Usage: tests/run.sh [PYTEST ARGUMENT...]    --slow: also clusters of several nodes and killed refreshes
 #                                             --faults: with those and the long form of the fault tests (an hour)
 #                                             -m quick: about a minute
 # Env:   as in tests/sandbox.sh

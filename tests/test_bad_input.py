@@ -333,7 +333,8 @@ def test_an_alias_on_a_third_index_is_left_there_with_the_command_that_moves_it(
     third = make_index("third", docs=2, alias=name("elsewhere"))
     outcome = run(switch_alias, "--alias", name("elsewhere"), "--source", fresh.old, "--target", fresh.new)
     command = f"--alias {name('elsewhere')} --source {third} --target {fresh.new}"
-    assert_says(outcome, 4, f"alias {name('elsewhere')} points at {third}, not at {fresh.old}", command)
+    points = f"alias {name('elsewhere')} points at {third}, but should point only at {fresh.old}; it was not moved"
+    assert_says(outcome, 4, points, command)
     assert list(admin("GET", f"/_alias/{name('elsewhere')}")) == [third]
     assert run(switch_alias, *command.split()).code == 0
 

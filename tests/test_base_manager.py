@@ -254,14 +254,22 @@ def test_pauses_grow_up_to_a_limit():
     assert 20 < pauses[-1] <= 30
 
 
-def test_a_cluster_that_stays_away_is_given_up_after_retry_seconds(look, proxy, monkeypatch, short_pauses):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("no cluster manager", "no cluster manager"),
+        ({"type": "cluster_block_exception", "reason": "blocked by: [SERVICE_UNAVAILABLE/1/state not recovered];"},
+         r"state not recovered\];; gave up after 1 s: check GET _cluster/health and run again"),
+    ],
+)  # fmt: skip
+def test_a_cluster_that_stays_away_is_given_up_after_retry_seconds(error, says, look, proxy, monkeypatch, short_pauses):
     monkeypatch.setenv("RETRY_SECONDS", "1")
-    proxy.on("GET", "_count", answer(503, {"error": "no cluster manager"}), times=None)
+    proxy.on("GET", "_count", answer(503, {"error": error}), times=None)
     began = time.monotonic()
     outcome = look()
     assert outcome.code == 1
     assert time.monotonic() - began < 5
-    assert re.search(r"GET /\S+/_count: 503 no cluster manager", outcome.last)
+    assert re.search(rf"GET /\S+/_count: 503 .*{says}", outcome.last), outcome.last
 
 
 @pytest.mark.parametrize(

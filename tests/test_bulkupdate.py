@@ -243,7 +243,7 @@ UNLOADABLE = {
     "utf-16-be": ({"a.csv": b"\xfe\xff" + "k,t\na,b\n".encode("utf-16-be")}, "UTF-16"),
     "utf-16-without-mark": ({"a.csv": "k,t\na,b\n".encode("utf-16-le")}, "UTF-16"),
     "utf-16-packed": ({"a.csv.gz": gzip.compress("k,t\na,b\n".encode("utf-16"))}, "UTF-16"),
-    "open-quote-in-header": ({"b.csv": b'k,"t\na,b\n'}, "b.csv"),
+    "open-quote-in-header": ({"b.csv": b'k,"t\na,b\n'}, "b.csv: a quote in the header is not closed"),
 }
 UNLOADABLE_UNDER_ANY_MAPPING = ["no-rows-packed", "blank-first-line", "nul-in-header", "latin-1-header"]
 

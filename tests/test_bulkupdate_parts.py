@@ -77,7 +77,7 @@ def test_a_bad_row_is_a_reject_and_its_neighbours_keep_their_ids_and_lines(rejec
         (2, "000000001", '{"n":1,"k":"a"}'), (5, "000000004", '{"n":4,"k":"d"}'), (7, "000000006", '{"n":6,"k":"f"}'),
     ]  # fmt: skip
     assert rejects == [
-        ("a.csv", 3, "n", "not a number: 'x'"), ("a.csv", 6, None, "1 cells under 2 column names")
+        ("a.csv", 3, "n", "not a number: 'x'"), ("a.csv", 6, None, "1 cell under 2 column names")
     ]  # fmt: skip
     assert (renderer.read, renderer.skipped) == (6, 1)
 

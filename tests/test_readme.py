@@ -182,6 +182,7 @@ def sections() -> dict[str, str]:
 
 
 @secured
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_each_command_that_can_run_does_one_after_the_other(tmp_path):
     """In a sandbox of its own, in which the names of the README stand for real indices, alias and objects."""

@@ -474,7 +474,7 @@ def test_a_permission_that_is_lost_in_the_middle_is_named_and_what_stands_where(
     outcome = recreate(index)
     assert outcome.code == 1, outcome.err
     assert "lacks indices:admin/create" in outcome.last
-    assert f"index {index} is deleted, and {index}-recreate holds its definition" in outcome.last
+    assert f"index {index} may be deleted, and {index}-recreate holds its definition" in outcome.last
     assert "create it first" not in outcome.err
     may_recreate(*sandbox.RECREATE_PERMISSIONS)
     assert recreate(index).code == 0

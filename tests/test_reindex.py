@@ -214,7 +214,7 @@ def test_the_next_run_restores_the_settings_of_a_killed_one(pair, copy, admin, o
     unfinished(admin, pair[1])
     outcome = copy(*pair)
     assert outcome.code == 0, outcome.err
-    said = f"{pair[1]} is unfinished: a run on elsewhere, started at 2026-01-31T02:00:00Z, did not succeed"
+    said = f"{pair[1]} is unfinished: a run on elsewhere, started at 2026-01-31T02:00:00Z, has not succeeded"
     assert said in outcome.err
     assert own_settings(pair[1])["refresh_interval"] == "9s"
     assert marker_of(admin, pair[1]) is None

@@ -132,7 +132,7 @@ def test_an_undo_needs_one_copy_and_names_what_is_missing(make, name, switch, ad
     assert outcome.code == 0, outcome.err
     assert list(admin("GET", f"/_alias/{name('alias')}")) == [new]
     assert "WARNING" in outcome.err
-    assert f"index {new}: 1 of 1 shards" in outcome.err
+    assert f"index {new}: fewer than 2 active copies in 1 of 1 shards" in outcome.err
 
 
 def test_documents_that_are_too_large_for_one_batch_are_copied_in_smaller_ones(make, run, admin):

@@ -191,7 +191,7 @@ def test_an_unfinished_target_is_refused(pair, switch, admin, behind_alias):
     admin("PUT", f"/{new}/_mapping", {"_meta": {base.SUITE: marker}})
     outcome = switch(old, new)
     assert outcome.code == 4, outcome.err
-    assert f"{new} is unfinished: a load on elsewhere, started at 2026-01-31T02:00:00Z" in outcome.last
+    assert f"{new} is unfinished: a run on elsewhere, started at 2026-01-31T02:00:00Z, has" in outcome.last
     assert behind_alias() == [old]
 
 
@@ -248,7 +248,7 @@ def test_shard_copies_that_never_come_refuse_the_switch(pair, switch, behind_ali
     proxy.on("GET", "/_cluster/health", copies(pair[1], 0), times=None)
     outcome = switch(*pair, "--wait-seconds", "1")
     assert outcome.code == 4, outcome.err
-    assert "1 of 1 shards have fewer than 1 active copies after 1 s" in outcome.last
+    assert "fewer than 1 active copies in 1 of 1 shards after 1 s" in outcome.last
     assert behind_alias() == [pair[0]]
 
 

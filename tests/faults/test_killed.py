@@ -123,6 +123,7 @@ def test_the_list_of_changes_is_complete(world):
     assert counter.seen == CHANGES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     "at", [pytest.param(at, marks=() if at in SHORT else pytest.mark.long) for at in range(1, len(CHANGES) + 1)]
@@ -148,6 +149,7 @@ def test_the_list_of_cheap_changes_is_complete(cheap):
     assert counter.seen == CHEAP_CHANGES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     "at", [pytest.param(at, marks=() if at == 5 else pytest.mark.long) for at in range(1, len(CHEAP_CHANGES) + 1)]
@@ -178,12 +180,14 @@ def test_the_list_of_changes_by_clone_is_complete(cloning):
     assert counter.seen[len(CLONE_CHANGES) :] == CHANGES[CHANGES.index("POST /_aliases") :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("at", CLONE_PLACES)
 def test_killed_at_a_change_by_clone(cloning, at, when):
     assert_killed_and_healed(cloning, at, when)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [pytest.param(at, marks=() if at == 6 else pytest.mark.long) for at in range(3, 11)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_a_signal_while_an_index_is_cloned(cloning, at, number):
@@ -222,6 +226,7 @@ def signal_cases() -> list[Any]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("at", [pytest.param(at, marks=() if at == 5 else pytest.mark.long) for at in range(3, 9)])
 def test_stopped_by_a_signal_while_an_index_is_recreated(cheap, at, number):
@@ -230,6 +235,7 @@ def test_stopped_by_a_signal_while_an_index_is_recreated(cheap, at, number):
     cheap.heal()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "whom", "at"), signal_cases())
 def test_stopped_by_a_signal_at_a_change(world, number, whom, at):
     run = run_and_act(world, at, "during", partial(send, number, whom))

@@ -375,7 +375,7 @@ def test_one_of_three_away_since_the_load(wide):
     wide.talk_to(wide.holder(wide.secondary))
     wide.proxy.on("POST", "/_bulk", before(wide.nodes[victim].kill), skip=2)
     run = await_run(wide, wide.start(RETRY_SECONDS="150", WAIT_SECONDS="3"))
-    message = rf"index {wide.primary}: 1 of 1 shards have fewer than 2 active copies after 3 s.*run again"
+    message = rf"index {wide.primary}: fewer than 2 active copies in 1 of 1 shards after 3 s.*run again"
     wide.expect(run, code=4, message=rf"(?s){message}.*FAILED at: 4 switch")
     assert wide.moves == [(wide.secondary, 2)]
     wide.revive()
