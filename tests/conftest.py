@@ -85,7 +85,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="the slow tests too: clusters of several nodes, killed refreshes")
+    parser.addoption("--slow", action="store_true", help="also clusters of several nodes, and killed refreshes")
     parser.addoption("--faults", action="store_true", help="everything: the long form of the fault bench too (an hour)")
 
 
