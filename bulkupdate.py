@@ -304,7 +304,7 @@ def inspect_head(
     data, complete = head_lines(item, data)
     columns, blocks = read_csv(io.BytesIO(data), item.key, delimiter, complete=False)
     if data and not columns:
-        raise Refused(f"{item.key}: a quote in the header is not closed; fix the file")
+        raise Refused(f"{item.key}: a quote in the header is not closed; fix the file and run again")
     if check and columns:
         check.render(item.key, *read_csv(io.BytesIO(data), item.key, delimiter, complete=False))
     undecided, has_rows = new.undecided(columns), bool(columns) and not complete
@@ -454,7 +454,7 @@ def dynamic_of(mapping: Mapping[str, Any], name: str) -> str:
 
 
 def is_dynamic(mapping: Mapping[str, Any], name: str) -> bool:
-    """Return whether `dynamic` allows a new field of this name in the mapping, at least from a template."""
+    """Return whether `dynamic` allows a new field of this name in the mapping, even if only through a template."""
     return dynamic_of(mapping, name) not in ("false", "strict")
 
 
@@ -465,9 +465,9 @@ def dynamic_property(mapping: Mapping[str, Any], name: str) -> dict[str, Any] | 
 
 
 def dynamic_template(mapping: Mapping[str, Any], name: str, kinds: set[str]) -> dict[str, Any] | None:
-    """Return the definition from the first of the `dynamic_templates` that matches a new column.
+    """Return the definition from the first of the `dynamic_templates` that matches a new column, or None.
 
-    A template with conditions other than `match_mapping_type` and `match` ends the search.
+    A template for this type with conditions other than `match_mapping_type` and `match` ends the search with None.
     """
     kind, leaf = new_field(kinds)["type"], name.rpartition(".")[2]
     for entry in mapping.get("dynamic_templates", []) if is_dynamic(mapping, name) else []:

@@ -299,7 +299,7 @@ class BackupIndex:
             log.warning("the empty index %s could not be deleted (%s); delete it by hand", self.name, error)
 
     def refuse_another_index(self, definition: Mapping[str, Any], uuid: str, now: Mapping[str, Any]) -> None:
-        """Raise Refused if another client has created the index, and it lacks part of this definition."""
+        """Raise Refused if another client has created the index, and it differs from this definition."""
         different = [] if now["settings"]["index.uuid"] == uuid else differences(definition, definition_of(now))
         if different:
             live = ", ".join(now["aliases"])
@@ -326,10 +326,10 @@ def definition_of(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(definition: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the fields, mapping parameters and settings that another index lacks or defines differently.
+    """Return the fields, mapping parameters and settings that only one of two indices has, or that differ.
 
-    Ignored are additional fields (documents add them), the marker, changes that the marker will undo, and the block
-    that the server manages.
+    This ignores fields that only `other` has (documents add them), the marker, changes that the marker will undo, and
+    the block that the server manages.
     """
     ours, theirs = parts_of(definition), parts_of(other)
     further = {name for name, _ in field_definitions(other["mappings"])} - set(ours)

@@ -1151,7 +1151,7 @@ class Response:
 
 
 def innermost(error: BaseException) -> str:
-    """Return the first cause in a chain of exceptions: `[Errno 111] Connection refused`, not its wrappers."""
+    """Return the message of an exception's root cause: `[Errno 111] Connection refused`, without its wrappers."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return str(error) or type(error).__name__
@@ -1253,7 +1253,7 @@ class Connection:
         (after 10 s if the cluster has never responded; after a signal, when clean-up must end). A request with
         `idempotent=False` is sent again only if it cannot have taken effect; otherwise OutcomeUnknown is raised. With
         `retry=False`, it is never sent again. A response whose status is in `accept` is returned; any other failure
-        raises RequestFailed. At a 429 that may be retried, `on_throttled` is called with the time of the attempt.
+        raises RequestFailed. After a 429 that may be retried, `on_throttled` is called with the time of the attempt.
         """
         attempts, resent = Retry(self._retry_seconds()), False
         while True:
@@ -1679,8 +1679,9 @@ def denied_permissions(method: str, status: int, body: bytes) -> list[str]:
         return []
     text = body.decode(errors="replace")
     if "cluster read-only" in text:
-        raise Refused("the cluster is read-only; nothing was changed. Find out why, then send PUT /_cluster/settings "
-                      '{"persistent": {"cluster.blocks.read_only": null}} (or read_only_allow_delete)')  # fmt: skip
+        raise Refused("the cluster is read-only; nothing was changed. Find out why, then remove the block: PUT "
+                      '/_cluster/settings {"persistent": {"cluster.blocks.read_only": null}} (or '
+                      "read_only_allow_delete)")  # fmt: skip
     if found := re.findall(r"no permissions for \[((?:[^][]|\[\w+\])+)\]", text):
         return [role_line(action) for actions in found for action in actions.split(", ")]
     if status != 403 or error_of(body)[0] or re.search("request: .* is not allowed", text):
@@ -2053,7 +2054,7 @@ class TargetIndex:
         return found
 
     def refuse_live(self, found: Mapping[str, Any] | None = None) -> None:
-        """Raise Refused if an alias points at the index now, or did when `found` was read."""
+        """Raise Refused if an alias points at the index; without `found`, its state is read now."""
         if aliases := sorted((found or self.manager._verify_index_exists(self.name))["aliases"]):
             raise Refused(
                 f"index {self.name} is live: alias {', '.join(aliases)} points at it; its documents are unchanged. "

@@ -389,7 +389,7 @@ class Reindex(OpenSearchBaseManager):
         log.info("compared %s documents of %s with their copies", compared, self.source)
 
     def _sample(self, shard: str, last: int, size: int) -> dict[tuple[str, str], Any]:
-        """Return documents of a shard by id and routing: from one of two random places, or else from anywhere in it."""
+        """Return documents of a shard by (id, routing): from a random place, or from anywhere if two such are empty."""
         primary = self.on_primaries().get("preference", "")
         for start, width in ((random.randint(0, last), SAMPLE_WINDOW), (random.randint(0, last), SAMPLE_WINDOW),
                              (0, last + 1)):  # fmt: skip

@@ -544,10 +544,10 @@ class Audit:
     # --- readers' queries ---
 
     def _compare_hits(self) -> None:
-        """Raise Refused if a query fails in the target, or finds nothing there but something in the source.
+        """Raise Refused if a query fails in the target, or has hits in the source but none in the target.
 
-        If both thresholds and MIN_DOCUMENTS are 0, as in step 2 of the runner, the target is a verified copy: then a
-        query may find nothing or time out.
+        If both thresholds and MIN_DOCUMENTS are 0, as in step 2 of the runner, the target is assumed to be a verified
+        copy: a query may then find nothing or time out.
         """
         settings = self.settings
         is_copy = settings.document_count_threshold == settings.field_threshold == settings.min_documents == 0
