@@ -668,7 +668,7 @@ def parse_records(text: str, place: str, first_line: int, delimiter: str) -> tup
 
 
 def mark_unreadable(block: Block) -> None:
-    """Turn each row that contains a NUL or invalid UTF-8 into a Defect."""
+    """Turn each row with a NUL or invalid UTF-8 (surrogates from `decode`, not encodable) into a Defect."""
     for place, row in enumerate(block.rows):
         text = "" if isinstance(row, Defect) else "".join(row)
         if found := re.search("[\0\udc80-\udcff]", text):
@@ -765,7 +765,7 @@ EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"
 NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]+))?")
 BOOLEANS = dict.fromkeys(["true", "yes", "t", "1"], "true") | dict.fromkeys(["false", "no", "f", "0"], "false")
 
-Render = Callable[[str], str]  # from a cell to JSON; "" omits the field; a ValueError rejects the row
+Render = Callable[[str], str]  # from a cell to one line of JSON; "" omits the field; only a ValueError rejects the row
 
 
 def render_text(cell: str) -> str:
@@ -778,7 +778,7 @@ def render_other(cell: str) -> str:
 
 
 def render_float(cell: str) -> str:
-    """Return a JSON number with every digit; the server checks the range."""
+    """Return a JSON number with every digit, or "" for an empty cell; the server checks the range."""
     if (cell := cell.strip()) in EMPTY:
         return ""
     sign, integer, fraction, exponent = number(cell).groups(default="")
@@ -884,9 +884,9 @@ class Source:
 
     key: str
     columns: list[Column]
-    id_place: int  # position of the id column
+    id_place: int  # position of the id column; 0 without ID_COLUMN, where it has no effect
     separator: str  # with a placeholder for the record number
-    record: int = 1  # number of the next record
+    record: int = 1  # number of the next record: the header does not count; empty and rejected records do
 
 
 class Renderer:
@@ -1049,7 +1049,7 @@ class Batch:
         return sum(len(lines) for _, lines in self.origins)
 
     def cut(self, at: int) -> tuple[Batch, Batch]:
-        """Return the first `at` documents, and the others."""
+        """Return the first `at` documents (1 or more), and the others."""
         if at >= self.count():
             return self, Batch()
         *lines, rest = self.body.split(b"\n", 2 * at)
@@ -1094,7 +1094,7 @@ class ConcurrencyLimit:
     tenth of a second or a quarter of that time, whichever is longer. More requests would only wait in the cluster's
     queue and delay other clients' writes. The rate is measured in windows that begin and end with a completion. After a
     429, or a 5xx for a document, the limit is half the number in flight, then rises by at most one per window; a fixed
-    limit changes in no other case. Batches should be of similar size: a small one would set the fastest response time.
+    limit changes in no other case. Batches should be of similar size: a small one would set the fastest time for good.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -1133,7 +1133,7 @@ class ConcurrencyLimit:
                 log.warning("the cluster is busy (429 or 5xx): at most %s requests in flight for now", self.number)
 
     def discard_window(self) -> None:
-        """Discard the current window: without requests in flight, its rate is not the cluster's."""
+        """Discard the current window: without requests in flight, its rate is not the cluster's. `_fastest_s` stays."""
         with self._lock:
             self._window_began = 0.0
 

@@ -84,7 +84,7 @@ CLEANUP_S = 18  # after a signal; by default, Kubernetes sends SIGKILL 30 s afte
 CLEANUP_GRACE_S = 2  # after this additional time, the process is ended
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30
 RETRY_AFTER_MAX_S = 60  # some proxies ask for an hour
-SLICE_S = 0.1  # throttled work is sent in slices of this length; longer slices would be bursty
+BURST_S = 0.1  # a throttled batch holds the documents of this time; longer would be bursty
 POLL_FIRST_S, POLL_MAX_S = 0.1, 1.5  # short tasks are noticed soon, long ones are polled rarely
 PROGRESS_EVERY_S = 30  # in a log file
 PROGRESS_TTY_S = 0.2  # on a terminal
@@ -260,11 +260,11 @@ class Rate:
         return cls(non_negative(text))
 
     def batch_size(self, most: int) -> int:
-        """Return how many documents to send at once."""
-        return max(1, min(most, int(self.per_second * SLICE_S))) if self.per_second else most
+        """Return the documents per bulk request, or per batch of a task (of each slice; fixed once it has started)."""
+        return max(1, min(most, int(self.per_second * BURST_S))) if self.per_second else most
 
     def task_params(self) -> dict[str, float]:
-        """Return the parameter for a server-side task; the server throttles it."""
+        """Return the parameter for the start of a server-side task; the server keeps to it until the task ends."""
         return {"requests_per_second": self.per_second} if self.per_second else {}
 
     def wait(self, documents: int) -> None:
@@ -1392,7 +1392,7 @@ class OpenSearchBaseManager(Connection):
             if kind is not None and self._task_started:
                 run_to_completion(self._cancel_own_tasks)
         except OperationFailed as error:
-            log.error("tasks of this run may still be running on the server; the next run cancels them: %s", error)
+            log.error("tasks of this run may still be running; the next run on this host cancels them: %s", error)
         finally:
             for lock in self._locks:
                 os.close(lock)
@@ -1476,7 +1476,7 @@ class OpenSearchBaseManager(Connection):
     # --- locks ---
 
     def lock(self, index: str, *, shared: bool = False) -> None:
-        """Lock an index on this host until the manager exits. Raises Locked if another run holds the lock."""
+        """Lock an index on this host until the manager exits or is killed. Raises Locked if another run holds it."""
         path = self.settings.lock_dir / f"{index}.lock"
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1646,7 +1646,7 @@ def bulk_probe(index: str, *actions: str) -> Probe:
 
 
 def deleting_probes(index: str) -> list[Probe]:
-    """Return probes for emptying an index, except for the deletion of documents (see `bulk_probe`)."""
+    """Return probes for tasks on the server and for emptying an index, except for deletions (see `bulk_probe`)."""
     return [
         Probe("GET", "/_tasks/permission-probe:1"),
         Probe("POST", "/_tasks/permission-probe:1/_cancel"),
@@ -1920,7 +1920,7 @@ class Marker:
         self._put(meta, former)
 
     def recover(self, found: Mapping[str, Any] | None = None) -> None:
-        """Restore the settings that a failed run changed (dry run: only warn); an unfinished index keeps its marker."""
+        """Restore the settings that a failed run changed (dry run: warn). Only a clone source loses its marker."""
         if not (marker := self.read(found)):
             return
         cloned = self.is_of_clone_source(marker)
@@ -1980,14 +1980,15 @@ class TargetIndex:
                                             # the marker is removed: only now is the index finished
 
     State after a kill, by the last request that was sent. The next script that fills or empties the index, on any
-    host, recovers it: `claim` restores the settings, and the end of a successful `fill` removes the marker (not with
-    `bulkupdate.py --no-cleanup`). Until then, switch_alias.py refuses the index, and reindex.py does not copy it.
+    host, recovers it and starts over: `claim` restores the settings, and the end of a successful `fill` removes the
+    marker (not with `bulkupdate.py --no-cleanup`). Until then, switch_alias.py refuses the index, and reindex.py does
+    not copy it.
 
         marker written            marker; all documents are there
-        settings changed          marker, refresh interval -1 (and 0 replicas, if requested)
+        settings changed          marker, refresh interval -1 (then 0 replicas, if requested)
         new fields                the same, and the fields, which stay
         deletion, documents       the same, and some of the documents; a server-side task may be running: claim()
-                                  cancels tasks of this host, waits for those of other hosts
+                                  cancels tasks of this host, waits WAIT_SECONDS for those of others
         settings restored         marker; the documents are not counted
         marker removed            nothing to recover
 

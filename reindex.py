@@ -2,7 +2,7 @@
 
 Example:    python reindex.py --source my_index_primary --target my_index_secondary
 Exit codes: 0 copied and verified; 1 failed; 2 usage; 4 refused (target live, fields defined differently); 75 locked;
-            129, 130, 143 signals. A failure may leave the target unfinished or missing (clone, recreate): run again.
+            129, 130, 143 signals. After a failure, run again (states: TargetIndex, ClearableIndex, Clone).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@
 #        SKIP_UNCHANGED (false; true: exit with 0 immediately if the live index provably holds the data in S3)
 #        PYTHON (.venv/bin/python next to this script, or python3), LOG_DIR, LOCK_DIR; .env is read, never sourced
 # Files: LOCK_DIR/HOLD-<alias>: while it exists, refreshes are refused; its first line holds the reason and the time
-#        LOG_DIR/last-<alias>.json: outcome of the last run and time of the last success, for monitors
+#        LOG_DIR/last-<alias>.json: outcome of the last run (unless killed with SIGKILL) and time of the last success
 # Exit:  0 succeeded; otherwise the code of the step that failed (all codes: README), 2 usage, 4 held, 75 locked
 set -euo pipefail
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
