@@ -293,7 +293,7 @@ class Setting:
         return (self.variable or self.flag.lstrip("-")).replace("-", "_").lower()
 
     def given(self) -> str | None:
-        """Return the text of the variable, else the default, else None; without a default, `none` means unset."""
+        """Return the text of the variable, else the default, else None; without a default, its `none` means unset."""
         text = os.environ.get(self.variable)
         return self.default or None if not text or (text == "none" and not self.default) else text
 
@@ -364,7 +364,7 @@ SETTINGS: dict[str, list[Setting]] = {
         READER_QUERIES, REFRESH_STRATEGY, replace(COPY_METHOD, flag=""),
         Setting("DISK_CHECK", "", "true", boolean, "refuse a refresh if the data nodes have too little disk space"),
         replace(WAIT_SECONDS, flag="--wait-seconds"),
-        Setting("", "--undo", "false", boolean, "move readers back without checking counts, fields and queries"),
+        Setting("", "--undo", "false", boolean, "move readers back without checking counts, fields or queries"),
         Setting("", "--show", "false", boolean, "print the live index; with --source and --target, also check both"),
     ],
     "bulkupdate": [

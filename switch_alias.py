@@ -286,7 +286,7 @@ class ReadersView:
         self.routing = {"routing": alias["search_routing"]} if "search_routing" in alias else {}
 
     def count(self) -> tuple[int, int]:
-        """Return how many documents the index holds, and how many of them readers see."""
+        """Refresh the index; return how many documents it holds, and how many of them readers see."""
         documents = self.manager._get_index_count(self.index)
         if not (self.filter or self.routing):
             return documents, documents
@@ -315,6 +315,7 @@ class ReadersView:
             log.info("%s: warming %s failed: %s %s", place, self.index, error.status, error.kind)
 
     def _search(self, body: Mapping[str, Any], params: Mapping[str, str], *, retry: bool = True) -> Any:
+        """Search with the alias's filter (which restricts hits, not aggregations) and routing."""
         search = {**body, "track_total_hits": True, "timeout": f"{QUERY_TIMEOUT_S}s"}
         if self.filter:  # not inside the query: some kinds of query must be the outermost one
             filters = [body["post_filter"]] if "post_filter" in body else []
@@ -331,8 +332,9 @@ class Audit:
     """The comparison of source and target before a switch: is the target fit for readers?
 
     Each reason to refuse is one check here. If a setting can override it (a row of SETTINGS), the message has a command
-    with the options of this run and that setting. Documents are counted, and queries run, as readers see them; the
-    shares of fields are those of all documents, because these counts take hardly any time.
+    with the options of this run and that setting. In step 2, the runner turns off each check of the target alone, such
+    as MIN_DOCUMENTS: readers already use these data, and step 3 is to replace them. Documents are counted, and queries
+    run, as readers see them; the shares of fields are those of all documents: these counts take hardly any time.
     """
 
     def __init__(self, switch: SwitchAlias, indices: Mapping[str, Mapping[str, Any]]) -> None:
@@ -371,7 +373,7 @@ class Audit:
         self._compare_hits()
 
     def check_without_data(self) -> None:
-        """Check what does not depend on the target's data: settings, definitions of fields, and rejected queries.
+        """Check what does not depend on the target's data (or on the source's, if readers will return to the source).
 
         If the target will be a clone, settings and fields are not compared: they will be those of the source.
         """
