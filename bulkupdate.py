@@ -584,7 +584,7 @@ def decode(data: bytes) -> tuple[str, bool]:
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[str, bool]]:
-    """Yield the text in pieces of complete lines. Raises OverflowError if a line does not end."""
+    """Yield the text in pieces of complete lines. Raises OverflowError if one does not end within MAX_LINE_BYTES."""
     rest = b""
     while data := stream.read(CHUNK_BYTES):
         data = rest + data
@@ -721,7 +721,7 @@ def read_csv(
     """Return the columns of an object (none if it is empty) and its records in blocks. All CSV is read here.
 
     If the stream is not `complete`, an unfinished last record is ignored. Raises Refused for an unusable header, and
-    OperationFailed for broken gzip, a line that does not end, or a quote that does not close.
+    OperationFailed for broken gzip, a line that does not end within MAX_LINE_BYTES, or a quote that does not close.
     """
     blocks = read_blocks(stream, place, delimiter, complete)
     first = next(blocks, None)
@@ -1411,7 +1411,7 @@ class Delivery:
         self._refuse_untimely(objects, ready)
         if differences := self.manifest.differences(objects):
             raise Refused(
-                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) lists other objects: "
+                f"{self.place}: {self.settings.ready_object} (READY_OBJECT) does not match the objects in S3: "
                 f"{'; '.join(differences[:5])}. Nothing was changed; run again when the producer has finished, or, if "
                 "the files are right, with READY_OBJECT=none"
             )
@@ -1670,7 +1670,7 @@ class BulkUpdate(OpenSearchBaseManager):
     # --- load ---
 
     def _load(self, objects: list[S3Object], types: Mapping[str, str]) -> None:
-        """Load all objects. Raises OperationFailed unless every row was stored, rejected, skipped or dropped."""
+        """Load all objects, then verify that no row is missing. Raises OperationFailed (see `_verify_all_loaded`)."""
         began, rate = time.monotonic(), self.settings.requests_per_second
         limit = ConcurrencyLimit(self.settings.workers)
         self.renderer = Renderer(

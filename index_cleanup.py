@@ -120,8 +120,8 @@ class ClearableIndex(TargetIndex):
     def empty(self) -> int | None:
         """Empty the index; return how many documents it held, None if unknown.
 
-        Raises Refused if an alias has been added, OperationFailed if the index cannot be emptied. A failure leaves the
-        index partly emptied, or (recreate) missing with a backup, from which `claim` restores it.
+        Raises Refused if an alias has been added, OperationFailed if the index cannot be emptied. A failure can leave
+        the index partly emptied or (recreate) missing; the next `claim` then restores it from the backup.
         """
         self.refuse_live()
         found = self.count_unless_red()

@@ -4,7 +4,7 @@
 #
 # Usage: run_refresh.sh [--dry-run] [--verbose]
 #        run_refresh.sh --hold WHY | --release | --status [--max-age HOURS] | --help
-#        --dry-run:   run all checks (step 0), change nothing
+#        --dry-run:   run the checks of step 0 only, change nothing
 #        --verbose:   send the steps' log lines to stderr too, as on a terminal; for containers, journals and CI
 #        --hold WHY:  refuse every new refresh (exit code 4) until --release; a running one continues
 #        --status:    print the last run's outcome, the readers' index, hold and lock, without contacting the cluster;
@@ -321,7 +321,7 @@ refresh() {
   take_lock
   check
   if [[ -n $dry_run ]]; then
-    say "dry run: all checks passed, nothing was changed"
+    say "dry run: all checks of step 0 passed, nothing was changed"
     exit 0
   fi
   if [[ ${setting[REFRESH_STRATEGY]} == alternate ]]; then alternate; else copy_back; fi

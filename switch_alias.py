@@ -312,7 +312,7 @@ class ReadersView:
         try:
             self._search(body, {}, retry=False)
         except RequestFailed as error:
-            log.info("%s: warming %s failed: %s %s", place, self.index, error.status, error.kind)
+            log.info("%s: warming %s failed: %s", place, self.index, error)
 
     def _search(self, body: Mapping[str, Any], params: Mapping[str, str], *, retry: bool = True) -> Any:
         """Search with the alias's filter (which restricts hits, not aggregations) and routing."""
