@@ -698,8 +698,10 @@ class SwitchAlias(OpenSearchBaseManager):
             require_permissions(self, self.probes)
         indices = self._indices_behind()
         if len(indices) != 1:
-            state = ", ".join(sorted(indices))
-            raise Refused(f"alias {self.alias} points at {len(indices)} indices: {state}; remove it from all but one")
+            state, remedy = ", ".join(sorted(indices)), "remove it from all but one"
+            if set(indices) == {self.source, self.target}:
+                remedy = f"to keep it on {self.source} alone, run {self.command(self.target, self.source)}"
+            raise Refused(f"alias {self.alias} points at {len(indices)} indices: {state}; {remedy}")
         [live] = indices
         if self.source and self.target:
             if live not in (self.source, self.target):
@@ -742,7 +744,8 @@ class SwitchAlias(OpenSearchBaseManager):
             raise Refused(f"{self.alias} is the name of an index, not of an alias; give another name for the alias")
         action = {"add": {"index": self.source or "INDEX", "alias": self.alias}}
         raise OperationFailed(
-            f"alias {self.alias} does not exist; create it: POST /_aliases {json.dumps({'actions': [action]})}"
+            f"alias {self.alias} does not exist; create it on the index that readers should use: POST /_aliases "
+            f"{json.dumps({'actions': [action]})}"
         )
 
     def _expected_indices(self) -> dict[str, dict[str, Any]]:

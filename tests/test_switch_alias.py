@@ -385,6 +385,17 @@ def test_show_refuses_to_choose_between_two_indices(pair, make_index, run, alias
     assert f"points at 2 indices: {', '.join(sorted([pair[0], third]))}" in outcome.last
 
 
+def test_an_alias_on_both_indices_comes_with_the_command_that_leaves_it_on_the_first(
+    make_index, switch, behind_alias, run, alias
+):
+    old, new = (make_index(name, NUMBER, docs=3, alias=alias) for name in ("old", "new"))
+    outcome = switch(old, new, "--show")
+    assert outcome.code == 4, outcome.err
+    assert f"; to keep it on {old} alone, run " in outcome.last
+    assert run(switch_alias, *command_in(outcome.last)).code == 0
+    assert behind_alias() == [old]
+
+
 def test_show_of_a_missing_alias_fails(name, run):
     outcome = run(switch_alias, "--alias", name("none"), "--show")
     assert (outcome.code, outcome.out) == (1, "")

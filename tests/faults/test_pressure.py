@@ -174,7 +174,7 @@ def test_a_disk_that_fills_up_during_the_load_ends_the_run_soon(world):
 @pytest.mark.long
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_disk_that_fills_up_before_a_switch_ends_the_run_soon(world, nth):
-    world.proxy.on("GET", "^/_cluster/health", after(lambda: block(world, world.primary)), skip=nth - 1)
+    world.proxy.on("POST", "^/_aliases", before(lambda: block(world, world.primary)), skip=nth - 1)
     began = time.monotonic()
     run = world.refresh(RETRY_SECONDS="300")
     world.expect(run, code=1, message="POST /_aliases: 429 .*flood-stage.*; free disk space on the data nodes first")
