@@ -26,7 +26,7 @@ TOP = Path(__file__).resolve().parent.parent
 README = (TOP / "README.md").read_text()
 SCRIPTS = {"reindex": reindex, "switch_alias": switch_alias, "bulkupdate": bulkupdate, "index_cleanup": index_cleanup}
 ONE_LINERS = README.replace("\\\n", " ")
-COMMANDS = re.findall(r"^ *(?:\.venv/bin/)?python (\w+)\.py (.*?)(?: &)?$", ONE_LINERS, re.M)
+COMMANDS = re.findall(r"^ *(?:\.venv/bin/)?python (\w+)\.py (.*?)(?: &&?)?$", ONE_LINERS, re.M)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.S | re.M)
 BASH = [text for kind, text in BLOCKS if kind == "bash"]
 LINE = 120
