@@ -705,10 +705,9 @@ class SwitchAlias(OpenSearchBaseManager):
         [live] = indices
         if self.source and self.target:
             if live not in (self.source, self.target):
-                raise Refused(
-                    f"alias {self.alias} points at {live}, which is neither {self.source} nor {self.target}; it was "
-                    f"not moved. To move it to {self.source}, run {self.command(live, self.source)}"
-                )
+                remedy = f"To move it to {self.source}, run {self.command(live, self.source)}"
+                raise Refused(f"alias {self.alias} points at {live}, which is neither {self.source} nor {self.target}"
+                              f"; it was not moved. {remedy}")  # fmt: skip
             self.source, self.target = sorted([self.source, self.target], key=lambda index: index != live)
             self._check_pair(indices)
         return live
@@ -743,10 +742,8 @@ class SwitchAlias(OpenSearchBaseManager):
         if self.request("GET", f"/{self.alias}", accept=[403, 404]).status == 200:
             raise Refused(f"{self.alias} is the name of an index, not of an alias; give another name for the alias")
         action = {"add": {"index": self.source or "INDEX", "alias": self.alias}}
-        raise OperationFailed(
-            f"alias {self.alias} does not exist; create it on the index that readers should use: POST /_aliases "
-            f"{json.dumps({'actions': [action]})}"
-        )
+        call = f"POST /_aliases {json.dumps({'actions': [action]})}"
+        raise OperationFailed(f"alias {self.alias} does not exist; create it on the index for readers: {call}")
 
     def _expected_indices(self) -> dict[str, dict[str, Any]]:
         """Return the indices behind the alias: source, target, or both. Raises Refused if there is a third one."""
