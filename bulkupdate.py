@@ -676,18 +676,14 @@ def mark_unreadable(block: Block) -> None:
             block.rows[place] = Defect(reason, row)
 
 
-def no_header(place: str, row: Any) -> Refused:
-    advice = "add the column names"
-    if isinstance(row, Defect):
-        spaced = re.search(r'"[ \t]', str(row.row))
-        advice = f"{row.reason}; {'remove the space between quote and delimiter' if spaced else 'fix the file'}"
-    return Refused(f"{place}: the first line is not a CSV header: {advice}")
-
-
 def header_of(place: str, row: Any) -> list[str]:
     """Return the column names in the first record. Raises Refused if it is not a header."""
     if not row or isinstance(row, Defect):
-        raise no_header(place, row)
+        advice = "add the column names"
+        if row:
+            spaced = re.search(r'"[ \t]', str(row.row))
+            advice = f"{row.reason}; {'remove the space between quote and delimiter' if spaced else 'fix the file'}"
+        raise Refused(f"{place}: the first line is not a CSV header: {advice}")
     if re.fullmatch("sep=.?", row[0]):
         raise Refused(f"{place}: the first line ({row[0]}) is for spreadsheets only; remove it and set DELIMITER")
     return [sys.intern(name.strip()) for name in row]  # saves 10 MB for 10,000 objects

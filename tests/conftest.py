@@ -153,7 +153,7 @@ def environment(box: sandbox.Sandbox, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def own_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let nothing of the caller's environment, no stray .env and no working directory decide what a test sees."""
-    settings = {setting.variable for rows in base.SETTINGS.values() for setting in rows}
+    settings = {setting.variable for setting in sandbox.VARIABLES}
     other = re.compile(r"(AWS|OPENSEARCH|REFRESH)_|(https?|no|all)_proxy$", re.I)
     for name in [name for name in os.environ if name in settings or other.match(name)]:
         monkeypatch.delenv(name)

@@ -63,6 +63,7 @@ REPLICATION_SPEED = "100kb"  # per second, where it is throttled: a replica gets
 START_TIMEOUT_S = 180  # a cold disk and a busy machine; usually 8 s
 GIVES_UP = "uncaught exception in thread [main]"  # what the log of a server says that does not start
 READER_PAUSE_S = 0.005
+VARIABLES = [setting for rows in base.SETTINGS.values() for setting in rows if setting.variable]
 COUNT_ALL = {"size": 0, "track_total_hits": "true"}
 
 SECURITY = "/_plugins/_security/api"
@@ -623,9 +624,8 @@ def command_environment(sandbox: Sandbox) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "OPENSEARCH_"))}
     kept.pop("PYTHON", None)  # made .venv, and is not meant for the runner
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    rows = [setting for rows in base.SETTINGS.values() for setting in rows if setting.variable]
     # a .env of the operator's is for real clusters
-    hidden = {row.variable: kept.get(row.variable) or row.default or "none" for row in rows}
+    hidden = {row.variable: kept.get(row.variable) or row.default or "none" for row in VARIABLES}
     hidden.update(dict.fromkeys(base.CREDENTIALS, "none"))
     admin = {"ENDPOINT": sandbox.server.endpoint, "ADMIN": f"{ADMIN}:{ADMIN_PASSWORD}"}
     if SECURE:

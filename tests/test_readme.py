@@ -92,8 +92,7 @@ def test_the_roles_are_the_ones_that_the_tests_run_with():
 
 # what has no row in the table of the code: the credentials, which must not be logged, and what the runner reads itself
 ELSEWHERE = {"OPENSEARCH_ENDPOINT", "OPENSEARCH_USERNAME", "OPENSEARCH_PASSWORD", "PYTHON"}
-ROWS = [setting for rows in base.SETTINGS.values() for setting in rows]
-VARIABLES = {setting.variable for setting in ROWS if setting.variable} | ELSEWHERE
+VARIABLES = {setting.variable for setting in sandbox.VARIABLES} | ELSEWHERE
 
 
 @pytest.mark.quick
@@ -107,7 +106,7 @@ def test_each_setting_is_in_the_table_of_the_readme_and_no_other():
 def test_each_variable_is_in_the_example_file_with_its_default():
     in_example = dict(re.findall(r"^#([A-Z0-9_]+)=(.*)$", (TOP / ".env.example").read_text(), re.M))
     assert set(in_example) == VARIABLES - {"PYTHON"}
-    defaults = {setting.variable: setting.default for setting in ROWS if setting.variable and setting.default}
+    defaults = {setting.variable: setting.default for setting in sandbox.VARIABLES if setting.default}
     assert {name: in_example[name] for name in defaults} == defaults
 
 

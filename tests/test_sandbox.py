@@ -40,16 +40,15 @@ def test_it_passes_the_exit_code_on_and_stops_everything():
 
 
 def test_a_file_of_settings_for_a_real_cluster_is_hidden(box, monkeypatch, tmp_path, run, make_index):
-    rows = [row for rows in base.SETTINGS.values() for row in rows if row.variable]
-    names = {*base.CREDENTIALS, *(row.variable for row in rows)}
+    names = {*base.CREDENTIALS, *(row.variable for row in sandbox.VARIABLES)}
     (tmp_path / ".env").write_text("".join(f"{name}=real-cluster\n" for name in names))
     for name in names:
         monkeypatch.delenv(name, raising=False)
     for name, value in sandbox.command_environment(box).items():
         monkeypatch.setenv(name, value)
     base.load_env_file()
-    assert {row.variable: row.given() or "" for row in rows if row.variable not in ITS_OWN} == {
-        row.variable: row.default for row in rows if row.variable not in ITS_OWN
+    assert {row.variable: row.given() or "" for row in sandbox.VARIABLES if row.variable not in ITS_OWN} == {
+        row.variable: row.default for row in sandbox.VARIABLES if row.variable not in ITS_OWN
     }
     for name in ("LOG_DIR", "LOCK_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
