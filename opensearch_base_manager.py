@@ -215,7 +215,7 @@ index_name = matching(r"(?!\.{1,2}$)[^-_+A-Z\s\\/*?\"<>|,#:%][^A-Z\s\\/*?\"<>|,#
                       "not an index name (lower case, no pattern, no list)")  # fmt: skip
 alias_name = matching(r"(?!\.{1,2}$)[^-_+\s\\/*?\"<>|,#:%][^\s\\/*?\"<>|,#:%]*",
                       "not the name of an alias (no pattern, no list)")  # fmt: skip
-bucket_name = matching("[^:/\n]*", "not a bucket name; give the name alone, without s3:// and slashes")
+bucket_name = matching("[A-Za-z0-9._-]{1,255}", "not a bucket name; give the name alone, no s3://, slashes or spaces")
 # part of the X-Opaque-Id, in which slashes separate the parts
 host_name = matching("[A-Za-z0-9._-]{1,100}", "not a host name (letters, digits, dots, hyphens, underscores)")
 
