@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import sandbox
+from bulkupdate import ROWS_CHECKED
 from conftest import Account, fill, secured
 from fault_proxy import HOP_BY_HOP, Exchange, FaultProxy, answer
 
@@ -159,9 +160,13 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 LOG_LINE = re.compile(
     rf"{STAMP} (DEBUG|INFO|WARNING|ERROR) \w+: .*|{STAMP} run_refresh: .*|\$ \w+\.py .*|> .*"
-    r"|(step|total|[1-4] (copy|switch|load) .*) +(seconds|\d+).*"
+    r"|(step|total|checks and pauses|[1-4] (copy|switch|load) .*) +(seconds|\d+).*"
 )
-TERMINAL_LINE = re.compile(r"(==>|<==) .*|(DEBUG|INFO|WARNING|ERROR) \w+: .*|finished in .*|FAILED at: .*")
+TERMINAL_LINE = re.compile(
+    r"(==>|<==) .*|(DEBUG|INFO|WARNING|ERROR) \w+: .*|finished in .*|FAILED at: .*"
+    r"|(this run has not moved readers|readers are on \S+, [0-9,]+ documents).*"
+)
+GOOD_ROWS = "7,1,w\n" * ROWS_CHECKED  # after these, a dry run does not see defects
 
 
 def assert_no_forged_line(run):
@@ -189,12 +194,17 @@ def newline_in_key(exchange):
 def test_neither_key_nor_cell_forges_a_line_of_the_log(world):
     key = f"b-{EVIL}.csv".replace("\n", "NEWLINE")
     world.s3_proxy.watch = newline_in_key
-    text = "n,half,word\n" + quoted(EVIL, "1", EVIL) + quoted("7", EVIL, "w", EVIL)
-    world.s3.put_object(Bucket=sandbox.BUCKET, Key=world.prefix + key, Body=text.encode())
-    run = world.refresh()
-    world.expect(run, code=3)
-    assert re.search(r"rejected: \S+b-x\\n2026.*done: forged\\r\\x1b\[2K.* line 2, column n", run.log), run.log
-    assert_no_forged_line(run)
+    defects = quoted(EVIL, "1", EVIL) + quoted("7", EVIL, "w", EVIL)
+    for code, rows, message in (
+        (4, defects, r"First reasons: \S+b-x\\n2026.*done: forged\\r\\x1b\[2K.* line 2"),
+        (3, GOOD_ROWS + defects, r"rejected: \S+b-x\\n2026.*done: forged\\r\\x1b\[2K.* line 102, column n"),
+    ):
+        body = f"n,half,word\n{rows}".encode()
+        world.s3.put_object(Bucket=sandbox.BUCKET, Key=world.prefix + key, Body=body)
+        run = world.refresh()
+        world.expect(run, code=code)
+        assert re.search(message, run.log), run.log
+        assert_no_forged_line(run)
     world.s3.delete_object(Bucket=sandbox.BUCKET, Key=world.prefix + key)
     world.heal()
 
@@ -244,7 +254,7 @@ def test_no_secret_is_in_the_list_of_processes(world):
 @long
 @pytest.mark.parametrize("mask", ["000", "022"])
 def test_logs_rejects_and_locks_are_private_under_any_umask(world, mask):
-    world.put({"d.csv": b"n,half,word\nx,1,a secret of the data\n"})
+    world.put({"d.csv": f"n,half,word\n{GOOD_ROWS}x,1,a secret of the data\n".encode()})
     folders = {"LOG_DIR": str(world.folder / "new" / "logs"), "LOCK_DIR": str(world.folder / "new" / "locks")}
     script = "umask $0; exec ./run_refresh.sh"
     run = world.finish(world.start("bash", "-c", script, mask, **folders))
