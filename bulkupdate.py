@@ -60,6 +60,7 @@ CHUNK_BYTES = 16 * 1024  # parsed at once: its cells fit into the processor's ca
 MAX_CELL_CHARS = 8 * MIB  # a quote that is still open after this much text is a stray quote
 MAX_LINE_BYTES = 16 * MIB  # also the maximum for a record
 MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes reject requests above 10 MiB
+FULL_BATCH_BYTES = 7 * MIB  # a batch is sent with the part that exceeds this; one above MAX_BATCH_BYTES is halved
 MIN_REQUESTS = 3  # in flight; fewer would leave two cores idle between requests
 MAX_BYTES_IN_FLIGHT = 24 * MIB  # bodies in memory here and on the node, which allows 10 % of its heap (107 MB of 1 GB)
 MAX_BYTES_OF_FIXED = 40 * MIB  # the same limit with --workers
@@ -68,8 +69,9 @@ JITTER = 0.25  # or this share of the fastest response time; without it, respons
 # minimum length of a measurement, in seconds and in fastest response times; during the first one, requests may pile up
 WINDOW_S, WINDOW_RESPONSES = 0.1, 1.2
 REFRESH_EVERY_DOCUMENTS = 100_000  # 2 to 4 % faster than one refresh at the end
-CACHED_CELLS = 4000  # converted values kept per column
+CACHED_CELLS = 80_000  # converted values kept for all columns together, at most a twentieth for one of them
 CACHED_CELL_CHARS = 32  # longer cells are not kept
+MAX_JSON_DEPTH = 1000  # a node has survived 2,000 levels in a flat_object; 3,000 levels stopped it (StackOverflowError)
 REJECTS_TOLERATED = 10_000  # with more, a load stops: files and mapping do not match; MAX_REJECTS can raise this
 REJECTS_SHOWN = 5
 REASONS_SHOWN = 10
@@ -184,7 +186,7 @@ def parse_manifest(data: bytes, bucket: str, prefix: str) -> Manifest | None:
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return None
     rows = sum(counts) if all(type(count) is int and count >= 0 for count in counts) else None
-    if sizes and not any(key.startswith(prefix) for key in sizes):
+    if sizes and not any(url.startswith(root + prefix) for url in entries):
         return None
     return Manifest(sizes, rows) if sizes or rows is not None else None
 
@@ -303,7 +305,7 @@ def inspect_head(
     """Read the head of an object. Raises Refused if it is not CSV with a header, OperationFailed for broken gzip."""
     data, complete = head_lines(item, data)
     columns, blocks = read_csv(io.BytesIO(data), item.key, delimiter, complete=False)
-    if data and not columns:
+    if data.strip(b"\xef\xbb\xbf\r\n") and not columns:
         raise Refused(f"{item.key}: a quote in the header is not closed; fix the file and run again")
     if check and columns:
         check.render(item.key, *read_csv(io.BytesIO(data), item.key, delimiter, complete=False))
@@ -322,19 +324,20 @@ def head_lines(item: S3Object, data: bytes) -> tuple[bytes, bool]:
     """Return the complete lines at the beginning of an object, unpacked, and whether these are the complete object."""
     complete = len(data) >= item.size
     if data[:2] == GZIP_MAGIC:
-        unpacker = zlib.decompressobj(31)  # expects a gzip header
+        packed, data = data, b""
         try:
-            data = unpacker.decompress(data, HEAD_BYTES)
+            while packed[:2] == GZIP_MAGIC and len(data) < HEAD_BYTES:  # a file may have several members
+                unpacker = zlib.decompressobj(31)  # expects a gzip header
+                data, packed = data + unpacker.decompress(packed, HEAD_BYTES), unpacker.unused_data
         except zlib.error as error:
             raise OperationFailed(f"{item.key}: broken gzip: {error}; write the object again") from None
-        complete = complete and unpacker.eof and not unpacker.unused_data
+        complete = complete and unpacker.eof and not packed.strip(b"\0")  # some tools pad the end
     if found := [kind for magic, kind in NO_CSV.items() if data.startswith(magic)]:
         raise Refused(f"{item.key} is {found[0]}; save it as CSV, uncompressed or compressed once with gzip")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or abs(data[::2].count(0) - data[1::2].count(0)) > len(data) // 4:
         raise Refused(f"{item.key} is encoded in UTF-16; save it as UTF-8")
     if data.count(0) > len(data) // 4:
         raise Refused(f"{item.key}: many NUL characters; is it a CSV file?")
-    data = data.removeprefix(b"\xef\xbb\xbf")
     if b"\r" in data and b"\n" not in data:
         raise Refused(f"{item.key}: lines end with CR alone; save it with LF or CRLF")
     if not complete and b"\n" not in data:
@@ -372,9 +375,9 @@ def lacks_header(columns: Sequence[str], known: Container[str]) -> bool:
 
 def check_names(head: Head) -> None:
     """Raise Refused if column names cannot be field names."""
-    if doubled := sorted({name for name in head.columns if head.columns.count(name) > 1 and name}):
+    if doubled := sorted(name for name, found in Counter(head.columns).items() if found > 1 and name):
         raise Refused(f"{head.key}: duplicate column names: {', '.join(doubled)}; rename them")
-    if wrong := [name for name in head.columns if not all(name.split(".")) or name in METADATA_FIELDS]:
+    if wrong := [name for name in head.columns if not all(name.split(".")) or name.split(".")[0] in METADATA_FIELDS]:
         names = ", ".join(map(repr, wrong))
         raise Refused(f"{head.key}: the header has invalid field names: {names}; rename them")
 
@@ -721,6 +724,8 @@ def read_csv(
     """
     blocks = read_blocks(stream, place, delimiter, complete)
     first = next(blocks, None)
+    if first and not any(first.rows):  # pandas writes a table without columns as a single newline
+        first = next(blocks, None) and first
     if not first:
         return [], blocks
     columns = header_of(place, first.rows[0])
@@ -733,7 +738,7 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) ->
     text, line, suspect, unfinished = "", 1, False, 0  # the unfinished record: text, first line, suspect?, length
     try:
         for piece, is_suspect in itertools.chain(read_lines(stream), [("", False)]):
-            text += piece if text or line > 1 else piece.removeprefix("\ufeff")
+            text += piece if text or line > 1 else piece.lstrip("\ufeff")
             suspect = suspect or is_suspect  # its cells have to be checked one by one
             if piece and len(text) <= 2 * unfinished:
                 continue  # parsing a giant cell again with each piece would take minutes
@@ -759,6 +764,8 @@ def read_blocks(stream: BinaryIO, place: str, delimiter: str, complete: bool) ->
 
 EMPTY = frozenset(["", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"])  # empty, except for `render_text`
 NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]+))?")
+JSON_NO_BRACKET = re.compile(r'"(?:[^"\\]+|\\.)*"|[^][{}"]+')
+BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 BOOLEANS = dict.fromkeys(["true", "yes", "t", "1"], "true") | dict.fromkeys(["false", "no", "f", "0"], "false")
 
 Render = Callable[[str], str]  # from a cell to one line of JSON; "" omits the field; only a ValueError rejects the row
@@ -824,6 +831,9 @@ def render_json(cell: str) -> str:
         json.loads(cell, parse_constant=lambda name: json.loads(""), parse_float=str, parse_int=str)
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
+    depths = itertools.accumulate(map(BRACKETS.__getitem__, JSON_NO_BRACKET.sub("", cell)))
+    if max(depths, default=0) > MAX_JSON_DEPTH:
+        raise ValueError(f"nested more than {MAX_JSON_DEPTH:,} levels deep")
     return cell.translate({10: " ", 13: " "})  # JSON has line breaks only between tokens
 
 
@@ -851,12 +861,13 @@ class Column(dict[str, str]):
         super().__init__()
         self.name, self.kind, self.render = name, kind, RENDERERS.get(kind, render_other)
         self.prefix = f"{comma}{encode_basestring(name)}:"
+        self.limit = 0  # of cached cells, set for each object
 
     def __missing__(self, cell: str) -> str:
         value = self.render(cell)
         token = self.prefix + value if value else ""
         if len(cell) <= CACHED_CELL_CHARS:
-            if len(self) >= CACHED_CELLS:
+            if len(self) >= self.limit:
                 self.clear()
             self[cell] = token
         return token
@@ -916,6 +927,8 @@ class Renderer:
         first, *others = (self.columns[name] for name in columns)
         first = Column(first.name, first.kind, comma="")
         source = Source(key, [first, *others], id_place, placeholder)
+        for column in source.columns:
+            column.limit = CACHED_CELLS // max(20, len(columns))
         for block in blocks:
             lines = block.lines
             try:
@@ -1064,7 +1077,7 @@ class Batch:
 
 
 def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
-    """Regroup documents, across objects, into batches of `size` documents or about 8 MiB."""
+    """Regroup documents, across objects, into batches of `size` documents or 7 to 8 MiB."""
     parts: list[Batch] = []
     count = length = 0
     for rest in documents:
@@ -1072,7 +1085,7 @@ def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
             part, rest = rest.cut(size - count)
             parts.append(part)
             count, length = count + part.count(), length + len(part.body)
-            if count >= size or length >= MAX_BATCH_BYTES:
+            if count >= size or length >= FULL_BATCH_BYTES:
                 batch = Batch.joined(parts)
                 parts, count, length = [], 0, 0  # free the parts before the batch waits to be sent
                 yield batch
@@ -1206,6 +1219,7 @@ class BulkStore:
         self.dropped = 0  # by an ingest pipeline
         self.replaced = 0  # stored rows that added no document, because their id existed
         self.unsure = 0  # stored rows that may belong to those, since a response was lost
+        self.found = 0  # stored rows that were there at the first attempt, from the cluster's own retry or another run
         self._max_bytes = MAX_BATCH_BYTES
         self._refreshed_at = 0  # documents
 
@@ -1278,9 +1292,9 @@ class BulkStore:
                 self._count(stored=1, replaced=status == 200)
             elif status == 409:
                 self._handle_conflict(document, f"{kind}: {reason}", resent)
-            elif "block" in kind or status in (401, 403, 404):
+            elif ("block" in kind and status != 503) or status in (401, 403, 404):
                 raise self._cluster.failure(f"POST /{self.index}/_bulk", status, json.dumps({"error": error}).encode())
-            elif status == 429 or status >= 500:
+            elif status == 429 or (status >= 500 and "processor" not in kind):  # such as fail_processor_exception
                 again.append(document)
                 refusal = f"{status} {kind}: {reason}"
             else:
@@ -1292,7 +1306,7 @@ class BulkStore:
         """Handle a conflict: the id exists, or, with an id column, has at least the version of this document."""
         version = re.search(r"current version \[(\d+)\]", reason)
         if not self._is_own_version:
-            self._count(stored=1)  # an earlier attempt stored it (this client's or the cluster's own)
+            self._count(stored=1, found=not resent)
         elif version and self._is_own_version(int(version[1])):  # a later row, or an earlier attempt for this row
             again = resent or re.search(r"current version \[(\d+)\].*\[\1\]", reason) is not None
             self._count(stored=1, replaced=not again, unsure=again)
@@ -1306,8 +1320,11 @@ class BulkStore:
         [(key, line)] = [(key, line) for key, lines in document.origins for line in lines]
         self._reject(key, line, Defect(reason, row, named[1] if named else None))
 
-    def _count(self, *, stored: int = 0, replaced: int = 0, unsure: int = 0, dropped: int = 0) -> None:
+    def _count(
+        self, *, stored: int = 0, replaced: int = 0, unsure: int = 0, dropped: int = 0, found: int = 0
+    ) -> None:  # fmt: skip
         with self._lock:
+            self.found += found
             self.dropped += dropped
             self.stored += stored
             self.replaced += replaced
@@ -1492,7 +1509,7 @@ class LoadRecord:
         found = self._manager._verify_index_exists(self._target.name)
         record, mapping = self._current(found), found["mappings"]
         before, after = (sum(last for _, last in writes.values()) for writes in (self._writes_before, record["writes"]))
-        if after - before == stored:
+        if after - before == stored and not uses_pipeline(found["settings"]):  # whose definition may change
             meta = {**mapping.get("_meta", {}), RECORD: record}
             self._manager.request("PUT", f"/{self._target.name}/_mapping", {"_meta": meta})
 
@@ -1521,6 +1538,10 @@ class LoadRecord:
             for number, copies in self._manager.shard_stats(self._target.name).items()
             for copy in copies if copy["routing"]["primary"]
         }  # fmt: skip
+
+
+def uses_pipeline(settings: Mapping[str, Any]) -> bool:
+    return {settings.get(f"index.{kind}_pipeline", "_none") for kind in ("default", "final")} != {"_none"}
 
 
 class BulkUpdate(OpenSearchBaseManager):
@@ -1591,7 +1612,7 @@ class BulkUpdate(OpenSearchBaseManager):
             self._load(objects, types)
             self.target.restore_settings()
             self._verify_count()
-            if record and not self.rejects.count:
+            if record and not self.rejects.count and not self.store.found:
                 record.write(self.store.stored)
 
     def _load_record(self, objects: list[S3Object]) -> LoadRecord:
@@ -1645,11 +1666,11 @@ class BulkUpdate(OpenSearchBaseManager):
 
         A harmless bulk request tests this, since reading pipelines would need another permission.
         """
-        index, settings = self.target.name, self.target.found["settings"]
-        if not {settings.get(f"index.{kind}_pipeline", "_none") for kind in ("default", "final")} - {"_none"}:
+        index = self.target.name
+        if not uses_pipeline(self.target.found["settings"]):
             return
         body = self.request("POST", f"/{index}/_bulk", bulk_probe(index, "index").body).body
-        if missing := re.search(r"pipeline with id \[(.*?)\] does not exist", body.decode(errors="replace")):
+        if missing := re.search(r"(?:pipeline with id|non-existent pipeline) \[(.*?)\]", body.decode(errors="replace")):
             raise Refused(f"index {index} uses the ingest pipeline {missing[1]}, which does not exist; nothing was "
                           f"changed. Create it, or remove it from the settings of {index}")  # fmt: skip
 
@@ -1720,6 +1741,8 @@ class BulkUpdate(OpenSearchBaseManager):
             if not stored:
                 raise OperationFailed(f"{pipelines} dropped all {dropped:,} rows; change it and run again")
             log.warning("%s dropped %s rows", pipelines, f"{dropped:,}")
+        if read == self.renderer.skipped:
+            raise OperationFailed(f"{self.place}: not one data row; run again when the producer has finished")
         rows, expected = read - self.renderer.skipped, self.delivery.expected_rows()
         if expected is not None and not rows <= expected <= rows + self.renderer.empty:  # some producers count them
             raise OperationFailed(
@@ -1733,6 +1756,11 @@ class BulkUpdate(OpenSearchBaseManager):
         Rows that may have been replaced (`store.unsure`) may be missing. The count then sets `store.replaced`.
         """
         store = self.store
+        if store.found and self.target.was_unfinished:
+            raise OperationFailed(
+                f"{self.target.name} held {store.found:,} of the rows before this run sent them: the run that left it "
+                "unfinished, perhaps on another host, is still loading; run again when that run has ended"
+            )
         count, most = self._get_index_count(self.target.name), store.stored - store.replaced
         if not most - store.unsure <= count <= most:
             raise OperationFailed(

@@ -18,9 +18,9 @@ from typing import Any
 
 from opensearch_base_manager import (
     SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused, RequestFailed, TargetIndex,
-    add_settings, await_replicas, bulk_probe, creating_probes, deleting_probes, field_definitions, index_name, log,
-    missing_permissions, per_second, reading_probes, recovered_settings, result_window, run_cli, run_to_completion,
-    seconds_since, verify_sees_everything,
+    add_settings, await_replicas, bulk_probe, creating_probes, deleting_probes, field_definitions, has_search_pipeline,
+    index_name, log, missing_permissions, per_second, reading_probes, recovered_settings, result_window, run_cli,
+    run_to_completion, seconds_since, verify_sees_everything,
 )  # fmt: skip
 
 MAX_ROUNDS = 3  # a delete-by-query misses documents added meanwhile; more rounds would chase a client that still writes
@@ -30,7 +30,8 @@ STATS_AGE_S = 12  # the server updates the store size every 10 s
 BACKUP_OF = f"{SUITE}/recreates"  # in `_meta` of a backup index: {index, uuid, blocks} of the original index
 # settings that the server generates
 SERVER_SETTINGS = re.compile(
-    r"index\.(uuid|creation_date|provided_name|version\..*|resize\..*|routing\.allocation\.initial_.*|remote_store\..*)"
+    r"index\.(uuid|creation_date|provided_name|history\.uuid|version\..*|resize\..*|"
+    r"routing\.allocation\.initial_.*|remote_store\..*)"
 )
 
 
@@ -159,6 +160,7 @@ class ClearableIndex(TargetIndex):
             self.manager.run_task(
                 f"/{self.name}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {self.name}",
                 total=left, conflicts="proceed", scroll_size=size,
+                **({"search_pipeline": "_none"} if has_search_pipeline(self.found["settings"]) else {}),
             )  # fmt: skip
             if not (left := self.manager._get_index_count(self.name)):
                 log.info("deleted %s documents from %s in %.1f s, %s/s", f"{found:,}", self.name,
@@ -409,7 +411,8 @@ class IndexCleanup(OpenSearchBaseManager):
         return result
 
     def _stats(self, metric: str) -> dict[str, int]:
-        return dict(self.request("GET", f"/{self.target.name}/_stats/{metric}").data["_all"]["total"][metric])
+        found = self.request("GET", f"/{self.target.name}/_stats/{metric}").data["_all"]["total"]
+        return dict(found.get(metric, {"size_in_bytes": 0, "deleted": 0}))  # without an active shard, there are none
 
     def _free_disk_space(self) -> None:
         """Flush, wait until a merge can drop deleted documents, merge, refresh; only this order frees disk space."""

@@ -95,6 +95,7 @@ DEFAULT_WINDOW = 10_000  # index.max_result_window: maximum documents per search
 MAX_CONNECTIONS = 64  # opened on demand; limits the bulk requests in flight
 GC_THRESHOLD = 50_000  # new objects per collection; AWS service models are many small objects, no garbage: saves 40 ms
 HOLD_BYTES = 1000  # maximum that is read from a HOLD file; more would fill the log
+NOT_AS_EXPECTED = re.compile(r"points at|does not exist|changed during")  # in a message: another client was at work
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 log = logging.getLogger(SUITE)
@@ -261,7 +262,7 @@ class Rate:
 
     def batch_size(self, most: int) -> int:
         """Return the documents per bulk request, or per batch of a task (of each slice; fixed once it has started)."""
-        return max(1, min(most, int(self.per_second * BURST_S))) if self.per_second else most
+        return max(1, int(min(most, self.per_second * BURST_S))) if self.per_second else most
 
     def task_params(self) -> dict[str, float]:
         """Return the parameter for the start of a server-side task; the server keeps to it until the task ends."""
@@ -798,6 +799,8 @@ def live_state(steps: Sequence[StepResult]) -> tuple[str | None, int | None, flo
     live, documents, age, loaded = None, None, None, None
     for step in (step for step in steps if step.exit_code == 0 or step.result.get("changed")):
         result = step.result
+        if re.match(r"\d switch ", step.name):
+            live, documents = None, None  # unless its result says more: the disk may be full
         if step.name == "check where readers are":
             live = step.printed
         elif "changed" in result:  # a switch
@@ -845,13 +848,13 @@ def report_run(file: str, alias: str, began: str) -> None:
     exit_code, last_step, message = ending.split("\t", 2)
     steps, path = [StepResult.parse(line) for line in lines], Path(file)
     previous = read_report(path)
-    if exit_code == "75" and not steps and str(previous.get("ended")) >= utc(int(began)):
+    if exit_code == "75" and not steps and str(previous.get("ended", "")) >= utc(int(began)):
         return  # the run that held the lock has reported in the meantime
     end = end_of_run(int(exit_code), last_step, message, steps, previous)
     report = {"alias": alias, "began": utc(int(began)), **end}
     if exit_code == "0" and (done := [step for step in steps if not step.name.startswith("check")]):
         print_closing_table(done, int(time.time()) - int(began))
-    elif exit_code not in ("0", "75"):
+    elif exit_code != "0" and (steps or exit_code != "75"):
         print(readers_after_failure(report))
     replace_file(path, json.dumps(report) + "\n")
 
@@ -869,11 +872,13 @@ def end_of_run(
     failed, now = exit_code != 0, time.time()
     live, documents, age = live_state(steps)
     finished = [step.name for step in steps if step.exit_code in (0, 4) or step.result.get("changed")]
-    if re.match(r"\d switch ", last_step) and last_step not in finished:
+    switching = re.match(r"\d switch ", last_step) and last_step not in finished
+    if switching or (re.match(r"\d ", last_step) and NOT_AS_EXPECTED.search(message)):
         live, documents = None, None
     ages = [step.result["newest_object_age_hours"] for step in steps if "newest_object_age_hours" in step.result]
     found_on = next((step.printed for step in steps if step.name == "check where readers are"), None)
-    known = found_on in (None, previous.get("live_index"))  # otherwise the alias was moved between the runs
+    data_index = previous.get("live_data_index", previous.get("live_index"))
+    known = found_on in (None, data_index)  # otherwise the alias was moved between the runs
     data_time = utc(now - 3600 * age) if age is not None else previous.get("live_data_time") if known else None
     return {
         "ended": utc(now), "exit_code": exit_code, "step": last_step if failed else None,
@@ -883,6 +888,7 @@ def end_of_run(
         "last_success": previous.get("last_success") if failed else utc(now),
         "failures_in_a_row": int(previous.get("failures_in_a_row") or 0) + 1 if failed else 0,
         "live_data_time": data_time or None, "live_data_age_hours": hours_since(data_time),
+        "live_data_index": live or data_index,
     }  # fmt: skip
 
 
@@ -899,13 +905,13 @@ def readers_after_failure(report: Mapping[str, Any]) -> str:
     switching = re.match(r"\d switch ", str(report["step"]))
     if report["live_index"] and not re.match(r"\d ", str(report["step"])):  # step 0: this index may have failed a check
         readers = f"this run has not moved readers; they are {describe_readers(report)}"
-    elif report["live_index"] and switching and report["exit_code"] != 4:  # moved, but a later check failed
+    elif report["live_index"] and switching and report["exit_code"] not in (4, 129, 130, 143):  # a later check failed
         readers = f"readers are {describe_readers(report)}; see the message above"
     elif report["live_index"]:
         readers = f"readers are {describe_readers(report)}; that index is complete, so this can wait"
-    elif switching:
+    elif re.match(r"\d ", str(report["step"])):
         command = script_command("switch_alias.py", "--alias", str(report["alias"]), "--show")
-        readers = f"readers are on one of the two indices; to find out which, run {command}"
+        readers = f"to find out which index readers are on, run {command}"
     else:
         readers = "this run has not moved readers"
     refused = report["exit_code"] == 4
@@ -1508,7 +1514,7 @@ class OpenSearchBaseManager(Connection):
         """Return the X-Opaque-Id of each copy or by-query task that names the index, by task id."""
         return {
             name: task["opaque_id"] for name, task in self._writing_tasks().items()
-            if index in re.split(r"[\[\],\s]+", task.get("description", ""))
+            if re.search(rf"(?<=[\[\s]){re.escape(index)}(?=[\],])", task.get("description", ""))
         }  # fmt: skip
 
     def await_tasks(self, index: str, *, exclusive: bool = True) -> bool:
@@ -1598,7 +1604,8 @@ class OpenSearchBaseManager(Connection):
         if error:
             kind, reason = root_cause(error)
             failure = BatchTooLarge if MEMORY_ERRORS.search(str(error.get("type"))) else OperationFailed
-            raise failure(f"{what}: {kind}: {reason}{self._advice(0, kind, reason) or '; run it again'}")
+            advice = self._advice(0, kind, reason) or "; remove a lasting cause, then run it again"
+            raise failure(f"{what}: {kind}: {reason}{advice}")
         if response.get("canceled"):
             raise OperationFailed(f"{label}: canceled ({response['canceled']}); run it again")
         if response.get("timed_out"):
@@ -1790,6 +1797,11 @@ def refuse_too_many_fields(index: str, found: Mapping[str, Any], added: Mapping[
 # --- documents and shard copies ---------------------------------------------------------------------------------------
 
 
+def has_search_pipeline(settings: Mapping[str, Any]) -> bool:
+    """Return whether searches go through a pipeline, unless they bypass it; so do copies and deletions."""
+    return bool(settings.get("index.search.default_pipeline", "_none") != "_none")
+
+
 def result_window(settings: Mapping[str, Any]) -> int:
     """Return the maximum number of documents that one search may return."""
     return int(settings.get("index.max_result_window", DEFAULT_WINDOW))
@@ -1809,7 +1821,7 @@ def verify_sees_everything(manager: OpenSearchBaseManager, index: str, found: Ma
             return
     raise OperationFailed(
         f"index {index} holds {live:,} documents, but {manager.who} sees only {seen:,} of them: "
-        "document-level security hides the others; give this user a role without it"
+        "document-level security (or index.search.default_pipeline) hides the others; give this user a role without it"
     )
 
 
@@ -1941,7 +1953,15 @@ class Marker:
         left = {name: value for name, value in found.items() if current.get(name) == changed.get(name)}
         if not left:
             return
-        self.manager.request("PUT", f"/{self.index}/_settings", left)
+        try:
+            self.manager.request("PUT", f"/{self.index}/_settings", left)
+        except OutcomeUnknown:
+            raise
+        except RequestFailed as error:
+            raise OperationFailed(
+                f"index {self.index}: the settings from before the load cannot be restored: {error}; set values that "
+                f"the cluster accepts, with PUT /{self.index}/_settings {json.dumps(left)}, and run again"
+            ) from None
         now = self.manager._verify_index_exists(self.index)["settings"]
         if wrong := [name for name, value in left.items() if now.get(name) != value]:
             raise OperationFailed(f"index {self.index}: cannot restore {', '.join(wrong)}; run again")
@@ -2002,6 +2022,7 @@ class TargetIndex:
         self.uuid = ""
         self.found: dict[str, Any] = {}  # aliases, mappings and settings at the claim
         self.emptied = False  # true as soon as a deletion may have begun
+        self.was_unfinished = False  # when `fill` began
         self.obstacles: Sequence[str] = TO_FILL
 
     def claim(self, *, may_be_live: bool = False, may_be_missing: bool = False, alias: str = "") -> None:
@@ -2019,7 +2040,7 @@ class TargetIndex:
             return
         found = self.read(found)
         refuse_unusable(self.name, found, self.obstacles)
-        if self.await_primaries():
+        if not may_be_missing and self.await_primaries():  # a clone replaces a red index
             found = self.read()
         if not may_be_live:
             self.refuse_live(found)
@@ -2076,6 +2097,7 @@ class TargetIndex:
         found = self.manager._verify_index_exists(self.name)
         self.refuse_live(found)
         former = self.marker.read(found)
+        self.was_unfinished = former is not None
         wanted = load_settings(found["settings"], without_replicas) if loading else {}
         try:
             if self.marker.write(found, wanted):
@@ -2120,7 +2142,9 @@ def field_definitions(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[
     """Yield the full path and the definition of each field of a mapping, objects included.
 
     The definition of an object lacks `properties`: they follow as separate fields; multi-fields (`fields`) stay in it.
+    It also lacks `type: object`, which the server omits as soon as the object has a field.
     """
     for name, definition in mapping.get("properties", {}).items():
-        yield prefix + name, {key: value for key, value in definition.items() if key != "properties"}
+        yield prefix + name, {key: value for key, value in definition.items()
+                              if key != "properties" and (key, value) != ("type", "object")}  # fmt: skip
         yield from field_definitions(definition, f"{prefix}{name}.")

@@ -18,9 +18,9 @@ from index_cleanup import CannotReplace, ClearableIndex
 from opensearch_base_manager import (
     TO_READ, BatchTooLarge, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe,
     Refused, RequestFailed, Response, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
-    field_definitions, index_name, log, mapping_probe, missing_permissions, per_second, reading_probes,
-    refuse_too_many_fields, refuse_unusable, result_window, run_cli, run_to_completion, seconds_since, settings_probe,
-    verify_sees_everything,
+    field_definitions, has_search_pipeline, index_name, log, mapping_probe, missing_permissions, per_second,
+    reading_probes, refuse_too_many_fields, refuse_unusable, result_window, run_cli, run_to_completion, seconds_since,
+    settings_probe, verify_sees_everything,
 )  # fmt: skip
 
 LATE_REQUEST_S = 1  # a request sent just before a signal normally reaches the cluster within this time
@@ -135,14 +135,12 @@ class Clone:
                 self.marker.replace()
 
     def _replicas_of_target(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the target's replica settings; if it is missing, those in a crashed run's marker, or the source's.
+        """Return the replica settings in a crashed run's marker, or else the target's; if it is missing, the source's.
 
         None means that auto_expand_replicas is not set.
         """
-        if self.target.uuid:
-            found = self.manager._verify_index_exists(self.target.name)["settings"]
-        else:
-            found = (former or {}).get("replicas") or self.manager._verify_index_exists(self.source)["settings"]
+        index = self.target.name if self.target.uuid else self.source
+        found = (former or {}).get("replicas") or self.manager._verify_index_exists(index)["settings"]
         expansion = found.get(EXPANSION, "false")
         return {"index.number_of_replicas": found["index.number_of_replicas"],
                 EXPANSION: None if expansion == "false" else expansion}  # fmt: skip
@@ -153,15 +151,18 @@ class Clone:
         A rejection is ignored if the clone exists: an earlier attempt, whose response was lost, created it. Raises
         OperationFailed if there is no clone, or if another client has created the index.
         """
-        response = self._request_clone(settings)
-        made = self.manager.read_index(self.target.name)
-        if not made:
+        for wanted in settings, dict.fromkeys(WRITE_BLOCK, "false"):
+            response = self._request_clone(wanted)
+            if made := self.manager.read_index(self.target.name):
+                break
             failure = self.manager.failure(f"_clone of {self.source}", response.status, response.body)
+            log.warning("%s; cloning with the replica settings of %s", failure, self.source)
+        else:
             raise OperationFailed(
                 f"{failure}; index {self.target.name} is missing until a run succeeds: fix the cause and run again"
             )
         if made["settings"].get("index.resize.source.uuid") != source_uuid:
-            raise OperationFailed(f"another client has created index {self.target.name}; delete it and run again")
+            raise OperationFailed(f"another client has created index {self.target.name}; run again to replace it")
         self.target.uuid = made["settings"]["index.uuid"]
 
     def _request_clone(self, settings: Mapping[str, Any]) -> Response:
@@ -240,6 +241,7 @@ class Reindex(OpenSearchBaseManager):
     def _fall_back_to_copy(self, obstacle: str) -> None:
         log.warning("index %s cannot be cloned, so its documents are copied instead: %s", self.source, obstacle)
         self.clone = None
+        self.target.await_primaries()
         self.target.read()
 
     def _compare_fields(self, source: Mapping[str, Any]) -> None:
@@ -255,7 +257,7 @@ class Reindex(OpenSearchBaseManager):
         if different:
             raise Refused(
                 f"fields defined differently in {self.source} and {self.target.name}: {', '.join(different)}; "
-                f"recreate {self.target.name} with the mapping of {self.source}"
+                f"recreate {self.target.name} with the mapping of {self.source}, or set {other_ways}"
             )
         refuse_too_many_fields(self.target.name, target, missing)
         if missing:
@@ -312,9 +314,11 @@ class Reindex(OpenSearchBaseManager):
         log.info("copying %s documents from %s to %s", f"{total:,}", self.source, self.target.name)
         # the default pipeline has already processed these documents
         dest = {"index": self.target.name, "pipeline": "_none"}
-        label, size = f"copying {self.source} to {self.target.name}", self._first_batch_size()
+        settings = self._verify_index_exists(self.source)["settings"]
+        source = {"index": self.source, **({"search_pipeline": {}} if has_search_pipeline(settings) else {})}
+        label, size = f"copying {self.source} to {self.target.name}", self._first_batch_size(settings)
         while True:
-            source = {"index": self.source, "size": self.settings.requests_per_second.batch_size(size)}
+            source["size"] = self.settings.requests_per_second.batch_size(size)
             try:
                 response = self.run_task("/_reindex", {"source": source, "dest": dest}, label=label, total=total)
                 break
@@ -332,9 +336,8 @@ class Reindex(OpenSearchBaseManager):
             )
         return response
 
-    def _first_batch_size(self) -> int:
+    def _first_batch_size(self, settings: Mapping[str, Any]) -> int:
         """Estimate from the size of the stored documents how many per slice fit into the cluster's memory."""
-        settings = self._verify_index_exists(self.source)["settings"]
         slices = min(int(settings["index.number_of_shards"]), MAX_SLICES)
         fitting = int(BATCH_BYTES / slices / max(self._bytes_per_document(), 1))
         return max(1, min(BATCH_SIZE, result_window(settings), fitting))
@@ -371,13 +374,14 @@ class Reindex(OpenSearchBaseManager):
         # with custom routing, each shard of the target may have a document of the same id
         most = min(result_window(found) // int(found["index.number_of_shards"]) for found in settings)
         size = max(1, min(SAMPLE_SIZE, most, int(SAMPLE_BYTES / len(shards) / max(self._bytes_per_document(), 1))))
+        bypass = [{"search_pipeline": "_none"} if has_search_pipeline(found) else {} for found in settings]
         compared = 0
         for number, copies in shards.items():
             last = next(copy["seq_no"]["max_seq_no"] for copy in copies if copy["routing"]["primary"])
-            originals = self._sample(number, last, size) if last >= 0 else {}
+            originals = self._sample(number, last, size, bypass[0]) if last >= 0 else {}
             found = int(settings[1]["index.number_of_shards"]) * size
             ids = {"query": {"ids": {"values": [name for name, _ in originals]}}, "size": found}
-            copied = self._sources(self.target.name, ids, self.on_primaries()) if originals else {}
+            copied = self._sources(self.target.name, ids, {**self.on_primaries(), **bypass[1]}) if originals else {}
             for key, original in originals.items():
                 if fields := differing_fields(original, copied.get(key)):
                     raise OperationFailed(
@@ -388,14 +392,15 @@ class Reindex(OpenSearchBaseManager):
             compared += len(originals)
         log.info("compared %s documents of %s with their copies", compared, self.source)
 
-    def _sample(self, shard: str, last: int, size: int) -> dict[tuple[str, str], Any]:
+    def _sample(self, shard: str, last: int, size: int, bypass: Mapping[str, str]) -> dict[tuple[str, str], Any]:
         """Return documents of a shard by (id, routing): from a random place, or from anywhere if two such are empty."""
         primary = self.on_primaries().get("preference", "")
         for start, width in ((random.randint(0, last), SAMPLE_WINDOW), (random.randint(0, last), SAMPLE_WINDOW),
                              (0, last + 1)):  # fmt: skip
             window = {"range": {"_seq_no": {"gte": start, "lt": start + width}}}
             search = {"query": window, "size": size, "track_total_hits": False}
-            if found := self._sources(self.source, search, {"preference": f"_shards:{shard}|{primary}".rstrip("|")}):
+            params = {**bypass, "preference": f"_shards:{shard}|{primary}".rstrip("|")}
+            if found := self._sources(self.source, search, params):
                 break
         return found
 

@@ -38,7 +38,7 @@ say() { # say TEXT: to stderr and to the log; not with `date`: bash could lose a
 
 die() { # die TEXT CODE
   message=$1
-  say "run_refresh: $1"
+  say "run_refresh: $1" || true # the log may be on a full disk
   exit "$2"
 }
 
@@ -88,7 +88,7 @@ choose_python() {
 read_settings() { # from the environment or .env, with the table of settings that the scripts use
   local values line
   values=$("$PYTHON" -c 'import opensearch_base_manager as base; base.print_settings("run_refresh")') || exit 2
-  while IFS= read -r line; do setting[${line%%=*}]=${line#*=}; done <<<"$values"
+  while IFS= LC_ALL=C read -r line; do setting[${line%%=*}]=${line#*=}; done <<<"$values"
   PRIMARY=${setting[PRIMARY_INDEX]} SECONDARY=${setting[SECONDARY_INDEX]} ALIAS=${setting[INDEX_ALIAS]}
   export INDEX_ALIAS=$ALIAS # the load's dry run accepts only this alias on the index: step 2 will have moved it
   [[ $ALIAS != */* ]] || die "INDEX_ALIAS: $ALIAS contains a slash; give the name of an alias" 2
@@ -100,7 +100,7 @@ read_settings() { # from the environment or .env, with the table of settings tha
 open_log() {
   mkdir -p "$LOG_DIR" "$LOCK_DIR" \
     || die "cannot create LOG_DIR ($LOG_DIR) or LOCK_DIR ($LOCK_DIR); set both to folders that this user may write to" 1
-  find "$LOG_DIR" -maxdepth 1 -type f \( -name 'refresh-*.log' -o -name '.result-*' \) -mtime +"$KEEP_DAYS" \
+  find -H "$LOG_DIR" -maxdepth 1 -type f \( -name 'refresh-*.log' -o -name '.result-*' \) -mtime +"$KEEP_DAYS" \
     -delete || true
   log_file="$LOG_DIR/refresh-$ALIAS-$(date -u +%Y%m%dT%H%M%SZ)-$$.log"
   result=$(mktemp "$LOG_DIR/.result-XXXXXX") || die "cannot write to LOG_DIR ($LOG_DIR); set it to another folder" 1
@@ -144,18 +144,20 @@ print(base.hold_reason(sys.argv[1]))' "$hold") || true
   die "held: ${reason:-no reason given}; to continue, delete $hold, or run this script with --release" 4
 }
 
-take_lock() { # the steps inherit the lock: no other refresh starts while one of them is running
+take_lock() { # the steps inherit the locks: no other refresh of these names starts while one of them is running
   local rc=0
   : >>"$lock" || die "cannot write to LOCK_DIR ($LOCK_DIR); set it to another folder" 1
-  exec 9>>"$lock"
+  exec 9>>"$lock" 7>>"$LOCK_DIR/REFRESH-INDEX-$PRIMARY.lock" 6>>"$LOCK_DIR/REFRESH-INDEX-$SECONDARY.lock"
   "$PYTHON" -ISc 'import fcntl, sys, time
-for wait_s in 0.2, 0: # one retry: --status holds the lock for a moment
-  try: sys.exit(fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB))
-  except BlockingIOError: time.sleep(wait_s)
-sys.exit(75)' 2>&8 || rc=$? # not with flock(1): slim images lack it
+for file, code in (9, 75), (7, 76), (6, 76):
+  for wait_s in 0.2, 0: # one retry: --status holds the lock for a moment
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+    except BlockingIOError: time.sleep(wait_s)
+  else: sys.exit(code)' 2>&8 || rc=$? # not with flock(1): slim images lack it
   case $rc in
     0) ;;
     75) die "another refresh of $ALIAS is running on this host; wait for it to finish (see --status)" 75 ;;
+    76) die "a refresh of another alias that uses $PRIMARY or $SECONDARY is running; wait for it to finish" 75 ;;
     *) die "cannot lock $lock (reason: above, or in $log_file); set LOCK_DIR to a folder on a local disk" 1 ;;
   esac
 }
@@ -205,7 +207,8 @@ on_signal() { # on_signal NAME CODE: forward the signal; wait while the step res
   trap '' HUP INT TERM
   for child in $(jobs -p); do
     kill -s "$1" "$child" 2>/dev/null || true
-    [[ $1 != INT ]] || kill -s TERM "$child" 2>/dev/null || true # `&` makes a child ignore INT, a step only at first
+    sleep 0.1 # a step that is just starting may lose the first signal; `&` makes a child ignore INT
+    kill -s TERM "$child" 2>/dev/null || true
     wait "$child" || true
   done
   message="stopped by SIG$1"
@@ -222,7 +225,7 @@ on_exit() {
   if ((rc == 0)); then
     say "finished in $SECONDS s"
   else
-    say "FAILED at: $step (exit $rc) after $SECONDS s; log: $log_file"
+    say "FAILED at: $step (exit $rc) after $SECONDS s; log: $log_file" || true
   fi
 }
 
@@ -245,7 +248,7 @@ report() { # report CODE: write last-<alias>.json; print the closing table or, a
 pause() {
   local delay=${setting[STEP_DELAY_SECONDS]}
   [[ $delay != 0 ]] || return 0
-  sleep "$delay" 8>&- 9>&- & # closes the lock: if the runner is killed, sleep must not hold it any longer
+  sleep "$delay" 6>&- 7>&- 8>&- 9>&- & # closes the locks: if the runner is killed, sleep must not hold them any longer
   wait $!
 }
 

@@ -447,8 +447,7 @@ class Audit:
         counts = f"{self.source} holds {source:,} documents, {self.target} {target:,}{where}"
         threshold, minimum = self.settings.document_count_threshold, self.settings.min_documents or 0
         log.info("%s (%+.2f %%, threshold %s %%)", counts, change, threshold)
-        problems: list[str] = []
-        accepted: dict[str, Any] = {}
+        problems, accepted = list[str](), dict[str, Any]()
         if source and abs(target - source) * 100 > threshold * source:
             problems.append(f"{change:+.2f} % exceeds the threshold of {threshold} %")
             rounded = abs(change).quantize(Decimal("0.01"), ROUND_CEILING).normalize()
@@ -520,6 +519,9 @@ class Audit:
         """Return how many documents of source and target have each field, where the server can count them."""
 
         def count(name: str) -> tuple[int, int] | None:
+            if "*" in name:
+                log.warning("field %s is not compared: the server takes its name for a pattern", name)
+                return None
             try:
                 had = self._count_field(self.source, name, old[name].nested)
             except RequestFailed as error:
@@ -705,7 +707,7 @@ class SwitchAlias(OpenSearchBaseManager):
         [live] = indices
         if self.source and self.target:
             if live not in (self.source, self.target):
-                remedy = f"To move it to {self.source}, run {self.command(live, self.source)}"
+                remedy = f"Correct the names, or, to move it to {self.source}, run {self.command(live, self.source)}"
                 raise Refused(f"alias {self.alias} points at {live}, which is neither {self.source} nor {self.target}"
                               f"; it was not moved. {remedy}")  # fmt: skip
             self.source, self.target = sorted([self.source, self.target], key=lambda index: index != live)

@@ -30,6 +30,66 @@ def cells(admin, index, *names):
     return sorted((tuple(document.get(name) for name in names) for document in sources(admin, index)), key=str)
 
 
+# --- how producers write a table of nothing, or a file in pieces ------------------------------------------------------
+
+HEADER, DATA = gzip.compress(b"k,n\n"), gzip.compress(b"a,1\nb,2\n")
+EMPTY_MEMBER = gzip.compress(b"")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{BOM}{BOM}{ROWS}", f"{BOM}{BOM}{BOM}{ROWS}", HEADER + DATA, EMPTY_MEMBER + gzip.compress(ROWS.encode()),
+        gzip.compress(ROWS.encode()) + bytes(512), EMPTY_MEMBER + HEADER + EMPTY_MEMBER + DATA,
+    ],
+    ids=["two BOMs", "three BOMs", "header and rows", "empty first member", "padded", "four members"],
+)  # fmt: skip
+def test_the_head_of_an_object_is_read_as_the_load_reads_it(content, make_index, put_csv, load, admin):
+    index = make_index("index")
+    load(put_csv({"a.csv": content}), index)
+    assert cells(admin, index, "k", "n") == [("a", 1), ("b", 2)]
+    assert admin("GET", f"/{index}")[index]["mappings"]["properties"]["n"] == {"type": "long"}
+
+
+@pytest.mark.parametrize("nothing", ["\n", "\r\n", f"{BOM}\n", gzip.compress(b"\n"), BOM], ids=repr)
+def test_a_part_without_a_header_and_without_rows_is_an_empty_one(nothing, make_index, put_csv, load, admin):
+    index = make_index("index", COLUMNS)
+    load(put_csv({"a.csv": ROWS, "b.csv": nothing}), index)
+    assert count(admin, index) == 2
+    load(put_csv({"c.csv": nothing}) + "c.csv", index, code=4)
+    assert count(admin, index) == 2
+
+
+@pytest.mark.parametrize("ending", [EMPTY_MEMBER, bytes(64), b""], ids=["empty member", "padding", "nothing"])
+def test_a_packed_header_alone_is_refused_before_the_index_is_emptied(ending, make_index, put_csv, load, admin):
+    index = make_index("index", COLUMNS, docs=[{"k": "old"}])
+    outcome = load(put_csv({"a.csv.gz": HEADER + ending}), index, code=4)
+    assert "not one data row" in outcome.last
+    assert count(admin, index) == 1
+
+
+def test_a_load_that_finds_only_empty_rows_behind_the_head_fails(make_index, put_csv, load, admin):
+    index = make_index("index", COLUMNS, docs=[{"k": "old"}])
+    outcome = load(put_csv({"a.csv": "k,n\n" + ",\n" * 50_000}), index, code=1)
+    assert "not one data row" in outcome.last
+    assert marker_of(admin, index)
+
+
+@pytest.mark.parametrize("column", ["_id.$oid", "_source.x", "_routing"])
+@pytest.mark.parametrize("dynamic", ["true", "false"])
+def test_a_column_below_a_metadata_field_is_refused(column, dynamic, make_index, put_csv, load, admin):
+    index = make_index("index", COLUMNS, docs=[{"k": "old"}], dynamic=dynamic)
+    outcome = load(put_csv({"a.csv": f"k,{column}\na,1\n"}), index, code=4)
+    assert "invalid field names" in outcome.last
+    assert count(admin, index) == 1
+
+
+def test_a_manifest_of_another_bucket_is_none_of_the_whole_bucket():
+    manifest = b'{"entries": [{"url": "s3://other/out/p0.csv", "meta": {"record_count": 1}}]}'
+    assert bulkupdate.parse_manifest(manifest, "mine", "") is None
+    assert bulkupdate.parse_manifest(manifest, "other", "").sizes == {"out/p0.csv": None}
+
+
 # --- names that are no data -------------------------------------------------------------------------------------------
 
 

@@ -367,6 +367,32 @@ def test_a_document_of_another_client_with_the_id_of_a_row_is_decided_by_the_cou
         assert marker_of(admin, index)
 
 
+def test_a_row_that_was_there_fails_the_load_if_another_run_has_left_the_index_unfinished(
+    make_index, put_csv, load, proxy, admin, monkeypatch
+):
+    """That run may still be loading, on another host: its rows have the same ids, and perhaps older values."""
+    monkeypatch.setenv("SKIP_UNCHANGED", "true")
+    index = make_index("index", NUMBER)
+    prefix = put_csv({"a.csv": numbers(1, 3)})
+
+    def intrude(exchange):
+        admin("PUT", f"/{index}/_doc/{digest_of(prefix + 'a.csv')}-000000002", {"n": 7})
+        exchange.pass_on()
+
+    proxy.on("POST", "/_bulk", answer(400, {"error": {"type": "parse_exception", "reason": "of a test"}}))
+    load(prefix, index, code=1)
+    assert marker_of(admin, index)
+    proxy.on("POST", "/_bulk", intrude)
+    outcome = load(prefix, index, code=1)
+    assert f"{index} held 1 of the rows before this run sent them" in outcome.last
+    assert marker_of(admin, index)
+    load(prefix, index)
+    assert sorted(document["n"] for document in sources(admin, index)) == [1, 2, 3]
+    proxy.on("POST", "/_bulk", intrude)
+    load(prefix, index)  # the index was finished: the cluster's own retry is more likely
+    assert "unchanged" not in load(prefix, index, "--dry-run").result
+
+
 def test_a_missing_permission_ends_the_load_and_is_named_with_the_user(make_index, put_csv, load, proxy):
     index = make_index("index", NUMBER)
     error = {"type": "security_exception", "reason": "no permissions for [indices:data/write/bulk[s]] and User [x]"}

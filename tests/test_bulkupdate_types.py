@@ -7,6 +7,7 @@ import io
 import json
 import re
 
+import bulkupdate
 import pytest
 import requests
 import sandbox
@@ -306,3 +307,19 @@ def test_an_object_under_a_strict_mapping_may_itself_be_open(make_index, put_csv
     index = make_index("index", {"n": {"type": "long"}, "o": {"properties": {}, "dynamic": True}}, dynamic="strict")
     load(put_csv({"a.csv": "n,o.b\n1,2\n"}), index)
     assert definition_in(admin("GET", f"/{index}/_mapping")[index]["mappings"], "o.b") == {"type": "long"}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("cell", "fits"),
+    [
+        ("[" * 900 + "]" * 900, True), ("[" * 1001 + "]" * 1001, False), ('{"a":' * 1001 + "1" + "}" * 1001, False),
+        ("[" + "[1]," * 5000 + "[1]]", True), (json.dumps({"k": "[{" * 3000, "q": 'a"b'}), True),
+    ],
+)  # fmt: skip
+def test_json_is_not_nested_too_deeply_for_the_server(cell, fits):
+    if fits:
+        assert bulkupdate.render_json(cell) == cell
+    else:
+        with pytest.raises(ValueError, match=r"nested more than 1,000 levels|not JSON"):  # or the parser's limit
+            bulkupdate.render_json(cell)

@@ -128,7 +128,7 @@ def test_a_clone_that_fails_leaves_no_block_and_the_next_run_clones_with_the_rep
     pair, clone, look, proxy
 ):
     refusal = answer(400, {"error": {"type": "illegal_argument_exception", "reason": "of a test"}})
-    proxy.on("POST", "_clone", refusal, skip=1)
+    proxy.on("POST", "_clone", refusal, skip=1, times=2)
     outcome = clone(*pair)
     assert outcome.code == 1, outcome.err
     marker, block, _, documents = look(pair[0])
@@ -220,7 +220,7 @@ def test_a_request_that_is_carried_out_after_a_signal_is_undone_by_the_next_run(
 
 def test_after_a_crash_behind_the_deletion_a_run_with_another_method_clones_as_well(pair, clone, look, run, proxy):
     refusal = answer(400, {"error": {"type": "illegal_argument_exception", "reason": "of a test"}})
-    proxy.on("POST", "_clone", refusal, skip=1)
+    proxy.on("POST", "_clone", refusal, skip=1, times=2)
     outcome = clone(*pair)
     assert outcome.code == 1, outcome.err
     assert f"index {pair[1]} is missing until a run succeeds" in outcome.last
@@ -256,4 +256,39 @@ def test_a_source_whose_settings_may_not_be_changed_is_copied(pair, clone, look,
     outcome = clone(*pair)
     assert outcome.code == 0, outcome.err
     assert "lacks indices:admin/settings/update" in outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)
+
+
+NOWHERE = {"index.routing.allocation.require._name": "nowhere"}
+
+
+def test_a_clone_whose_replicas_the_cluster_rejects_gets_those_of_the_source(pair, clone, look, admin):
+    admin("PUT", f"/{pair[0]}/_settings", {"index.number_of_replicas": 1, "index.write.wait_for_active_shards": 2})
+    admin("PUT", f"/{pair[1]}/_settings", {"index.number_of_replicas": 0})
+    outcome = clone(*pair)
+    assert outcome.code == 0, outcome.err
+    assert "cannot be greater than number of shard copies" in outcome.err
+    assert (look(pair[0]), look(pair[1])) == (CLEAN, CLEAN)
+
+
+def test_a_red_target_is_replaced(make_index, may_recreate, clone, admin, monkeypatch):
+    monkeypatch.setenv("RETRY_SECONDS", "1")
+    source = make_index("source", NUMBER, docs=3)
+    admin("PUT", f"/{source}-red?wait_for_active_shards=0", {"settings": NOWHERE, "mappings": {"properties": NUMBER}})
+    outcome = clone(source, f"{source}-red")
+    assert outcome.code == 0, outcome.err
+    assert count(admin, f"{source}-red") == 3
+
+
+def test_an_index_that_a_stray_write_creates_while_it_is_cloned_gets_its_replicas_back(pair, clone, look, admin, proxy):
+    def create(exchange):
+        exchange.pass_on()
+        admin("PUT", f"/{pair[1]}")
+
+    proxy.on("DELETE", pair[1], create)
+    outcome = clone(*pair)
+    assert outcome.code == 1
+    assert "another client has created index" in outcome.last
+    outcome = clone(*pair)
+    assert outcome.code == 0, outcome.err
     assert (look(pair[0]), look(pair[1])) == (CLEAN, CLONED)

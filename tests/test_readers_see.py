@@ -559,3 +559,87 @@ STAYED, UNCHANGED = {**SWITCHED, "changed": False}, {"unchanged": True, "documen
 )  # fmt: skip
 def test_the_age_of_the_data_is_that_of_a_load_that_readers_were_moved_to(results, age):
     assert base.live_state([base.StepResult("step", 1, 0, "", result) for result in results])[2] == age
+
+
+@pytest.mark.parametrize(
+    ("live_after_switch", "line"),
+    [
+        ({}, "to find out which index readers are on"),  # no result was printed: the disk was full
+        ({**SWITCHED, "target": "b"}, "readers are on b, 1 documents; that index is complete"),
+    ],
+)
+def test_a_switch_without_a_result_leaves_it_open_where_readers_are(live_after_switch, line):
+    steps = [
+        base.StepResult("check where readers are", 1, 0, "a", {}),
+        base.StepResult("2 switch readers to b", 1, 0, "", live_after_switch),
+        base.StepResult("3 load a", 1, 1, "", {}),
+    ]
+    report = {"alias": "x", **base.end_of_run(1, "3 load a", "disk full", steps, {})}
+    assert line in base.readers_after_failure(report)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("3 load a", "index a is live: alias x points at it"), ("1 copy a to b", "a changed during the copy: 0 now"),
+        ("1 copy a to b", "index a does not exist"), ("4 switch readers to a", "alias x points at c, but should"),
+    ],
+)  # fmt: skip
+def test_a_message_that_contradicts_the_steps_leaves_it_open_where_readers_are(step, message):
+    steps = [base.StepResult("check where readers are", 1, 0, "a", {}), base.StepResult(step, 1, 4, "", {})]
+    report = {"alias": "x", **base.end_of_run(4, step, message, steps, {})}
+    assert report["live_index"] is None
+    assert base.readers_after_failure(report).startswith("to find out which index readers are on, run ")
+
+
+def test_a_signal_after_a_finished_switch_can_wait():
+    steps = [base.StepResult("2 switch readers to b", 1, 0, "", {**SWITCHED, "target": "b"})]
+    report = {"alias": "x", **base.end_of_run(143, "2 switch readers to b", "stopped by SIGTERM", steps, {})}
+    line = base.readers_after_failure(report)
+    assert line.startswith("readers are on b, 1 documents; that index is complete, so this can wait")
+
+
+def test_the_age_of_the_data_survives_runs_that_end_before_they_know_where_readers_are():
+    previous = {"live_index": "a", "live_data_time": "2026-01-01T00:00:00Z"}
+    held = base.end_of_run(4, "preparing", "held", [], previous)
+    assert (held["live_index"], held["live_data_index"]) == (None, "a")
+    steps = [base.StepResult("check where readers are", 1, 0, "a", {})]
+    for report in (held, base.end_of_run(1, "preparing", "", [], held)):
+        assert base.end_of_run(1, "check the load", "", steps, report)["live_data_time"] == "2026-01-01T00:00:00Z"
+
+
+# --- rows that a pipeline rejects, and searches that go through one ---------------------------------------------------
+
+
+def test_rows_that_a_pipeline_rejects_are_rejects(make_index, pipeline, put_csv, load):
+    index = make_index("index", NUMBER, settings={"index.default_pipeline": pipeline({"fail": {"message": "no"}})})
+    outcome = load(put_csv({"a.csv": "n\n1\n2\n"}), index, "--max-rejects", "2")
+    assert (outcome.result["rejected"], outcome.result["documents"]) == (2, 0)
+
+
+def test_a_pipeline_in_a_pipeline_that_does_not_exist_is_refused(make_index, pipeline, put_csv, load):
+    own = pipeline({"pipeline": {"name": "nowhere"}})
+    index = make_index("index", NUMBER, settings={"index.default_pipeline": own})
+    assert "nowhere, which does not exist" in load(put_csv({"a.csv": "n\n1\n"}), index, "--dry-run", code=4).last
+
+
+def test_a_load_through_a_pipeline_never_counts_as_unchanged(unchanged, make_index, pipeline, put_csv, load):
+    index = make_index("index", NUMBER, settings={"index.default_pipeline": pipeline()})
+    prefix = put_csv({"a.csv": "n\n1\n"})
+    load(prefix, index)
+    assert not unchanged(prefix, index)  # its definition may change
+
+
+def test_copies_deletions_and_samples_bypass_the_search_pipeline_of_an_index(make_index, name, copy, admin, proxy):
+    path = f"/_search/pipeline/{name('pipeline')}"
+    admin("PUT", path, {"response_processors": []})
+    own = {"index.search.default_pipeline": path.rpartition("/")[2]}
+    old, new = make_index("old", NUMBER, docs=3, settings=own), make_index("new", NUMBER, docs=1, settings=own)
+    assert copy(old, new).code == 0
+    assert json.loads(proxy.seen("POST", "/_reindex")[0])["source"]["search_pipeline"] == {}
+    for request in ("_delete_by_query", f"{old}/_search", f"{new}/_search"):
+        paths = [url for _, url, _ in proxy.requests if request in url]
+        assert paths
+        assert all("search_pipeline=_none" in url for url in paths)
+    admin("DELETE", f"/{old},{new}")
+    admin("DELETE", path)

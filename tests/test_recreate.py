@@ -549,3 +549,14 @@ def test_the_marker_of_another_run_is_not_removed(index, recreate, admin, proxy)
     assert outcome.code == 1, outcome.err
     assert "another run has started to fill it" in outcome.last
     assert meta_of(admin, index) == theirs["_meta"]
+
+
+def test_an_index_without_a_single_active_shard_has_no_size(recreate, may_recreate, name, admin):
+    """Its definition allows no node, so the backup is red as well: it can neither be recreated nor emptied."""
+    index = name("red")
+    settings = {"index.routing.allocation.require._name": "nowhere"}
+    admin("PUT", f"/{index}?wait_for_active_shards=0", {"settings": settings})
+    outcome = recreate(index)
+    assert "the shards of a new index are not allocated" in outcome.err
+    assert outcome.code == 1
+    assert "unexpected" not in outcome.last

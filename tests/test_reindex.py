@@ -506,3 +506,42 @@ def test_run_host_is_in_the_marker_and_has_to_be_a_name(pair, copy, proxy, monke
         monkeypatch.setenv("RUN_HOST", wrong)
         outcome = copy(*pair)
         assert (outcome.code, "RUN_HOST" in outcome.last) == (2, True)
+
+
+def test_an_object_without_properties_is_the_same_object_once_documents_have_filled_it(make_index, copy, admin):
+    """The server then omits its `type`, and the next copy compares it with the standby's."""
+    properties = {"o": {"type": "object"}, **NUMBER}
+    old, new = make_index("old", properties, docs=[{"o": {"x": 1}}]), make_index("new", properties)
+    assert copy(old, new).code == 0
+    assert sources(admin, new) == [{"o": {"x": 1}}]
+
+
+@pytest.mark.parametrize(
+    ("index", "description", "code"),
+    [
+        ("s[b]", "reindex from [OWN-a] to [OWN-s[b]]", 4), ("b", "reindex from [OWN-b] to [OWN-c][_doc]", 4),
+        ("a", "delete-by-query [x, OWN-a]", 4), ("ab", "delete-by-query [OWN-abc]", 0),
+        ("b", "copy from OWN-b to [OWN-c]", 0),
+    ],
+)  # fmt: skip
+def test_a_task_is_recognized_by_the_name_of_an_index_between_brackets(
+    index, description, code, name, copy, make_index, proxy
+):
+    text = description.replace("OWN-", name(""))
+    task = {"action": "indices:data/write/reindex", "description": text, "headers": {"X-Opaque-Id": "another"}}
+    old, new = make_index("old", NUMBER, docs=1), make_index(index, NUMBER)
+    proxy.on("GET", "/_tasks", answer(200, {"nodes": {"n": {"tasks": {"n:1": task}}}}), times=None)
+    outcome = copy(old, new, "--dry-run")
+    assert outcome.code == code, outcome.err
+
+
+def test_settings_that_the_cluster_no_longer_accepts_are_named_with_the_way_out(own_pair, copy, proxy, admin):
+    error = {"type": "illegal_argument_exception", "reason": "invalid index.refresh_interval [1s]"}
+    admin("PUT", f"/{own_pair[1]}/_settings", {"index.refresh_interval": "1s"})
+    proxy.on("PUT", "/_settings", answer(400, {"error": error}), skip=1, times=None)
+    assert copy(*own_pair).code == 1
+    outcome = copy(*own_pair)
+    assert outcome.code == 1
+    assert f'PUT /{own_pair[1]}/_settings {{"index.refresh_interval": "1s"}}' in outcome.last
+    proxy.rules.clear()
+    assert copy(*own_pair).code == 0

@@ -209,6 +209,22 @@ def test_the_second_of_two_runs_ends_with_75_and_says_so(make_pair, refresh, put
     assert (last()["exit_code"], last()["last_success"]) == (0, last()["ended"])
 
 
+@pytest.mark.parametrize("shared", ["PRIMARY_INDEX", "SECONDARY_INDEX"])
+def test_a_refresh_of_another_alias_that_uses_one_of_the_indices_is_waited_for(
+    shared, make_pair, refresh, put_csv, runner_environment, tmp_path, last
+):
+    """Between two steps, it could put its own data into the index that readers are about to be moved to."""
+    make_pair(NUMBER, 1, 0)
+    path = tmp_path / "locks" / f"REFRESH-INDEX-{runner_environment[shared]}.lock"
+    path.parent.mkdir()
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = finish(refresh(put_csv({"a.csv": "n\n1\n"})))
+    assert (code, last()["exit_code"]) == (75, 75)
+    assert "a refresh of another alias that uses" in err
+    assert finish(refresh(put_csv({"a.csv": "n\n1\n"})))[0] == 0
+
+
 def test_a_run_that_was_locked_out_does_not_replace_a_report_that_is_newer_than_its_begin(tmp_path, monkeypatch):
     def report(ending, began):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{ending}\n".encode())))

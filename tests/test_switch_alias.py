@@ -416,3 +416,13 @@ def test_a_copy_of_another_client_into_the_target_refuses_the_switch(pair, forei
     assert outcome.code == 4, outcome.err
     assert f"task {task}, which this suite did not start, is using index {pair[1]}" in outcome.last
     assert behind_alias() == [pair[0]]
+
+
+def test_a_field_whose_name_is_a_pattern_is_not_counted(make_pair, switch):
+    """The server would count the documents of each field that matches."""
+    both = {"price": {"type": "long"}, "price*": {"type": "long"}}
+    pair = make_pair(both, [{"price": 1, "price*": 1}], [{"price": 1}])
+    outcome = switch(*pair)
+    assert outcome.code == 0, outcome.err
+    assert "field price* is not compared" in outcome.err
+    assert outcome.result["fields_checked"] == 1
