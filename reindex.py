@@ -146,17 +146,19 @@ class Clone:
                 EXPANSION: None if expansion == "false" else expansion}  # fmt: skip
 
     def _create(self, settings: Mapping[str, Any], source_uuid: str) -> None:
-        """Create the clone and remember its UUID.
+        """Create the clone, with the source's replicas if the cluster rejects these settings, and remember its UUID.
 
         A rejection is ignored if the clone exists: an earlier attempt, whose response was lost, created it. Raises
         OperationFailed if there is no clone, or if another client has created the index.
         """
+        failure: RequestFailed | None = None
         for wanted in settings, dict.fromkeys(WRITE_BLOCK, "false"):
+            if failure:
+                log.warning("%s; cloning with the replica settings of %s", failure, self.source)
             response = self._request_clone(wanted)
             if made := self.manager.read_index(self.target.name):
                 break
             failure = self.manager.failure(f"_clone of {self.source}", response.status, response.body)
-            log.warning("%s; cloning with the replica settings of %s", failure, self.source)
         else:
             raise OperationFailed(
                 f"{failure}; index {self.target.name} is missing until a run succeeds: fix the cause and run again"

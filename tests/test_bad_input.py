@@ -109,7 +109,7 @@ LOAD = "--bucket b --prefix p/ --index t-a"
         (bulkupdate, f"{LOAD} --delimiter=", "--delimiter: "),
         *[
             (bulkupdate, f"--bucket {wrong} --prefix p/ --index t-a", "is not a bucket name; give the name alone")
-            for wrong in ("s3://your-bucket", "your-bucket/", "arn:aws:s3:::your-bucket", "a/b", "a,b")
+            for wrong in ("s3://your-bucket", "your-bucket/", "arn:aws:s3:::your-bucket", "a/b")
         ],
         (bulkupdate, "--bucket b --prefix p/", "required: --index"),
         (index_cleanup, "--index t-*", r"--index: 't-\*' is not an index name"),

@@ -128,6 +128,13 @@ def test_a_batch_ends_at_8_mib_too(monkeypatch):
     assert [batch.count() for batch in made] == [4, 4, 4]
 
 
+def test_a_batch_of_large_documents_is_not_so_large_that_it_is_halved():
+    part = Batch(b"{}\n" + bytes(300_000) + b"\n", [("a.csv", [2])])
+    *made, _ = (len(batch.body) for batch in bulkupdate.batches([part] * 100, 1000))
+    assert made
+    assert all(7 * 2**20 <= size <= bulkupdate.MAX_BATCH_BYTES for size in made)
+
+
 # --- the heads --------------------------------------------------------------------------------------------------------
 
 
