@@ -1753,7 +1753,8 @@ class BulkUpdate(OpenSearchBaseManager):
     def _verify_count(self) -> None:
         """Raise OperationFailed unless the number of documents in the index agrees with what was stored.
 
-        Rows that may have been replaced (`store.unsure`) may be missing. The count then sets `store.replaced`.
+        Rows that may have been replaced (`store.unsure`) may be missing. The count then sets `store.replaced`. A row
+        may have been there before (`store.found`) after a retry inside the cluster, but not in an unfinished index.
         """
         store = self.store
         if store.found and self.target.was_unfinished:
