@@ -469,6 +469,7 @@ def another_writer(bench: Bench, data: DataSet, rounds: int) -> None:
         return session.post(f"{bench.endpoint}/another/_bulk", data='{"index":{}}\n{"n":1}\n', headers=headers)
 
     bench.admin("PUT", "/another", {"settings": {"number_of_shards": 1, "number_of_replicas": 0}})
+    bench.process(data, bulkupdate_command(data.prefix, "--batch-size", "1000"), Figures(), "to warm the server")
     with timing(bench, write) as idle:
         time.sleep(5)
     during: list[float] = []
