@@ -60,7 +60,7 @@ CHUNK_BYTES = 16 * 1024  # parsed at once: its cells fit into the processor's ca
 MAX_CELL_CHARS = 8 * MIB  # a quote that is still open after this much text is a stray quote
 MAX_LINE_BYTES = 16 * MIB  # also the maximum for a record
 MAX_BATCH_BYTES = 8 * MIB  # managed domains on small nodes reject requests above 10 MiB
-FULL = 7 / 8  # of MAX_BATCH_BYTES: a batch is closed by the part that exceeds this; above the maximum, it is halved
+FULL_SHARE = 7 / 8  # of MAX_BATCH_BYTES: the part that exceeds this closes a batch; above the maximum, it is halved
 MIN_REQUESTS = 3  # in flight; fewer would leave two cores idle between requests
 MAX_BYTES_IN_FLIGHT = 24 * MIB  # bodies in memory here and on the node, which allows 10 % of its heap (107 MB of 1 GB)
 MAX_BYTES_OF_FIXED = 40 * MIB  # the same limit with --workers
@@ -1085,7 +1085,7 @@ def batches(documents: Iterable[Batch], size: int) -> Iterator[Batch]:
             part, rest = rest.cut(size - count)
             parts.append(part)
             count, length = count + part.count(), length + len(part.body)
-            if count >= size or length >= FULL * MAX_BATCH_BYTES:
+            if count >= size or length >= FULL_SHARE * MAX_BATCH_BYTES:
                 batch = Batch.joined(parts)
                 parts, count, length = [], 0, 0  # free the parts before the batch waits to be sent
                 yield batch

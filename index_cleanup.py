@@ -18,9 +18,9 @@ from typing import Any
 
 from opensearch_base_manager import (
     SUITE, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe, Refused, RequestFailed, TargetIndex,
-    add_settings, await_replicas, bulk_probe, creating_probes, deleting_probes, field_definitions, has_search_pipeline,
-    index_name, log, missing_permissions, per_second, reading_probes, recovered_settings, result_window, run_cli,
-    run_to_completion, seconds_since, verify_sees_everything,
+    add_settings, await_replicas, bulk_probe, creating_probes, deleting_probes, field_definitions, index_name, log,
+    missing_permissions, per_second, reading_probes, recovered_settings, result_window, run_cli, run_to_completion,
+    seconds_since, verify_sees_everything, without_search_pipeline,
 )  # fmt: skip
 
 MAX_ROUNDS = 3  # a delete-by-query misses documents added meanwhile; more rounds would chase a client that still writes
@@ -160,7 +160,7 @@ class ClearableIndex(TargetIndex):
             self.manager.run_task(
                 f"/{self.name}/_delete_by_query", {"query": {"match_all": {}}}, label=f"emptying {self.name}",
                 total=left, conflicts="proceed", scroll_size=size,
-                **({"search_pipeline": "_none"} if has_search_pipeline(self.found["settings"]) else {}),
+                **without_search_pipeline(self.found["settings"]),
             )  # fmt: skip
             if not (left := self.manager._get_index_count(self.name)):
                 log.info("deleted %s documents from %s in %.1f s, %s/s", f"{found:,}", self.name,

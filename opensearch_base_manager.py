@@ -1798,9 +1798,9 @@ def refuse_too_many_fields(index: str, found: Mapping[str, Any], added: Mapping[
 # --- documents and shard copies ---------------------------------------------------------------------------------------
 
 
-def has_search_pipeline(settings: Mapping[str, Any]) -> bool:
-    """Return whether searches go through a pipeline, unless they bypass it; so do copies and deletions."""
-    return bool(settings.get("index.search.default_pipeline", "_none") != "_none")
+def without_search_pipeline(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the parameter that bypasses the search pipeline of an index, if it has one; deletions use it, too."""
+    return {"search_pipeline": "_none"} if "index.search.default_pipeline" in settings else {}
 
 
 def result_window(settings: Mapping[str, Any]) -> int:

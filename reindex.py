@@ -18,9 +18,9 @@ from index_cleanup import CannotReplace, ClearableIndex
 from opensearch_base_manager import (
     TO_READ, BatchTooLarge, ConfigurationError, Marker, OpenSearchBaseManager, OperationFailed, OutcomeUnknown, Probe,
     Refused, RequestFailed, Response, add_settings, await_primaries, await_replicas, bulk_probe, deleting_probes,
-    field_definitions, has_search_pipeline, index_name, log, mapping_probe, missing_permissions, per_second,
-    reading_probes, refuse_too_many_fields, refuse_unusable, result_window, run_cli, run_to_completion, seconds_since,
-    settings_probe, verify_sees_everything,
+    field_definitions, index_name, log, mapping_probe, missing_permissions, per_second, reading_probes,
+    refuse_too_many_fields, refuse_unusable, result_window, run_cli, run_to_completion, seconds_since, settings_probe,
+    verify_sees_everything, without_search_pipeline,
 )  # fmt: skip
 
 LATE_REQUEST_S = 1  # a request sent just before a signal normally reaches the cluster within this time
@@ -317,7 +317,9 @@ class Reindex(OpenSearchBaseManager):
         # the default pipeline has already processed these documents
         dest = {"index": self.target.name, "pipeline": "_none"}
         settings = self._verify_index_exists(self.source)["settings"]
-        source = {"index": self.source, **({"search_pipeline": {}} if has_search_pipeline(settings) else {})}
+        source: dict[str, Any] = {"index": self.source}
+        if without_search_pipeline(settings):
+            source["search_pipeline"] = {}  # here, the server ignores `_none`
         label, size = f"copying {self.source} to {self.target.name}", self._first_batch_size(settings)
         while True:
             source["size"] = self.settings.requests_per_second.batch_size(size)
@@ -376,7 +378,7 @@ class Reindex(OpenSearchBaseManager):
         # with custom routing, each shard of the target may have a document of the same id
         most = min(result_window(found) // int(found["index.number_of_shards"]) for found in settings)
         size = max(1, min(SAMPLE_SIZE, most, int(SAMPLE_BYTES / len(shards) / max(self._bytes_per_document(), 1))))
-        bypass = [{"search_pipeline": "_none"} if has_search_pipeline(found) else {} for found in settings]
+        bypass = list(map(without_search_pipeline, settings))
         compared = 0
         for number, copies in shards.items():
             last = next(copy["seq_no"]["max_seq_no"] for copy in copies if copy["routing"]["primary"])

@@ -259,7 +259,7 @@ def test_pauses_grow_up_to_a_limit():
     [
         ("no cluster manager", "no cluster manager"),
         ({"type": "cluster_block_exception", "reason": "blocked by: [SERVICE_UNAVAILABLE/1/state not recovered];"},
-         r"state not recovered\];; gave up after \d s: check GET _cluster/health and run again"),
+         r"state not recovered\];; gave up after [01] s: check GET _cluster/health and run again"),
     ],
 )  # fmt: skip
 def test_a_cluster_that_stays_away_is_given_up_after_retry_seconds(error, says, look, proxy, monkeypatch, short_pauses):
